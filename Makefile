@@ -1,0 +1,40 @@
+# Every target sets up what it needs; `make install` is a no-op when nothing changed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install test test-slow lint typecheck bench demo clean
+
+install: $(STAMP)
+
+# torch first and pinned, so that nothing later pulls another build of it.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(STAMP)
+	$(BIN)/mypy -p latentdiff -p unet -p vae -p text_encoder
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/unet_forward.py
+	$(BIN)/python benchmarks/vae.py
+
+# Pushes a 1-D mixture forward and draws it back with the exact reverse chain, as one picture.
+demo: $(STAMP)
+	$(BIN)/python examples/one_dimension.py --output outputs/one_dimension.png
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs

@@ -1,0 +1,170 @@
+"""Attention: the backends, one attention layer, and the transformer that sits behind a ResBlock.
+
+Sizes: B batch, C channels, H W height and width, N = H*W pixels, L tokens, D width of the text features, h heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UNetError
+
+KeyValue = tuple[Tensor, Tensor]  # (B, h, L, C/h) each
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, h, N, C/h) -> (B, h, N, C/h)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax(q k^T / sqrt(C/h)) v by PyTorch's own kernels."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def load_attention_backend(name: str) -> Attend:
+    """The function behind a backend's name: `sdpa` (PyTorch) or `xformers` (NVIDIA GPUs; untested by this project).
+
+    Raises:
+        UNetError: the name is unknown or the package is not installed.
+    """
+    if name == "sdpa":
+        return sdpa
+    if name != "xformers":
+        raise UNetError(f"attention backend {name!r} is unknown; choose 'sdpa' or 'xformers'")
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise UNetError(
+            f"attention backend 'xformers' is not installed: pip install 'latentdiff[xformers]' ({error})"
+        ) from None
+
+    def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # its layout is (B, N, h, C/h)
+        out: Tensor = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2)
+
+    return xformers
+
+
+class Attention(nn.Module):
+    """Multi-head attention of pixels over themselves, or over text features where `context_dim` is given."""
+
+    def __init__(self, width: int, num_heads: int, context_dim: int | None = None, *, upcast: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.is_cross = context_dim is not None
+        self.upcast = upcast
+        self.attend: Attend = sdpa
+        self.index = 0  # place among the network's cross-attentions, set by UNet
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_dim or width, width, bias=False)
+        self.to_v = nn.Linear(context_dim or width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list because the files say to_out.0
+
+    def project(self, context: Tensor) -> KeyValue:
+        """Keys and values of (B, L, D) features."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def forward(self, x: Tensor, context: Tensor | Sequence[KeyValue] | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C). `context`: text features, or every cross-attention's keys and values."""
+        q = self._split(self.to_q(x))
+        if context is None:
+            k, v = self.project(x)
+        elif isinstance(context, Tensor):
+            k, v = self.project(context)
+        else:
+            k, v = context[self.index]
+        if self.upcast:
+            out = self.attend(q.float(), k.float(), v.float()).to(x.dtype)
+        else:
+            out = self.attend(q, k, v)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        return x.view(batch, length, self.num_heads, -1).transpose(1, 2)  # (B, N, C) -> (B, h, N, C/h)
+
+
+class GEGLU(nn.Module):
+    """Linear layer gated by GELU of its other half (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, four times as wide in between."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each on a LayerNorm and added to its input."""
+
+    def __init__(self, width: int, num_heads: int, context_dim: int, *, upcast: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, num_heads, upcast=upcast)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, num_heads, context_dim, upcast=upcast)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor | Sequence[KeyValue]) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class PixelLinear(nn.Conv2d):
+    """A 1x1 convolution, stored as one, applied to (B, N, C) tokens as the linear layer it is."""
+
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__(width, out_width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map (LDM, arXiv 2112.10752, appendix E.2.1)."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_blocks: int,
+        context_dim: int,
+        *,
+        norm_groups: int,
+        linear: bool,
+        upcast: bool,
+    ) -> None:
+        super().__init__()
+        projection = nn.Linear if linear else PixelLinear
+        self.norm = nn.GroupNorm(norm_groups, width, eps=1e-6)
+        self.proj_in = projection(width, width)
+        blocks = [TransformerBlock(width, num_heads, context_dim, upcast=upcast) for _ in range(num_blocks)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = projection(width, width)
+
+    def forward(self, x: Tensor, context: Tensor | Sequence[KeyValue]) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W). In channels-last memory both changes of shape are views."""
+        height, width = x.shape[-2:]
+        h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C)
+        h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = self.proj_out(h)
+        return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (B, C, H, W)

@@ -1,0 +1,82 @@
+"""What the UNet's levels are made of: ResBlocks that know the timestep, and the steps between two resolutions.
+
+Sizes: B batch, C channels, H W height and width. Attribute names are those of the tensors in the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import KeyValue, SpatialTransformer
+
+Time = Tensor | Sequence[Tensor]  # embedding (B, E), or every ResBlock's projection of it, (B or 1, C) each
+Context = Tensor | Sequence[KeyValue]  # features (B, L, D), or every cross-attention's keys and values
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions; between them the timestep is added (LDM's variant of arXiv 2105.05233)."""
+
+    def __init__(self, in_width: int, width: int, time_dim: int, *, norm_groups: int, norm_eps: float) -> None:
+        super().__init__()
+        self.index = 0  # place among the network's ResBlocks, set by UNet
+        self.norm1 = nn.GroupNorm(norm_groups, in_width, eps=norm_eps)
+        self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, width)
+        self.norm2 = nn.GroupNorm(norm_groups, width, eps=norm_eps)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
+
+    def project(self, time: Tensor) -> Tensor:
+        """What a (B, E) time embedding adds to this block's channels, (B, C)."""
+        return self.time_emb_proj(F.silu(time))
+
+    def forward(self, x: Tensor, time: Time) -> Tensor:
+        shift = self.project(time) if isinstance(time, Tensor) else time[self.index]
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + shift[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class Downsample(nn.Module):
+    """Half the height and width by a strided convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours up to the size of the level above, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The layers of one resolution: ResBlocks, each followed by a transformer where there is one.
+
+    Levels on the way down or up have as many transformers as ResBlocks, or none; the middle has one between two.
+    """
+
+    def __init__(self, resnets: list[ResBlock], attentions: list[SpatialTransformer]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList()  # lists of none or one, as the files name them
+        self.upsamplers = nn.ModuleList()
+
+    def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+        """(ResBlock, transformer or None) in order."""
+        return zip_longest(self.resnets, self.attentions)

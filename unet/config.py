@@ -1,0 +1,217 @@
+"""`UNetConfig`, and its translation to and from the `config.json` that diffusers writes for UNet2DConditionModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UNetError
+
+# Keys of UNet2DConditionModel that change what is computed and that SD 1.x, SD 2.x and LDM-text2im leave at one
+# value. Anything else is another network, so it is refused by name.
+FIXED: dict[str, Any] = {
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "num_attention_heads": None,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "addition_embed_type_num_heads": 64,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "projection_class_embeddings_input_dim": None,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+}
+
+# Keys that vary, with the value diffusers takes where the file leaves one out.
+VARYING: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 8,
+    "use_linear_projection": False,
+    "upcast_attention": False,
+}
+
+DOWN_TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")  # without and with attention
+UP_TYPES = ("UpBlock2D", "CrossAttnUpBlock2D")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the UNet. The defaults are Stable Diffusion 1.x (859,520,964 parameters) at 32x32 latents.
+
+    Raises:
+        UNetError: a value is out of range or two of them do not fit together.
+    """
+
+    sample_size: int | None = 32  # height and width of the latents it is trained on; not used by the network itself
+    in_channels: int = 4  # channels of x
+    out_channels: int = 4  # channels of the prediction
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level, outermost first
+    layers_per_block: int = 2  # ResBlocks a level on the way down; one more on the way up
+    attention_levels: tuple[int, ...] = (0, 1, 2)  # levels with self- and cross-attention; the middle always has them
+    num_heads: int | tuple[int, ...] | None = 8  # of every level, or one each; None: width // 64
+    transformer_layers: int = 1  # transformer blocks an attention layer
+    context_dim: int = 768  # width D of the text features
+    linear_projection: bool = False  # in and out of the transformers: False 1x1 convolution, True linear (SD 2.x)
+    norm_groups: int = 32  # groups of every GroupNorm
+    norm_eps: float = 1e-5  # epsilon of the ResBlocks' GroupNorms
+    upcast_attention: bool = False  # attention in float32 whatever the model's dtype (SD 2.1: float16 overflows)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "in_channels",
+            "out_channels",
+            "layers_per_block",
+            "transformer_layers",
+            "context_dim",
+            "norm_groups",
+        ):
+            _check_positive(name, getattr(self, name))
+        if self.sample_size is not None:
+            _check_positive("sample_size", self.sample_size)
+        for name in ("linear_projection", "upcast_attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise UNetError(f"{name}={getattr(self, name)!r} is not supported; it is true or false")
+        if not isinstance(self.norm_eps, float) or not 0 < self.norm_eps < 1:
+            raise UNetError(f"norm_eps={self.norm_eps!r} is not supported; it is a small positive number such as 1e-5")
+        if not self.block_out_channels:
+            raise UNetError("block_out_channels is empty: give one width a level, such as (320, 640, 1280, 1280)")
+        for width in self.block_out_channels:
+            _check_positive("block_out_channels", width)
+            if width % self.norm_groups:
+                raise UNetError(f"block_out_channels has {width}, which norm_groups={self.norm_groups} does not divide")
+        if self.block_out_channels[0] % 2:
+            raise UNetError(f"block_out_channels[0] is {self.block_out_channels[0]}: half sines, half cosines, so even")
+        if wrong := [level for level in self.attention_levels if level not in range(len(self.block_out_channels))]:
+            raise UNetError(f"attention_levels has {wrong[0]}; the levels are 0 to {len(self.block_out_channels) - 1}")
+        if isinstance(self.num_heads, tuple) and len(self.num_heads) != len(self.block_out_channels):
+            raise UNetError(f"num_heads has {len(self.num_heads)} entries for {len(self.block_out_channels)} levels")
+        for width, heads in zip(self.block_out_channels, self.heads_per_level, strict=True):
+            _check_positive("num_heads", heads)
+            if width % heads:
+                raise UNetError(f"num_heads={heads} does not divide the level's width {width}")
+
+    @property
+    def heads_per_level(self) -> tuple[int, ...]:
+        """Attention heads of each level, outermost first. The middle block has the last level's."""
+        if self.num_heads is None:
+            return tuple(max(1, width // 64) for width in self.block_out_channels)
+        if isinstance(self.num_heads, tuple):
+            return self.num_heads
+        return (self.num_heads,) * len(self.block_out_channels)
+
+    @classmethod
+    def from_diffusers(cls, values: Mapping[str, Any]) -> UNetConfig:
+        """The config for the contents of a diffusers `unet/config.json`.
+
+        Raises:
+            UNetError: the file describes something else than this UNet; the message names the key.
+        """
+        if (name := values.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
+            raise UNetError(f"_class_name is {name!r}; only 'UNet2DConditionModel' is supported")
+        known = {key: value for key, value in values.items() if not key.startswith("_")}
+        if unknown := sorted(known.keys() - FIXED.keys() - VARYING.keys()):
+            raise UNetError(f"unknown key {unknown[0]!r} in the UNet config")
+        for key, only in FIXED.items():
+            value = known.get(key, only)
+            if value != only and (key, value) != ("act_fn", "swish"):  # swish is silu's older name
+                raise UNetError(f"{key}={value!r} is not supported; only {only!r} is")
+        get = {**VARYING, **known}.__getitem__
+        for key in ("down_block_types", "up_block_types", "block_out_channels"):
+            if not isinstance(get(key), list | tuple):
+                raise UNetError(f"{key}={get(key)!r} is not supported; it is a list with one entry a level")
+        for key in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block"):
+            _check_positive(key, get(key))
+        has_attention = _attention_flags("down_block_types", get("down_block_types"), DOWN_TYPES)
+        mirrored = _attention_flags("up_block_types", get("up_block_types"), UP_TYPES)[::-1]
+        if has_attention != mirrored:
+            raise UNetError(f"up_block_types={get('up_block_types')!r} does not mirror down_block_types")
+        if len(has_attention) != len(get("block_out_channels")):
+            raise UNetError(
+                f"{len(has_attention)} down_block_types for {len(get('block_out_channels'))} block_out_channels"
+            )
+        heads = get("attention_head_dim")  # despite its name the number of heads: diffusers keeps a historical mistake
+        return cls(
+            sample_size=get("sample_size"),
+            in_channels=get("in_channels"),
+            out_channels=get("out_channels"),
+            block_out_channels=tuple(get("block_out_channels")),
+            layers_per_block=get("layers_per_block"),
+            attention_levels=tuple(level for level, flag in enumerate(has_attention) if flag),
+            num_heads=tuple(heads) if isinstance(heads, list | tuple) else heads,
+            transformer_layers=get("transformer_layers_per_block"),
+            context_dim=get("cross_attention_dim"),
+            linear_projection=get("use_linear_projection"),
+            norm_groups=get("norm_num_groups"),
+            norm_eps=get("norm_eps"),
+            upcast_attention=get("upcast_attention"),
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The contents of a diffusers `unet/config.json`; `from_diffusers` reads the same config back."""
+        flags = [level in self.attention_levels for level in range(len(self.block_out_channels))]
+        heads = self.heads_per_level
+        return {
+            "_class_name": "UNet2DConditionModel",  # no _diffusers_version: an old one rewrites sample_size
+            **FIXED,
+            "sample_size": self.sample_size,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "down_block_types": [DOWN_TYPES[flag] for flag in flags],
+            "up_block_types": [UP_TYPES[flag] for flag in flags[::-1]],
+            "block_out_channels": list(self.block_out_channels),
+            "layers_per_block": self.layers_per_block,
+            "norm_num_groups": self.norm_groups,
+            "norm_eps": self.norm_eps,
+            "cross_attention_dim": self.context_dim,
+            "transformer_layers_per_block": self.transformer_layers,
+            "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),
+            "use_linear_projection": self.linear_projection,
+            "upcast_attention": self.upcast_attention,
+        }
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UNetError(f"{name}={value!r} is not supported; it is a whole number from 1 up")
+
+
+def _attention_flags(key: str, types: list[str], allowed: tuple[str, str]) -> list[bool]:
+    for name in types:
+        if name not in allowed:
+            raise UNetError(f"{key} has {name!r}, which is not supported; only {allowed[0]!r} and {allowed[1]!r} are")
+    return [name == allowed[1] for name in types]

@@ -1,0 +1,263 @@
+"""The denoising UNet of latent diffusion (arXiv 2112.10752), with diffusers' parameter names and folder layout.
+
+Sizes: B batch, C channels, H W height and width of the latents, L tokens, D width of the text features, E = 4 * first
+width, that of the time embedding, S timesteps of a schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import Attention, KeyValue, SpatialTransformer, load_attention_backend
+from .blocks import Context, Downsample, Level, ResBlock, Time, Upsample
+from .config import UNetConfig
+from .errors import UNetError
+from .folder import load_folder, save_folder
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of t (B,) at width/2 frequencies from 1 down to 1/10000: (B, width) float32.
+
+    The timestep features of DDPM (arXiv 2006.11239, appendix B), in the order LDM stores them.
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers from sinusoids to the E-wide embedding that every ResBlock reads."""
+
+    def __init__(self, width: int, time_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, time_dim)
+        self.linear_2 = nn.Linear(time_dim, time_dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, E)."""
+        features = sinusoids(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class UNet(nn.Module):
+    """Noisy latents, timestep and text features in, prediction out: `unet(x, t, context)`.
+
+    What the prediction means (noise, clean latents, velocity) is the training's choice, not the network's. A new
+    network predicts zero: as in LDM, its last layer and the last layer of each ResBlock and transformer start at zero.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        widths, time_dim = config.block_out_channels, 4 * config.block_out_channels[0]
+        last = len(widths) - 1
+
+        def resnet(in_width: int, width: int) -> ResBlock:
+            return ResBlock(in_width, width, time_dim, norm_groups=config.norm_groups, norm_eps=config.norm_eps)
+
+        def transformer(level: int) -> SpatialTransformer:
+            return SpatialTransformer(
+                widths[level],
+                config.heads_per_level[level],
+                config.transformer_layers,
+                config.context_dim,
+                norm_groups=config.norm_groups,
+                linear=config.linear_projection,
+                upcast=config.upcast_attention,
+            )
+
+        def make_level(level: int, in_widths: list[int]) -> Level:
+            attentions = [transformer(level) for _ in in_widths] if level in config.attention_levels else []
+            return Level([resnet(in_width, widths[level]) for in_width in in_widths], attentions)
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], time_dim)
+
+        skips = [widths[0]]  # widths of the feature maps that the way up will ask for
+        down_blocks: list[Level] = []
+        for level, width in enumerate(widths):
+            block = make_level(level, [skips[-1]] + [width] * (config.layers_per_block - 1))
+            skips += [width] * config.layers_per_block
+            if level < last:
+                block.downsamplers.append(Downsample(width))
+                skips.append(width)
+            down_blocks.append(block)
+
+        self.down_blocks: Iterable[Level] = nn.ModuleList(down_blocks)  # type: ignore[assignment]
+
+        middle = widths[last]
+        self.mid_block = Level([resnet(middle, middle), resnet(middle, middle)], [transformer(last)])
+
+        up_blocks: list[Level] = []
+        below = middle
+        for level in reversed(range(len(widths))):
+            in_widths = []
+            for _ in range(config.layers_per_block + 1):
+                in_widths.append(below + skips.pop())
+                below = widths[level]
+            block = make_level(level, in_widths)
+            if level > 0:
+                block.upsamplers.append(Upsample(widths[level]))
+            up_blocks.append(block)
+
+        self.up_blocks: Iterable[Level] = nn.ModuleList(up_blocks)  # type: ignore[assignment]
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+        for index, res in enumerate(self.resnets()):
+            res.index = index
+        for index, attention in enumerate(self.cross_attentions()):
+            attention.index = index
+        self._zero_last_layers()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, t: Tensor | Sequence[Tensor], context: Context) -> Tensor:
+        """Predict from noisy latents.
+
+        Args:
+            x: noisy latents (B, in_channels, H, W); any H and W from 1 up.
+            t: timesteps (B,) or (), int64 or float; or one step's rows of `project_time`.
+            context: text features (B, L, D); or what `project_context` made of them.
+
+        Returns:
+            The prediction (B, out_channels, H, W).
+
+        Raises:
+            UNetError: a shape or dtype does not fit.
+        """
+        self._check_inputs(x, t, context)
+        time = self.time_embedding(t.expand(x.shape[0])) if isinstance(t, Tensor) else t  # (B, E)
+        x = self.conv_in(x.to(memory_format=torch.channels_last))
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, transformer in block.layers():
+                x = self._layer(resnet, transformer, x, time, context)
+                skips.append(x)
+            for downsample in block.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+        for resnet, transformer in self.mid_block.layers():
+            x = self._layer(resnet, transformer, x, time, context)
+        for block in self.up_blocks:
+            for resnet, transformer in block.layers():
+                x = self._layer(resnet, transformer, torch.cat([x, skips.pop()], dim=1), time, context)
+            for upsample in block.upsamplers:
+                x = upsample(x, skips[-1].shape[-2:])
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def project_context(self, context: Tensor) -> list[KeyValue]:
+        """Keys and values of text features (B, L, D) for every cross-attention: once a prompt instead of once a step.
+
+        Bit for bit what `forward` computes from the same features.
+        """
+        return [attention.project(context) for attention in self.cross_attentions()]
+
+    def project_time(self, t: Tensor) -> list[Tensor]:
+        """What each ResBlock adds for timesteps t (S,): a list of (S, C), once a schedule instead of once a step.
+
+        Step i takes `[shift[i : i + 1] for shift in shifts]`, which holds for a batch of any size.
+        """
+        time = self.time_embedding(t)
+        return [resnet.project(time) for resnet in self.resnets()]
+
+    def set_attention_backend(self, name: str) -> None:
+        """Choose `sdpa` (the default) or `xformers` for every attention.
+
+        Raises:
+            UNetError: the name is unknown or the package is not installed.
+        """
+        attend = load_attention_backend(name)
+        for layer in self.modules():
+            if isinstance(layer, Attention):
+                layer.attend = attend
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute ResBlocks and transformers in the backward pass instead of keeping what they computed."""
+        self.gradient_checkpointing = enabled
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> UNet:
+        """Open a folder with diffusers' `config.json` and `diffusion_pytorch_model.safetensors`, in evaluation mode.
+
+        Args:
+            folder: local folder.
+            device: where the weights go; the CPU by default.
+            dtype: what they are cast to; float32 by default.
+
+        Raises:
+            UNetError: a file is missing or damaged, the configuration is not supported, or a tensor is missing, extra,
+                misshapen or not of floating point. Nothing is allocated before all tensors were checked.
+        """
+        return load_folder(Path(folder), lambda values: cls(UNetConfig.from_diffusers(values)), device, dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder that `from_pretrained` and diffusers' UNet2DConditionModel open."""
+        save_folder(self, self.config.to_diffusers(), Path(folder))
+
+    def resnets(self) -> list[ResBlock]:
+        """All ResBlocks, in the order of `project_time`."""
+        return [layer for layer in self.modules() if isinstance(layer, ResBlock)]
+
+    def cross_attentions(self) -> list[Attention]:
+        """All cross-attentions, in the order of `project_context`."""
+        return [layer for layer in self.modules() if isinstance(layer, Attention) and layer.is_cross]
+
+    def _layer(
+        self, resnet: nn.Module, transformer: nn.Module | None, x: Tensor, time: Time, context: Context
+    ) -> Tensor:
+        run: Callable[..., Tensor] = _recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else _call
+        x = run(resnet, x, time)
+        return x if transformer is None else run(transformer, x, context)
+
+    def _zero_last_layers(self) -> None:
+        ends: list[nn.Module] = [self.conv_out]
+        ends += [layer.conv2 for layer in self.resnets()]
+        ends += [layer.proj_out for layer in self.modules() if isinstance(layer, SpatialTransformer)]
+        for layer in ends:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def _check_inputs(self, x: Tensor, t: Tensor | Sequence[Tensor], context: Context) -> None:
+        batch, channels, width = x.shape[0] if x.dim() else 0, self.config.in_channels, self.config.context_dim
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise UNetError(f"x has shape {tuple(x.shape)}; expected (B, {channels}, H, W)")
+        weights = self.conv_in.weight.dtype
+        if x.dtype != weights and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise UNetError(f"x is {x.dtype} and the weights are {weights}: cast one of them or use autocast")
+        if isinstance(t, Tensor):
+            if t.shape not in ((), (1,), (batch,)):
+                raise UNetError(f"t has shape {tuple(t.shape)}; expected () or ({batch},)")
+            if t.dtype != torch.int64 and not t.is_floating_point():
+                raise UNetError(f"t is {t.dtype}; expected int64 (or a float for timesteps between the integers)")
+        elif len(t) != (expected := len(self.resnets())):
+            raise UNetError(f"t has projections for {len(t)} ResBlocks; this UNet has {expected}")
+        if isinstance(context, Tensor):
+            if context.dim() != 3 or context.shape[0] != batch or context.shape[2] != width:
+                raise UNetError(f"context has shape {tuple(context.shape)}; expected ({batch}, L, {width})")
+        elif len(context) != (expected := len(self.cross_attentions())):
+            raise UNetError(
+                f"context has keys and values for {len(context)} cross-attentions; this UNet has {expected}"
+            )
+        elif context[0][0].shape[0] != batch:
+            raise UNetError(f"context has keys and values for a batch of {context[0][0].shape[0]}; x has {batch}")
+
+
+def _call(layer: nn.Module, *inputs: Any) -> Tensor:
+    return layer(*inputs)
+
+
+def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing here is random

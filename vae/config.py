@@ -1,0 +1,163 @@
+"""`VAEConfig`, and its translation to and from the `config.json` that diffusers writes for AutoencoderKL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import VAEError
+
+# Keys of AutoencoderKL with one supported value, and keys that vary with the value diffusers takes for a missing one.
+FIXED: dict[str, Any] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+VARYING: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "force_upcast": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+
+DOWN_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")  # without and with attention
+UP_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of the autoencoder. The defaults are kl-f8 (83,653,863 parameters).
+
+    Raises:
+        VAEError: a value is out of range or two of them do not fit together.
+    """
+
+    in_channels: int = 3  # channels of the pixels going in
+    out_channels: int = 3  # channels of the pixels coming out
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level; f = 2 ** (levels - 1)
+    layers_per_block: int = 2  # ResBlocks a level in the encoder; one more in the decoder
+    latent_channels: int = 4  # channels of the latents
+    attention_levels: tuple[int, ...] = ()  # levels with attention (LDM's f16 and f32 have it at the lowest ones)
+    mid_attention: bool = True  # attention at the lowest resolution, between two ResBlocks
+    quant_convs: tuple[bool, bool] = (True, True)  # 1x1 convolutions after the encoder and before the decoder
+    norm_groups: int = 32  # groups of every GroupNorm
+    scale_factor: float = 0.18215  # latents = scale_factor * (z - shift_factor)
+    shift_factor: float = 0.0  # not read by diffusers' Stable Diffusion pipelines
+    sample_size: int | tuple[int, ...] | None = 256  # pixels it was trained on; not used by the network itself
+    force_upcast: bool = False  # float16 overflows in this VAE, so diffusers shall run it in float32
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_groups"):
+            _check_positive(name, getattr(self, name))
+        for name in ("mid_attention", "force_upcast"):
+            _check_bool(name, getattr(self, name))
+        for value in self.quant_convs:
+            _check_bool("quant_convs", value)
+        for name in ("scale_factor", "shift_factor"):
+            if not isinstance(getattr(self, name), int | float) or isinstance(getattr(self, name), bool):
+                raise VAEError(f"{name}={getattr(self, name)!r} is not supported; it is a number")
+        if not 0 < self.scale_factor < float("inf"):
+            raise VAEError(f"scale_factor={self.scale_factor!r} is not supported; it is a positive number")
+        if not self.block_out_channels:
+            raise VAEError("block_out_channels is empty: give one width a level, such as (128, 256, 512, 512)")
+        for width in self.block_out_channels:
+            _check_positive("block_out_channels", width)
+            if width % self.norm_groups:
+                raise VAEError(f"block_out_channels has {width}, which norm_groups={self.norm_groups} does not divide")
+        if wrong := [level for level in self.attention_levels if level not in range(len(self.block_out_channels))]:
+            raise VAEError(f"attention_levels has {wrong[0]}; the levels are 0 to {len(self.block_out_channels) - 1}")
+
+    @property
+    def downsampling(self) -> int:
+        """f: pixels per latent along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_diffusers(cls, values: Mapping[str, Any]) -> VAEConfig:
+        """The config for the contents of a diffusers `vae/config.json`.
+
+        Raises:
+            VAEError: the file describes something else than this VAE; the message names the key.
+        """
+        if (name := values.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+            raise VAEError(f"_class_name is {name!r}; only 'AutoencoderKL' is supported")
+        known = {key: value for key, value in values.items() if not key.startswith("_")}
+        if unknown := sorted(known.keys() - FIXED.keys() - VARYING.keys()):
+            raise VAEError(f"unknown key {unknown[0]!r} in the VAE config")
+        for key, only in FIXED.items():
+            value = known.get(key, only)
+            if value != only and (key, value) != ("act_fn", "swish"):  # swish is silu's older name
+                raise VAEError(f"{key}={value!r} is not supported; only {only!r} is")
+        get = {**VARYING, **known}.__getitem__
+        for key in ("down_block_types", "up_block_types", "block_out_channels"):
+            if not isinstance(get(key), list | tuple):
+                raise VAEError(f"{key}={get(key)!r} is not supported; it is a list with one entry a level")
+        attention = _attention_flags("down_block_types", get("down_block_types"), DOWN_TYPES)
+        if attention != _attention_flags("up_block_types", get("up_block_types"), UP_TYPES)[::-1]:
+            raise VAEError(f"up_block_types={get('up_block_types')!r} does not mirror down_block_types")
+        if len(attention) != len(get("block_out_channels")):
+            raise VAEError(f"{len(attention)} down_block_types for {len(get('block_out_channels'))} block_out_channels")
+        sample_size = get("sample_size")
+        return cls(
+            in_channels=get("in_channels"),
+            out_channels=get("out_channels"),
+            block_out_channels=tuple(get("block_out_channels")),
+            layers_per_block=get("layers_per_block"),
+            latent_channels=get("latent_channels"),
+            attention_levels=tuple(level for level, flag in enumerate(attention) if flag),
+            mid_attention=get("mid_block_add_attention"),
+            quant_convs=(get("use_quant_conv"), get("use_post_quant_conv")),
+            norm_groups=get("norm_num_groups"),
+            scale_factor=get("scaling_factor"),
+            shift_factor=0.0 if get("shift_factor") is None else get("shift_factor"),
+            sample_size=tuple(sample_size) if isinstance(sample_size, list) else sample_size,
+            force_upcast=get("force_upcast"),
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The contents of a diffusers `vae/config.json`; `from_diffusers` reads the same config back."""
+        flags = [level in self.attention_levels for level in range(len(self.block_out_channels))]
+        return {
+            "_class_name": "AutoencoderKL",
+            **FIXED,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "down_block_types": [DOWN_TYPES[flag] for flag in flags],
+            "up_block_types": [UP_TYPES[flag] for flag in flags[::-1]],
+            "block_out_channels": list(self.block_out_channels),
+            "layers_per_block": self.layers_per_block,
+            "latent_channels": self.latent_channels,
+            "mid_block_add_attention": self.mid_attention,
+            "use_quant_conv": self.quant_convs[0],
+            "use_post_quant_conv": self.quant_convs[1],
+            "norm_num_groups": self.norm_groups,
+            "scaling_factor": self.scale_factor,
+            "shift_factor": self.shift_factor or None,
+            "sample_size": list(self.sample_size) if isinstance(self.sample_size, tuple) else self.sample_size,
+            "force_upcast": self.force_upcast,
+        }
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise VAEError(f"{name}={value!r} is not supported; it is a whole number from 1 up")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise VAEError(f"{name}={value!r} is not supported; it is true or false")
+
+
+def _attention_flags(key: str, types: list[str], allowed: tuple[str, str]) -> list[bool]:
+    for name in types:
+        if name not in allowed:
+            raise VAEError(f"{key} has {name!r}, which is not supported; only {allowed[0]!r} and {allowed[1]!r} are")
+    return [name == allowed[1] for name in types]

@@ -1,0 +1,186 @@
+"""The KL autoencoder of latent diffusion (arXiv 2112.10752), with diffusers' parameter names and folder layout.
+
+Three ranges, told apart by name: `pixels` in [-1, 1]; `z`, the raw code; `latents`, what diffusion works on,
+`scale_factor * (z - shift_factor)`. Only this file converts between the last two.
+
+Sizes: B batch, H W pixels, h w = H/f W/f latents, c latent channels.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import NORM_EPS, Attention, Downsample, Level, ResBlock, Upsample
+from .config import VAEConfig
+from .distribution import DiagonalGaussian
+from .errors import VAEError
+from .folder import load_folder, save_folder
+
+
+def make_level(config: VAEConfig, level: int, in_width: int, num_layers: int) -> Level:
+    """The ResBlocks of one resolution, with attention where the config says so."""
+    width, groups = config.block_out_channels[level], config.norm_groups
+    resnets = [ResBlock(width if i else in_width, width, groups) for i in range(num_layers)]
+    return Level(resnets, [Attention(width, groups) for _ in resnets] if level in config.attention_levels else [])
+
+
+def make_middle(config: VAEConfig) -> Level:
+    """ResBlock, attention where the config says so, ResBlock."""
+    width, groups = config.block_out_channels[-1], config.norm_groups
+    attentions = [Attention(width, groups)] if config.mid_attention else []
+    return Level([ResBlock(width, width, groups), ResBlock(width, width, groups)], attentions)
+
+
+class Encoder(nn.Module):
+    """Pixels (B, in_channels, H, W) to the moments of the code, (B, 2c, h, w): means, then log-variances."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            block = make_level(config, level, widths[max(level - 1, 0)], config.layers_per_block)
+            if level < len(widths) - 1:
+                block.downsamplers.append(Downsample(width))
+            self.down_blocks.append(block)
+        self.mid_block = make_middle(config)
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, 2c, h, w)."""
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """The code (B, c, h, w) back to pixels (B, out_channels, H, W)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[last], 3, padding=1)
+        self.mid_block = make_middle(config)
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            block = make_level(config, level, widths[min(level + 1, last)], config.layers_per_block + 1)
+            if level > 0:
+                block.upsamplers.append(Upsample(widths[level]))
+            self.up_blocks.append(block)
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, c, h, w) -> (B, out_channels, H, W)."""
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Pictures to latents and back: `vae.encode(pixels)`, `vae.decode(latents)`."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.quant_convs[0] else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.quant_convs[1] else nn.Identity()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, pixels: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
+        """Reconstruct through a draw from the posterior, or through its mode where `noise` is None; for training.
+
+        Args:
+            pixels: (B, in_channels, H, W) in [-1, 1].
+            noise: standard normal, (B, c, h, w).
+
+        Returns:
+            The reconstruction (B, out_channels, H, W) and the posterior over z.
+
+        Raises:
+            VAEError: a shape or dtype does not fit.
+        """
+        posterior = self.posterior(pixels)
+        return self.decode_z(posterior.mode() if noise is None else posterior.shifted(noise)), posterior
+
+    def posterior(self, pixels: Tensor) -> DiagonalGaussian:
+        """q(z | pixels) over the raw code (B, c, h, w), from pixels (B, in_channels, H, W) in [-1, 1]."""
+        self._check(pixels, "pixels", self.config.in_channels, self.config.downsampling)
+        moments = self.quant_conv(self.encoder(pixels.to(memory_format=torch.channels_last)))
+        return DiagonalGaussian.from_moments(moments)
+
+    def latent_posterior(self, pixels: Tensor) -> DiagonalGaussian:
+        """The same distribution over latents, (B, c, h, w): what a latent cache stores."""
+        z = self.posterior(pixels)
+        return DiagonalGaussian(self.scale(z.mean), z.logvar + 2.0 * math.log(self.config.scale_factor))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, in_channels, H, W) in [-1, 1] to latents (B, c, h, w): the posterior's mode, scaled."""
+        return self.scale(self.posterior(pixels).mode())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) to pixels (B, out_channels, H, W), about [-1, 1] but not clipped to it."""
+        return self.decode_z(self.unscale(latents))
+
+    def decode_z(self, z: Tensor) -> Tensor:
+        """The raw code (B, c, h, w) to pixels (B, out_channels, H, W)."""
+        self._check(z, "z", self.config.latent_channels, 1)
+        return self.decoder(self.post_quant_conv(z.to(memory_format=torch.channels_last)))
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Raw code to latents."""
+        return self.config.scale_factor * (z - self.config.shift_factor)
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Latents to raw code."""
+        return latents / self.config.scale_factor + self.config.shift_factor
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute every ResBlock and attention in the backward pass instead of keeping what they computed."""
+        for layer in self.modules():
+            if isinstance(layer, Level):
+                layer.gradient_checkpointing = enabled
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> VAE:
+        """Open a folder with diffusers' `config.json` and `diffusion_pytorch_model.safetensors`, in evaluation mode.
+
+        Args:
+            folder: local folder.
+            device: where the weights go; the CPU by default.
+            dtype: what they are cast to; float32 by default.
+
+        Raises:
+            VAEError: a file is missing or damaged, the configuration is not supported, or a tensor is missing, extra,
+                misshapen or not of floating point. Nothing is allocated before all tensors were checked.
+        """
+        return load_folder(Path(folder), lambda values: cls(VAEConfig.from_diffusers(values)), device, dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder that `from_pretrained` and diffusers' AutoencoderKL open."""
+        save_folder(self, self.config.to_diffusers(), Path(folder))
+
+    def _check(self, x: Tensor, name: str, channels: int, multiple: int) -> None:
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise VAEError(f"{name} has shape {tuple(x.shape)}; expected (B, {channels}, height, width)")
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            raise VAEError(f"{name} has height and width {tuple(x.shape[2:])}; both must be multiples of {multiple}")
+        weights = self.decoder.conv_in.weight.dtype
+        if x.dtype != weights and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise VAEError(f"{name} is {x.dtype} and the weights are {weights}: cast one of them or use autocast")
