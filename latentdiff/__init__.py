@@ -1,0 +1,7 @@
+"""latentdiff: train your own text-to-image latent diffusion model, from a folder of captioned pictures."""
+
+from .errors import LatentDiffError
+from .schedule import Schedule
+
+__version__ = "0.1.0"
+__all__ = ["LatentDiffError", "Schedule", "__version__"]

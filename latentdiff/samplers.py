@@ -1,0 +1,206 @@
+"""Samplers: from noise to clean latents, in as few steps as possible.
+
+Every sampler here is a list of rows (t, a, b, c, d) for one loop,
+
+    x <- a * x + b * x0 + c * x0_prev + d * noise,        x0 = denoise(x, t),
+
+where x0 is what the model takes the clean latents to be and x0_prev what it took them for one row earlier. A row that
+goes from noise level (alpha_t, sigma_t) to (alpha_s, sigma_s) keeps both levels exactly:
+
+    a * alpha_t + b + c = alpha_s   and   (a * sigma_t)^2 + d^2 = sigma_s^2.
+
+Rows are computed on the CPU in float64. `ddim`, and `ddpm` which is `ddim` with eta = 1, are the only first-order
+formulas; `dpmpp_2m` and `dpmpp_2m_sde` extrapolate x0 on top of them. `euler` is `ddim` on the grid that Euler
+samplers use: Euler's method in x/alpha over sigma/alpha is DDIM (arXiv 2010.02502, equation 14), so on one grid the two
+draw the same picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import LatentDiffError, check_choice
+from .schedule import Schedule
+
+Spacing = Literal["leading", "trailing", "linspace"]
+SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
+
+Denoise = Callable[[Tensor, int], Tensor]  # (x, t) -> x0
+
+
+class Row(NamedTuple):
+    """One step: evaluate the model at t, then x <- a x + b x0 + c x0_prev + d noise."""
+
+    t: int
+    a: float
+    b: float
+    c: float
+    d: float
+
+
+class Coefficients(NamedTuple):
+    """The four columns of all rows, (n,) float64 each."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+
+
+class Step(NamedTuple):
+    """What the loop yields after a row: its t, the new x and the x0 that led to it."""
+
+    t: int
+    x: Tensor
+    x0: Tensor
+
+
+# --- coefficient rows: alpha and sigma are (n + 1,), from the noisiest level to the one where sampling ends ---
+
+
+def ddim(alpha: Tensor, sigma: Tensor, eta: float = 0.0) -> Coefficients:
+    """DDIM, deterministic at eta = 0 and ancestral sampling at eta = 1 (arXiv 2010.02502, equations 12 and 16)."""
+    d = eta * sigma[1:] / sigma[:-1] * (1 - (alpha[:-1] / alpha[1:]).square()).sqrt()
+    a = (sigma[1:].square() - d.square()).sqrt() / sigma[:-1]
+    return Coefficients(a, alpha[1:] - a * alpha[:-1], torch.zeros_like(a), d)
+
+
+def ddpm(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    """Ancestral sampling with the posterior's variance (arXiv 2006.11239, algorithm 2)."""
+    return ddim(alpha, sigma, eta=1.0)
+
+
+def euler(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    """Euler's method for the probability-flow ODE: the same rows as `ddim`."""
+    return ddim(alpha, sigma)
+
+
+def dpmpp_2m(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    """DPM-Solver++(2M), second order, deterministic (arXiv 2211.01095, algorithm 2)."""
+    return _extrapolate_x0(ddim(alpha, sigma), alpha, sigma)
+
+
+def dpmpp_2m_sde(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    """SDE-DPM-Solver++(2M): `dpmpp_2m` on ancestral sampling (arXiv 2211.01095, appendix D)."""
+    return _extrapolate_x0(ddpm(alpha, sigma), alpha, sigma)
+
+
+def _extrapolate_x0(first: Coefficients, alpha: Tensor, sigma: Tensor) -> Coefficients:
+    """Replace x0 by x0 + (x0 - x0_prev) * h / (2 h_prev), h the step in log(alpha / sigma).
+
+    Where a step is infinitely long there is nothing to extrapolate: to or from a level without noise or signal, and at
+    the first row, which has no x0_prev.
+    """
+    step = (alpha / sigma).log().diff()
+    slope = torch.zeros_like(step)
+    slope[1:] = 0.5 * step[1:] / step[:-1]
+    slope[~slope.isfinite()] = 0.0
+    return Coefficients(first.a, first.b * (1 + slope), -first.b * slope, first.d)
+
+
+SAMPLERS: dict[str, Callable[..., Coefficients]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+}
+
+
+# --- grids ---
+
+
+def timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "trailing", offset: int = 0) -> list[int]:
+    """`num_steps` distinct timesteps of 0 ... T-1, descending (arXiv 2305.08891, table 2).
+
+    Args:
+        num_timesteps: T.
+        num_steps: 1 to T.
+        spacing: `trailing` starts at T-1 and is the one for zero terminal SNR; `leading` ends at `offset`; `linspace`
+            does both (one step: T-1 alone).
+        offset: added to `leading` (Stable Diffusion's `steps_offset` is 1).
+
+    Raises:
+        LatentDiffError: unknown spacing, or a number of steps or an offset that does not fit.
+    """
+    check_choice("spacing", spacing, SPACINGS)
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= num_timesteps:
+        raise LatentDiffError(f"num_steps={num_steps!r}: expected a whole number from 1 to {num_timesteps}")
+    if offset and spacing != "leading":
+        raise LatentDiffError(f"offset={offset!r} with spacing {spacing!r}: only 'leading' takes an offset")
+    index = torch.arange(num_steps, dtype=torch.float64)
+    if spacing == "leading":
+        grid = (num_timesteps // num_steps) * index.flip(0) + offset
+    elif spacing == "trailing":
+        grid = (num_timesteps - index * num_timesteps / num_steps).round() - 1
+    else:
+        grid = (num_timesteps - 1) * (1 - index / max(num_steps - 1, 1))
+    result = [int(t) for t in grid.round()]
+    if not 0 <= result[-1] <= result[0] < num_timesteps:
+        raise LatentDiffError(f"offset={offset!r} leaves the timesteps 0 to {num_timesteps - 1}")
+    return result
+
+
+def make_rows(
+    sampler: str,
+    schedule: Schedule,
+    num_steps: int,
+    *,
+    spacing: Spacing | None = None,
+    offset: int = 0,
+    eta: float | None = None,
+) -> list[Row]:
+    """The rows that take x from the first timestep of a grid to clean latents.
+
+    Args:
+        sampler: `ddpm`, `ddim`, `euler`, `dpmpp_2m` or `dpmpp_2m_sde`.
+        schedule: the forward process.
+        num_steps: rows, 1 to T.
+        spacing: of the grid; None for `linspace` with `euler` and `trailing` with the others.
+        offset: of `leading` spacing.
+        eta: `ddim` only: 0, the default, is deterministic and 1 is `ddpm`.
+
+    Raises:
+        LatentDiffError: unknown sampler or spacing, or a number out of range.
+    """
+    check_choice("sampler", sampler, SAMPLERS)
+    if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
+        raise LatentDiffError(f"eta={eta!r} with sampler {sampler!r}: only 'ddim' takes an eta, from 0 to 1")
+    if spacing is None:
+        spacing = "linspace" if sampler == "euler" else "trailing"
+    grid = timesteps(schedule.num_timesteps, num_steps, spacing, offset)
+    index = torch.tensor(grid)
+    alpha = torch.cat([schedule.alpha.cpu()[index], torch.ones(1, dtype=torch.float64)])
+    sigma = torch.cat([schedule.sigma.cpu()[index], torch.zeros(1, dtype=torch.float64)])
+    columns = SAMPLERS[sampler](alpha, sigma, **({} if eta is None else {"eta": eta}))
+    return [Row(t, *values) for t, *values in zip(grid, *(column.tolist() for column in columns), strict=True)]
+
+
+# --- the loop ---
+
+
+def sample(
+    denoise: Denoise, x: Tensor, rows: Iterable[Row], noise: Callable[[int], Tensor] | None = None
+) -> Iterator[Step]:
+    """Run rows from x, yielding after each; the last `x` is the result.
+
+    Args:
+        denoise: (x, t) -> x0, a model with its prediction and guidance dealt with.
+        x: at the first row's noise level; standard normal where sampling starts from nothing.
+        rows: from `make_rows`.
+        noise: standard normal noise for the i-th row that wants some; by default drawn from torch's global generator.
+    """
+    x0_prev = x
+    for index, (t, a, b, c, d) in enumerate(rows):
+        x0 = denoise(x, t)
+        x = a * x + b * x0
+        if c:
+            x = x + c * x0_prev
+        if d:
+            x = x + d * (torch.randn_like(x) if noise is None else noise(index))
+        x0_prev = x0
+        yield Step(t, x, x0)

@@ -1,0 +1,1 @@
+"""Reading and writing models in the layouts of other projects."""
