@@ -86,8 +86,8 @@ def check_prediction(prediction: str, schedule: Schedule) -> None:
     check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "eps" and schedule.has_zero_terminal_snr:
         raise LatentDiffError(
-            "prediction 'eps' does not work with zero terminal SNR: at the last timestep x_t is all noise, so the noise "
-            "says nothing about x0 (x0 = (x_t - sigma * eps) / alpha with alpha = 0); use 'v' or 'x0'"
+            "prediction 'eps' does not work with zero terminal SNR: at the last timestep x_t is all noise, so the "
+            "noise says nothing about x0 (x0 = (x_t - sigma * eps) / alpha with alpha = 0); use 'v' or 'x0'"
         )
 
 

@@ -1,0 +1,14 @@
+"""The text encoder: `TextEncoder`, `TextEncoderConfig`, `train_tokenizer`, and its error and warning."""
+
+from .bert import TextEncoder, TextEncoderConfig, Tokens
+from .errors import TextEncoderError, TokenOverflowWarning
+from .tokenizer import train_tokenizer
+
+__all__ = [
+    "TextEncoder",
+    "TextEncoderConfig",
+    "TextEncoderError",
+    "TokenOverflowWarning",
+    "Tokens",
+    "train_tokenizer",
+]

@@ -1,0 +1,132 @@
+"""Text encoders on disk, through transformers: what is opened, what is refused, what is written.
+
+Only two classes are ever built, by name from the list below. A config cannot bring code or another class along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import BertModel, BertTokenizerFast, CLIPTextModel, CLIPTokenizerFast, PretrainedConfig
+from transformers.utils import logging
+
+from .errors import TextEncoderError
+
+MODELS: dict[str, Any] = {"bert": BertModel, "clip_text_model": CLIPTextModel, "clip": CLIPTextModel}
+TOKENIZERS: dict[str, Any] = {"bert": BertTokenizerFast, "clip": CLIPTokenizerFast}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
+DROPOUTS = {"bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"), "clip": ("attention_dropout",)}
+
+# Keys by which a config could have code loaded, or another implementation than the one that is tested.
+REFUSED = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation", "_attn_implementation_internal")
+
+
+def load_model(name: str | Path, dtype: torch.dtype) -> tuple[nn.Module, str]:
+    """The model behind a folder or hub name, and its kind, `bert` or `clip`.
+
+    Raises:
+        TextEncoderError: as `TextEncoder.from_pretrained`.
+    """
+    local = _is_local(name)
+    if local and not (Path(name) / "config.json").is_file():
+        raise TextEncoderError(f"{Path(name) / 'config.json'}: no such file; a text encoder's folder has one")
+    with _errors_of(name):
+        values, _ = PretrainedConfig.get_config_dict(str(name), local_files_only=local)
+    if refused := [key for key in REFUSED if values.get(key)]:
+        raise TextEncoderError(f"{name}: its config has {refused[0]!r}, which is refused: it could run foreign code")
+    model_type = values.get("model_type")
+    if model_type not in MODELS:
+        raise TextEncoderError(f"{name}: model_type {model_type!r} is not supported; only {', '.join(MODELS)} are")
+    kind = "bert" if model_type == "bert" else "clip"
+    no_dropout = dict.fromkeys(DROPOUTS[kind], 0.0)
+    with _errors_of(name), quiet():
+        model, report = MODELS[model_type].from_pretrained(
+            str(name),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=local,
+            output_loading_info=True,
+            **no_dropout,
+        )
+    # Heads that other tasks need may be too many, and the pooler may be missing: features use neither.
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+        raise TextEncoderError(f"{name}: the weights lack {len(missing)} tensors: {', '.join(missing[:3])}")
+    return model, kind
+
+
+def load_tokenizer(name: str | Path, tokenizer: str | Path | None, kind: str) -> tuple[Any, bool]:
+    """The tokenizer, and whether it lies in the model's own folder.
+
+    Raises:
+        TextEncoderError: as `TextEncoder.from_pretrained`.
+    """
+    source = tokenizer
+    if source is None:
+        beside = Path(name).parent / "tokenizer"
+        source = beside if _is_local(name) and not _has_tokenizer(Path(name)) and beside.is_dir() else name
+    local = _is_local(source)
+    if local and not _has_tokenizer(Path(source)):
+        raise TextEncoderError(f"{source}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
+    with _errors_of(source):
+        return TOKENIZERS[kind].from_pretrained(str(source), local_files_only=local), source == name
+
+
+def save_model(model: nn.Module, folder: Path, use_attention_mask: bool) -> None:
+    """Write `config.json` and `model.safetensors`, pooler and all, so that stock loaders have nothing to complain of."""
+    saved: Any = model
+    saved.config.use_attention_mask = use_attention_mask  # without it diffusers passes no mask to the encoder
+    with quiet():
+        saved.save_pretrained(folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, and for BERT `vocab.txt`, which transformers 4 reads."""
+    tokenizer.model_max_length = max_length  # diffusers pads prompts to it
+    tokenizer.save_pretrained(str(folder))
+    if isinstance(tokenizer, BertTokenizerFast):
+        vocabulary = tokenizer.get_vocab()
+        lines = sorted(vocabulary, key=vocabulary.__getitem__)
+        (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and reports: its remarks become our errors where they matter."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _errors_of(name: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except TextEncoderError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TextEncoderError(f"{name}: cannot be opened ({reason})") from error
+
+
+def _is_local(name: str | Path) -> bool:
+    if Path(name).is_dir():
+        return True
+    if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub name looks like that
+        raise TextEncoderError(f"{name}: no such folder")
+    return False
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in TOKENIZER_FILES)

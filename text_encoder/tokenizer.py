@@ -1,0 +1,44 @@
+"""A WordPiece vocabulary trained on the captions at hand (arXiv 1609.08144, section 4.1), as a BERT tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import BertTokenizerFast
+
+from .errors import TextEncoderError
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def train_tokenizer(
+    captions: Iterable[str], *, vocab_size: int = 8192, max_length: int = 77, min_frequency: int = 2
+) -> BertTokenizerFast:
+    """Learn a lower-case WordPiece vocabulary. The same captions give the same one, in whatever order they come.
+
+    Args:
+        captions: the training captions.
+        vocab_size: entries at the most; fewer where the captions have no more to offer.
+        max_length: tokens of a prompt, [CLS] and [SEP] included.
+        min_frequency: how often a piece must occur to get an entry of its own.
+
+    Raises:
+        TextEncoderError: the captions hold no words, or a number is out of range.
+    """
+    if vocab_size < len(SPECIAL_TOKENS) + 1:
+        raise TextEncoderError(f"vocab_size={vocab_size}: expected more than the {len(SPECIAL_TOKENS)} special tokens")
+    if max_length < 3:
+        raise TextEncoderError(f"max_length={max_length}: expected at least 3, for [CLS], a token and [SEP]")
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    words = sorted(set(learner.get_vocab()) - set(SPECIAL_TOKENS))  # the trainer's own order changes between runs
+    if not words:
+        raise TextEncoderError("the captions hold no words to learn a vocabulary from")
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *words])}
+    return BertTokenizerFast(vocab=vocabulary, do_lower_case=True, model_max_length=max_length)
