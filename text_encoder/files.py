@@ -44,16 +44,10 @@ def load_model(name: str | Path, dtype: torch.dtype) -> tuple[nn.Module, str]:
     if model_type not in MODELS:
         raise TextEncoderError(f"{name}: model_type {model_type!r} is not supported; only {', '.join(MODELS)} are")
     kind = "bert" if model_type == "bert" else "clip"
-    no_dropout = dict.fromkeys(DROPOUTS[kind], 0.0)
+    no_dropout: dict[str, Any] = dict.fromkeys(DROPOUTS[kind], 0.0)
+    options = {"use_safetensors": True, "local_files_only": local, "output_loading_info": True, **no_dropout}
     with _errors_of(name), quiet():
-        model, report = MODELS[model_type].from_pretrained(
-            str(name),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=local,
-            output_loading_info=True,
-            **no_dropout,
-        )
+        model, report = MODELS[model_type].from_pretrained(str(name), dtype=dtype, **options)
     # Heads that other tasks need may be too many, and the pooler may be missing: features use neither.
     if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
         raise TextEncoderError(f"{name}: the weights lack {len(missing)} tensors: {', '.join(missing[:3])}")
@@ -78,7 +72,7 @@ def load_tokenizer(name: str | Path, tokenizer: str | Path | None, kind: str) ->
 
 
 def save_model(model: nn.Module, folder: Path, use_attention_mask: bool) -> None:
-    """Write `config.json` and `model.safetensors`, pooler and all, so that stock loaders have nothing to complain of."""
+    """Write `config.json` and `model.safetensors`, pooler and all: stock loaders shall have nothing to complain of."""
     saved: Any = model
     saved.config.use_attention_mask = use_attention_mask  # without it diffusers passes no mask to the encoder
     with quiet():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import KeyValue, SpatialTransformer
 
-Time = Tensor | Sequence[Tensor]  # embedding (B, E), or every ResBlock's projection of it, (B or 1, C) each
+Time = Tensor | Sequence[Tensor]  # embedding (B or 1, E), or every ResBlock's projection of it, (B or 1, C) each
 Context = Tensor | Sequence[KeyValue]  # features (B, L, D), or every cross-attention's keys and values
 
 

@@ -165,6 +165,8 @@ class UNetConfig:
                 f"{len(has_attention)} down_block_types for {len(get('block_out_channels'))} block_out_channels"
             )
         heads = get("attention_head_dim")  # despite its name the number of heads: diffusers keeps a historical mistake
+        if heads is None:
+            raise UNetError("attention_head_dim=None is not supported; it is the number of heads, or a list of them")
         return cls(
             sample_size=get("sample_size"),
             in_channels=get("in_channels"),

@@ -127,7 +127,7 @@ class UNet(nn.Module):
 
         Args:
             x: noisy latents (B, in_channels, H, W); any H and W from 1 up.
-            t: timesteps (B,) or (), int64 or float; or one step's rows of `project_time`.
+            t: timesteps (B,), or () for all, int64 or float; or one step's rows of `project_time`.
             context: text features (B, L, D); or what `project_context` made of them.
 
         Returns:
@@ -137,7 +137,7 @@ class UNet(nn.Module):
             UNetError: a shape or dtype does not fit.
         """
         self._check_inputs(x, t, context)
-        time = self.time_embedding(t.expand(x.shape[0])) if isinstance(t, Tensor) else t  # (B, E)
+        time = self.time_embedding(t.reshape(-1)) if isinstance(t, Tensor) else t  # (B or 1, E)
         x = self.conv_in(x.to(memory_format=torch.channels_last))
         skips = [x]
         for block in self.down_blocks:
@@ -166,10 +166,11 @@ class UNet(nn.Module):
     def project_time(self, t: Tensor) -> list[Tensor]:
         """What each ResBlock adds for timesteps t (S,): a list of (S, C), once a schedule instead of once a step.
 
-        Step i takes `[shift[i : i + 1] for shift in shifts]`, which holds for a batch of any size.
+        Step i takes `[shift[i : i + 1] for shift in shifts]`, for a batch of any size. Bit for bit what `forward`
+        computes from t[i]: row by row, because a linear layer rounds many rows otherwise than one.
         """
-        time = self.time_embedding(t)
-        return [resnet.project(time) for resnet in self.resnets()]
+        times = [self.time_embedding(row) for row in torch.split(t, 1)]
+        return [torch.cat([resnet.project(time) for time in times]) for resnet in self.resnets()]
 
     def set_attention_backend(self, name: str) -> None:
         """Choose `sdpa` (the default) or `xformers` for every attention.
@@ -234,6 +235,8 @@ class UNet(nn.Module):
         batch, channels, width = x.shape[0] if x.dim() else 0, self.config.in_channels, self.config.context_dim
         if x.dim() != 4 or x.shape[1] != channels:
             raise UNetError(f"x has shape {tuple(x.shape)}; expected (B, {channels}, H, W)")
+        if not x.numel():
+            raise UNetError(f"x has no elements: shape {tuple(x.shape)}")
         weights = self.conv_in.weight.dtype
         if x.dtype != weights and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise UNetError(f"x is {x.dtype} and the weights are {weights}: cast one of them or use autocast")

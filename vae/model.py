@@ -115,6 +115,8 @@ class VAE(nn.Module):
             VAEError: a shape or dtype does not fit.
         """
         posterior = self.posterior(pixels)
+        if noise is not None and noise.shape != posterior.mean.shape:
+            raise VAEError(f"noise has shape {tuple(noise.shape)}; expected {tuple(posterior.mean.shape)}")
         return self.decode_z(posterior.mode() if noise is None else posterior.shifted(noise)), posterior
 
     def posterior(self, pixels: Tensor) -> DiagonalGaussian:
@@ -181,6 +183,8 @@ class VAE(nn.Module):
             raise VAEError(f"{name} has shape {tuple(x.shape)}; expected (B, {channels}, height, width)")
         if x.shape[2] % multiple or x.shape[3] % multiple:
             raise VAEError(f"{name} has height and width {tuple(x.shape[2:])}; both must be multiples of {multiple}")
+        if not x.numel():
+            raise VAEError(f"{name} has no elements: shape {tuple(x.shape)}")
         weights = self.decoder.conv_in.weight.dtype
         if x.dtype != weights and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise VAEError(f"{name} is {x.dtype} and the weights are {weights}: cast one of them or use autocast")

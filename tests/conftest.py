@@ -1,0 +1,55 @@
+"""What all tests share: no network, one stream of random numbers, a ruler."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def relative_error():
+    """Norm of the difference over the norm of the reference, in float64."""
+
+    def measure(value: torch.Tensor, reference: torch.Tensor) -> float:
+        value, reference = value.detach().double(), reference.detach().double()
+        return float((value - reference).norm() / reference.norm())
+
+    return measure
+
+
+@pytest.fixture
+def check_gradients():
+    """Every parameter's gradient against the reference's, relative to max(its norm, 1e-6 of the largest norm).
+
+    The bias of an attention's keys is left out in float32: it adds the same to all logits of a query, so its gradient
+    is zero, and what either side has there is rounding, below 1e-8 of the largest gradient.
+    """
+
+    def check(model: torch.nn.Module, reference: torch.nn.Module, tolerance: float) -> None:
+        expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert found.keys() == expected.keys()
+        largest = max(float(grad.norm()) for grad in expected.values())
+        errors = {}
+        for name, grad in expected.items():
+            difference = float((found[name] - grad).norm())
+            if name.endswith("to_k.bias") and grad.dtype == torch.float32:
+                assert difference < 1e-8 * largest, name
+            else:
+                errors[name] = difference / max(float(grad.norm()), 1e-6 * largest)
+        worst = max(errors, key=errors.__getitem__)
+        assert errors[worst] < tolerance, f"{worst}: {errors[worst]:.1e}"
+
+    return check

@@ -1,0 +1,148 @@
+"""Configs and folders that are wrong get one clear error, and nothing half-loaded."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from unet import UNet, UNetConfig, UNetError
+
+CONFIG = UNetConfig(block_out_channels=(32, 64), attention_levels=(0,), num_heads=4, context_dim=24, norm_groups=8)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    UNet(CONFIG).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_embed_type": "timestep"}, r"class_embed_type='timestep' is not supported; only None is"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),
+        ({"mid_block_type": None}, "mid_block_type=None is not supported; only 'UNetMidBlock2DCrossAttn' is"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift='scale_shift'"),
+        ({"encoder_hid_dim": 512}, "encoder_hid_dim=512"),
+        ({"act_fn": "gelu"}, "act_fn='gelu'"),
+        ({"dropout": 0.1}, "dropout=0.1"),
+        ({"cross_attention_dim": [24, 24]}, r"cross_attention_dim=\[24, 24\] is not supported"),
+        ({"layers_per_block": [2, 2]}, r"layers_per_block=\[2, 2\] is not supported"),
+        ({"layers_per_block": True}, "layers_per_block=True is not supported"),
+        ({"attention_head_dim": 7}, "num_heads=7 does not divide"),
+        ({"attention_head_dim": [4]}, "num_heads has 1 entries for 2 levels"),
+        ({"attention_head_dim": None}, "attention_head_dim=None is not supported"),
+        ({"attention_head_dim": "8"}, "num_heads='8' is not supported"),
+        ({"down_block_types": ["KDownBlock2D", "DownBlock2D"]}, "down_block_types has 'KDownBlock2D'"),
+        ({"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "does not mirror down_block_types"),
+        ({"down_block_types": "DownBlock2D"}, "down_block_types='DownBlock2D' is not supported; it is a list"),
+        ({"block_out_channels": 5}, "block_out_channels=5 is not supported; it is a list"),
+        ({"block_out_channels": [32, 64, 64]}, "2 down_block_types for 3 block_out_channels"),
+        ({"block_out_channels": [32, 60]}, "block_out_channels has 60, which norm_groups=8 does not divide"),
+        ({"norm_num_groups": None}, "norm_groups=None"),
+        ({"norm_eps": "small"}, "norm_eps='small'"),
+        ({"use_linear_projection": 1}, "linear_projection=1 is not supported; it is true or false"),
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"sample_size": -1}, "sample_size=-1"),
+        ({"_class_name": "UNet3DConditionModel"}, "_class_name is 'UNet3DConditionModel'"),
+        ({"bolck_out_channels": [1]}, "unknown key 'bolck_out_channels'"),
+    ],
+)
+def test_unsupported_configs_are_refused_by_name(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(UNetError, match=message) as caught:
+        UNet.from_pretrained(folder)
+    assert str(folder / "config.json") in str(caught.value)
+
+
+def test_a_missing_key_takes_diffusers_default(folder):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    del values["norm_eps"], values["flip_sin_to_cos"], values["out_channels"]
+    path.write_text(json.dumps(values))
+    assert UNet.from_pretrained(folder).config == CONFIG
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("conv_in.bias"), "lacks 1 tensor: conv_in.bias"),
+        (lambda w: [w.pop(name) for name in list(w) if "mid_block" in name], r"lacks 46 tensors: mid_block.*, …"),
+        (lambda w: w.update(extra=torch.zeros(1)), "has, and this UNet has not, 1 tensor: extra"),
+        (
+            lambda w: w.update({"conv_in.bias": torch.zeros(31)}),
+            r"conv_in.bias has shape \[31\]; the config says \[32\]",
+        ),
+        (
+            lambda w: w.update({"conv_in.bias": torch.zeros(32, dtype=torch.int8)}),
+            "conv_in.bias is I8; expected one of",
+        ),
+    ],
+    ids=["missing", "many_missing", "extra", "misshapen", "integers"],
+)
+def test_wrong_tensors(folder, change, message):
+    change_weights(folder, change)
+    with pytest.raises(UNetError, match=message) as caught:
+        UNet.from_pretrained(folder)
+    assert str(folder / WEIGHTS) in str(caught.value)
+
+
+def test_a_larger_config_is_refused_before_it_is_allocated(folder, monkeypatch):
+    """860M parameters in the config, a small file: the error must come from comparing shapes on the meta device."""
+    edit_config(folder, block_out_channels=[3200, 64])
+    monkeypatch.setattr(torch, "randn", None)
+    with pytest.raises(UNetError, match="the config says"):
+        UNet.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, -1], ids=["empty", "in_length", "in_header", "last_byte"])
+def test_truncated_weights(folder, size):
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UNetError, match="damaged or not a safetensors file"):
+        UNet.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not valid JSON"), ("[1]", "holds a list"), ("\xff", "JSON"), ("[" * 100_000, "not valid JSON")],
+    ids=["cut", "list", "bytes", "deep"],
+)
+def test_damaged_config(folder, text, message):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UNetError, match=message):
+        UNet.from_pretrained(folder)
+
+
+def test_missing_files(folder, tmp_path):
+    with pytest.raises(UNetError, match="no such folder"):
+        UNet.from_pretrained(tmp_path / "nowhere")
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(UNetError, match=r"pickled \.bin files are never opened"):
+        UNet.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UNetError, match=r"config\.json: no such file"):
+        UNet.from_pretrained(folder)
+
+
+def test_saving_twice_and_dtypes(folder):
+    unet = UNet.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
+    assert not unet.training
+    unet.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == {"config.json", WEIGHTS}
+    assert load_file(folder / WEIGHTS)["conv_in.bias"].dtype == torch.bfloat16
+    assert UNet.from_pretrained(folder).conv_in.weight.dtype == torch.float32

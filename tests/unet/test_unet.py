@@ -1,0 +1,238 @@
+"""The UNet by itself: sizes, cached projections, memory layout, compilation, checkpointing, wrong inputs."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unet import UNet, UNetConfig, UNetError
+from unet.attention import Attention
+
+SMALL = UNetConfig(
+    block_out_channels=(32, 64), attention_levels=(0, 1), num_heads=4, context_dim=24, norm_groups=8, layers_per_block=2
+)
+
+
+def randomized(config: UNetConfig = SMALL) -> UNet:
+    """A UNet that does not predict zero: the layers that start at zero get torch's usual start."""
+    unet = UNet(config).eval()
+    for layer in unet.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear) and not layer.weight.any():
+            layer.reset_parameters()
+    return unet
+
+
+@pytest.fixture
+def unet() -> UNet:
+    return randomized()
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(2, 4, 8, 8), torch.tensor([3, 981]), torch.randn(2, 7, 24)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (UNetConfig(), 859_520_964),
+        (UNetConfig(num_heads=(5, 10, 20, 20), linear_projection=True, context_dim=1024), 865_910_724),
+        (UNetConfig(context_dim=1280), 872_300_484),
+    ],
+    ids=["sd1", "sd2", "ldm_text2im"],
+)
+def test_parameter_counts(config, count):
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in UNet(config).parameters()) == count
+
+
+def test_a_new_network_predicts_zero_and_learns(inputs):
+    unet = UNet(SMALL)
+    out = unet(*inputs)
+    assert not out.any()
+    (out - 1).square().mean().backward()
+    assert unet.conv_out.weight.grad.any()
+
+
+def test_cached_keys_and_values_are_exact(unet, inputs):
+    x, t, context = inputs
+    with torch.no_grad():
+        assert torch.equal(unet(x, t, unet.project_context(context)), unet(x, t, context))
+
+
+def test_cached_time_projections_are_exact(unet, inputs, relative_error):
+    """One row of the table must serve a batch of any size, and be what the step itself would have computed."""
+    x, _, context = inputs
+    grid = torch.arange(999, -1, -20)
+    with torch.no_grad():
+        table = unet.project_time(grid)
+        for step in (0, 17, 49):
+            row = [shift[step : step + 1] for shift in table]
+            for size in (1, 2):
+                cached = unet(x[:size], row, context[:size])
+                assert torch.equal(cached, unet(x[:size], grid[step], context[:size]))
+                repeated = unet(x[:size], grid[step].repeat(size), context[:size])  # rounds otherwise for two rows
+                assert relative_error(cached, repeated) < 3e-6
+
+
+def test_gradients_reach_every_parameter(unet, inputs):
+    """A layer that forward forgets would train on nothing, and hang DDP."""
+    unet(*inputs).square().sum().backward()
+    assert not [
+        name for name, parameter in unet.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
+
+
+class LayoutCopies(TorchDispatchMode):
+    """Counts copies that only change the memory layout of a feature map (4 dimensions, more than one pixel)."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.clone.default and args[0].dim() == 4 and args[0].shape[-1] * args[0].shape[-2] > 1:
+            self.copies.append(tuple(args[0].shape))
+        elif isinstance(out, torch.Tensor) and out.dim() == 4 and min(out.shape[1:]) > 1 and "convolution" in str(func):
+            assert out.is_contiguous(memory_format=torch.channels_last), f"{func} left channels-last"
+        return out
+
+
+def test_channels_last_end_to_end(unet, inputs):
+    x, t, context = inputs
+    with torch.no_grad(), LayoutCopies() as mode:
+        out = unet(x.to(memory_format=torch.channels_last), t, context)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert not mode.copies
+
+
+def test_compiles_without_graph_break(unet, inputs):
+    """fullgraph raises at the first break; eager backend: what is tested is the tracing, not the code generator."""
+    x, t, context = inputs
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x, t, context), unet(x, t, context))
+        kv, times = unet.project_context(context), unet.project_time(t)
+        assert torch.equal(compiled(x, times, kv), unet(x, times, kv))
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same(unet, inputs, relative_error):
+    with torch.no_grad():
+        assert relative_error(torch.compile(unet, fullgraph=True)(*inputs), unet(*inputs)) < 1e-5
+
+
+def test_gradient_checkpointing_recomputes_the_same(unet, inputs):
+    def run() -> tuple[int, list[torch.Tensor]]:
+        saved = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += tensor.numel() if tensor.requires_grad and not tensor.is_leaf else 0
+            return tensor
+
+        unet.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = unet(*inputs).square().mean()
+        loss.backward()
+        return saved, [parameter.grad for parameter in unet.parameters()]
+
+    plain, expected = run()
+    unet.enable_gradient_checkpointing()
+    fewer, found = run()
+    assert fewer < plain / 3
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    unet.enable_gradient_checkpointing(False)
+    assert run()[0] == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(unet, inputs, relative_error, dtype):
+    x, t, context = inputs
+    with torch.no_grad():
+        expected = unet(x, t, context)
+        found = unet.to(dtype)(x.to(dtype), t, context.to(dtype))
+    assert found.dtype == dtype
+    assert relative_error(found, expected) < (3e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_autocast_takes_float32_inputs(unet, inputs, relative_error):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(unet(*inputs).float(), unet.float()(*inputs)) < 3e-2
+
+
+def test_upcast_attention_runs_in_float32(inputs):
+    unet = randomized(UNetConfig(**{**vars(SMALL), "upcast_attention": True})).bfloat16()
+    seen = []
+    for layer in unet.modules():
+        if isinstance(layer, Attention):
+            plain = layer.attend
+            layer.attend = lambda q, k, v, plain=plain: seen.append(q.dtype) or plain(q, k, v)
+    x, t, context = inputs
+    assert unet(x.bfloat16(), t, context.bfloat16()).dtype == torch.bfloat16
+    assert set(seen) == {torch.float32}
+
+
+def test_float_and_scalar_timesteps(unet, inputs, relative_error):
+    x, t, context = inputs
+    with torch.no_grad():
+        assert torch.equal(unet(x, t.float(), context), unet(x, t, context))
+        assert relative_error(unet(x, torch.tensor(3), context), unet(x, torch.tensor([3, 3]), context)) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 8, 8)}, r"x has shape \(2, 3, 8, 8\); expected \(B, 4, H, W\)"),
+        ({"x": torch.zeros(4, 8, 8)}, r"x has shape \(4, 8, 8\)"),
+        ({"x": torch.tensor(1.0)}, r"x has shape \(\)"),
+        (
+            {"x": torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16)},
+            r"x is torch\.bfloat16 and the weights are torch\.float32",
+        ),
+        ({"x": torch.zeros(2, 4, 8, 8, dtype=torch.uint8)}, r"x is torch\.uint8"),
+        ({"t": torch.zeros(3, dtype=torch.int64)}, r"t has shape \(3,\); expected \(\) or \(2,\)"),
+        ({"t": torch.zeros(2, dtype=torch.int32)}, r"t is torch\.int32; expected int64"),
+        ({"t": torch.zeros(2, dtype=torch.bool)}, r"t is torch\.bool"),
+        ({"t": []}, r"projections for 0 ResBlocks; this UNet has 12"),
+        ({"context": torch.zeros(2, 7, 25)}, r"context has shape \(2, 7, 25\); expected \(2, L, 24\)"),
+        ({"context": torch.zeros(1, 7, 24)}, r"context has shape \(1, 7, 24\)"),
+        ({"context": torch.zeros(2, 24)}, r"context has shape \(2, 24\)"),
+        ({"context": []}, r"keys and values for 0 cross-attentions; this UNet has 11"),
+        ({"context": [(torch.zeros(3, 4, 7, 8),) * 2] * 11}, r"for a batch of 3; x has 2"),
+    ],
+)
+def test_wrong_inputs(unet, inputs, change, message):
+    arguments = {**dict(zip(("x", "t", "context"), inputs, strict=True)), **change}
+    with pytest.raises(UNetError, match=message):
+        unet(**arguments)
+
+
+def test_attention_backends(unet):
+    with pytest.raises(UNetError, match="'flash' is unknown; choose 'sdpa' or 'xformers'"):
+        unet.set_attention_backend("flash")
+    unet.set_attention_backend("sdpa")
+    try:
+        import xformers  # noqa: F401
+    except ImportError:
+        with pytest.raises(UNetError, match=r"not installed: pip install 'latentdiff\[xformers\]'"):
+            unet.set_attention_backend("xformers")
+
+
+def test_xformers_gets_its_own_layout(unet, inputs, monkeypatch, relative_error):
+    """xformers runs on NVIDIA GPUs only; a stand-in with its documented (B, N, h, C/h) layout checks our side of it."""
+    import sys
+    import types
+
+    def memory_efficient_attention(q, k, v):
+        weights = torch.einsum("bnhc,bmhc->bhnm", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
+        return torch.einsum("bhnm,bmhc->bnhc", weights, v)
+
+    module = types.ModuleType("xformers.ops")
+    module.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    with torch.no_grad():
+        expected = unet(*inputs)
+        unet.set_attention_backend("xformers")
+        assert relative_error(unet(*inputs), expected) < 1e-5
