@@ -17,7 +17,8 @@ draw the same picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -92,13 +93,13 @@ def dpmpp_2m_sde(alpha: Tensor, sigma: Tensor) -> Coefficients:
 def _extrapolate_x0(first: Coefficients, alpha: Tensor, sigma: Tensor) -> Coefficients:
     """Replace x0 by x0 + (x0 - x0_prev) * h / (2 h_prev), h the step in log(alpha / sigma).
 
-    Where a step is infinitely long there is nothing to extrapolate: to or from a level without noise or signal, and at
-    the first row, which has no x0_prev.
+    The first row has no x0_prev, and towards a level without noise the step is infinitely long: neither extrapolates.
+    From a level without signal it would be infinite too; there alpha counts as 2**-12, as in diffusers.
     """
-    step = (alpha / sigma).log().diff()
+    step = (alpha.clamp(min=2.0**-12) / sigma).log().diff()
     slope = torch.zeros_like(step)
     slope[1:] = 0.5 * step[1:] / step[:-1]
-    slope[~slope.isfinite()] = 0.0
+    slope[step.isinf()] = 0.0
     return Coefficients(first.a, first.b * (1 + slope), -first.b * slope, first.d)
 
 
@@ -167,12 +168,30 @@ def make_rows(
     Raises:
         LatentDiffError: unknown sampler or spacing, or a number out of range.
     """
+    if spacing is None:
+        spacing = "linspace" if sampler == "euler" else "trailing"
+    return rows_at(sampler, schedule, timesteps(schedule.num_timesteps, num_steps, spacing, offset), eta=eta)
+
+
+def rows_at(sampler: str, schedule: Schedule, grid: Sequence[int], *, eta: float | None = None) -> list[Row]:
+    """The rows from each timestep of a grid to the next, and from the last to clean latents.
+
+    Args:
+        sampler: as in `make_rows`.
+        schedule: the forward process.
+        grid: descending timesteps, for instance the later part of `timesteps` to start from a noised picture.
+        eta: as in `make_rows`.
+
+    Raises:
+        LatentDiffError: unknown sampler, eta out of range, or a grid that does not descend within 0 ... T-1.
+    """
     check_choice("sampler", sampler, SAMPLERS)
     if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
         raise LatentDiffError(f"eta={eta!r} with sampler {sampler!r}: only 'ddim' takes an eta, from 0 to 1")
-    if spacing is None:
-        spacing = "linspace" if sampler == "euler" else "trailing"
-    grid = timesteps(schedule.num_timesteps, num_steps, spacing, offset)
+    if not grid or grid[0] >= schedule.num_timesteps or grid[-1] < 0 or any(a <= b for a, b in pairwise(grid)):
+        raise LatentDiffError(
+            f"timesteps {list(grid)}: expected them descending within 0 to {schedule.num_timesteps - 1}"
+        )
     index = torch.tensor(grid)
     alpha = torch.cat([schedule.alpha.cpu()[index], torch.ones(1, dtype=torch.float64)])
     sigma = torch.cat([schedule.sigma.cpu()[index], torch.zeros(1, dtype=torch.float64)])
