@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -30,15 +31,24 @@ def train_tokenizer(
         raise TextEncoderError(f"vocab_size={vocab_size}: expected more than the {len(SPECIAL_TOKENS)} special tokens")
     if max_length < 3:
         raise TextEncoderError(f"max_length={max_length}: expected at least 3, for [CLS], a token and [SEP]")
-    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    learner.normalizer = normalizers.BertNormalizer(lowercase=True)
-    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS), show_progress=False
-    )
-    learner.train_from_iterator(captions, trainer)
-    words = sorted(set(learner.get_vocab()) - set(SPECIAL_TOKENS))  # the trainer's own order changes between runs
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for caption in captions:
+        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
     if not words:
         raise TextEncoderError("the captions hold no words to learn a vocabulary from")
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *words])}
+    # The trainer breaks ties by the pieces' numbers, and numbers inner letters as it meets them, in an order that
+    # changes between runs. Named up front, in order, they have fixed numbers, and the vocabulary is always the same.
+    inner_letters = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[*SPECIAL_TOKENS, *inner_letters],
+        show_progress=False,
+    )
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    learner.train_from_iterator((word for word in sorted(words) for _ in range(words[word])), trainer)
+    pieces = sorted(set(learner.get_vocab()) - set(SPECIAL_TOKENS))
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *pieces])}
     return BertTokenizerFast(vocab=vocabulary, do_lower_case=True, model_max_length=max_length)
