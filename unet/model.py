@@ -48,6 +48,61 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
+def make_resnet(config: UNetConfig, in_width: int, width: int) -> ResBlock:
+    """A ResBlock of this network."""
+    time_dim = 4 * config.block_out_channels[0]
+    return ResBlock(in_width, width, time_dim, norm_groups=config.norm_groups, norm_eps=config.norm_eps)
+
+
+def make_transformer(config: UNetConfig, level: int) -> SpatialTransformer:
+    """A transformer for the pixels of one resolution."""
+    return SpatialTransformer(
+        config.block_out_channels[level],
+        config.heads_per_level[level],
+        config.transformer_layers,
+        config.context_dim,
+        norm_groups=config.norm_groups,
+        linear=config.linear_projection,
+        upcast=config.upcast_attention,
+    )
+
+
+def make_level(config: UNetConfig, level: int, in_widths: list[int]) -> Level:
+    """One ResBlock for each of `in_widths`, with a transformer behind each where the level has attention."""
+    resnets = [make_resnet(config, in_width, config.block_out_channels[level]) for in_width in in_widths]
+    has_attention = level in config.attention_levels
+    return Level(resnets, [make_transformer(config, level) for _ in resnets] if has_attention else [])
+
+
+def make_way_down(config: UNetConfig) -> tuple[list[Level], list[int]]:
+    """The levels from the outermost to the lowest, and the widths of the feature maps kept for the way up."""
+    levels: list[Level] = []
+    skips = [config.block_out_channels[0]]  # what conv_in makes
+    for index, width in enumerate(config.block_out_channels):
+        level = make_level(config, index, [skips[-1]] + [width] * (config.layers_per_block - 1))
+        skips += [width] * config.layers_per_block
+        if index < len(config.block_out_channels) - 1:
+            level.downsamplers.append(Downsample(width))
+            skips.append(width)
+        levels.append(level)
+    return levels, skips
+
+
+def make_way_up(config: UNetConfig, skips: list[int]) -> list[Level]:
+    """The levels from the lowest to the outermost; every ResBlock also takes the last feature map not yet used."""
+    levels: list[Level] = []
+    skips, below = list(skips), config.block_out_channels[-1]
+    for index in reversed(range(len(config.block_out_channels))):
+        width = config.block_out_channels[index]
+        in_widths = [(width if layer else below) + skips.pop() for layer in range(config.layers_per_block + 1)]
+        level = make_level(config, index, in_widths)
+        if index > 0:
+            level.upsamplers.append(Upsample(width))
+        levels.append(level)
+        below = width
+    return levels
+
+
 class UNet(nn.Module):
     """Noisy latents, timestep and text features in, prediction out: `unet(x, t, context)`.
 
@@ -55,66 +110,23 @@ class UNet(nn.Module):
     network predicts zero: as in LDM, its last layer and the last layer of each ResBlock and transformer start at zero.
     """
 
+    down_blocks: Iterable[Level]
+    up_blocks: Iterable[Level]
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        widths, time_dim = config.block_out_channels, 4 * config.block_out_channels[0]
-        last = len(widths) - 1
-
-        def resnet(in_width: int, width: int) -> ResBlock:
-            return ResBlock(in_width, width, time_dim, norm_groups=config.norm_groups, norm_eps=config.norm_eps)
-
-        def transformer(level: int) -> SpatialTransformer:
-            return SpatialTransformer(
-                widths[level],
-                config.heads_per_level[level],
-                config.transformer_layers,
-                config.context_dim,
-                norm_groups=config.norm_groups,
-                linear=config.linear_projection,
-                upcast=config.upcast_attention,
-            )
-
-        def make_level(level: int, in_widths: list[int]) -> Level:
-            attentions = [transformer(level) for _ in in_widths] if level in config.attention_levels else []
-            return Level([resnet(in_width, widths[level]) for in_width in in_widths], attentions)
-
+        widths = config.block_out_channels
+        way_down, skips = make_way_down(config)
+        middle = [make_resnet(config, widths[-1], widths[-1]) for _ in range(2)]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], time_dim)
-
-        skips = [widths[0]]  # widths of the feature maps that the way up will ask for
-        down_blocks: list[Level] = []
-        for level, width in enumerate(widths):
-            block = make_level(level, [skips[-1]] + [width] * (config.layers_per_block - 1))
-            skips += [width] * config.layers_per_block
-            if level < last:
-                block.downsamplers.append(Downsample(width))
-                skips.append(width)
-            down_blocks.append(block)
-
-        self.down_blocks: Iterable[Level] = nn.ModuleList(down_blocks)  # type: ignore[assignment]
-
-        middle = widths[last]
-        self.mid_block = Level([resnet(middle, middle), resnet(middle, middle)], [transformer(last)])
-
-        up_blocks: list[Level] = []
-        below = middle
-        for level in reversed(range(len(widths))):
-            in_widths = []
-            for _ in range(config.layers_per_block + 1):
-                in_widths.append(below + skips.pop())
-                below = widths[level]
-            block = make_level(level, in_widths)
-            if level > 0:
-                block.upsamplers.append(Upsample(widths[level]))
-            up_blocks.append(block)
-
-        self.up_blocks: Iterable[Level] = nn.ModuleList(up_blocks)  # type: ignore[assignment]
-
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        self.down_blocks = nn.ModuleList(way_down)  # type: ignore[assignment]
+        self.mid_block = Level(middle, [make_transformer(config, len(widths) - 1)])
+        self.up_blocks = nn.ModuleList(make_way_up(config, skips))  # type: ignore[assignment]
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-
         for index, res in enumerate(self.resnets()):
             res.index = index
         for index, attention in enumerate(self.cross_attentions()):

@@ -181,7 +181,7 @@ def test_same_latents_as_diffusers(name, prediction, zero, spacing, num_steps):
         return torch.randn(x.shape, generator=generator, dtype=noise_dtype)
 
     found = ours(name, schedule, prediction, x, grid, noise)
-    # Their alpha_T = 2**-12 under zero terminal SNR is a real, small difference, most of all in an ancestral first step.
+    # Their alpha_T = 2**-12 under zero terminal SNR is a real difference, most of all in an ancestral first step.
     tolerances = {"dpmpp_2m": 1e-3, "euler": 1e-3, "dpmpp_2m_sde": 3e-3} if zero else {}
     tolerance = tolerances.get(name, 1e-4)
     assert float((found - expected).abs().max()) < tolerance * max(1.0, float(expected.abs().max()))
