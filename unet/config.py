@@ -92,6 +92,9 @@ class UNetConfig:
     upcast_attention: bool = False  # attention in float32 whatever the model's dtype (SD 2.1: float16 overflows)
 
     def __post_init__(self) -> None:
+        for name in ("block_out_channels", "attention_levels", "num_heads"):  # as JSON and YAML give them
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         for name in (
             "in_channels",
             "out_channels",
@@ -124,6 +127,10 @@ class UNetConfig:
             _check_positive("num_heads", heads)
             if width % heads:
                 raise UNetError(f"num_heads={heads} does not divide the level's width {width}")
+        # One spelling each, so that equal networks have equal configs.
+        heads_per_level = self.heads_per_level
+        object.__setattr__(self, "num_heads", heads_per_level[0] if len(set(heads_per_level)) == 1 else heads_per_level)
+        object.__setattr__(self, "attention_levels", tuple(sorted(set(self.attention_levels))))
 
     @property
     def heads_per_level(self) -> tuple[int, ...]:

@@ -55,6 +55,9 @@ class VAEConfig:
     force_upcast: bool = False  # float16 overflows in this VAE, so diffusers shall run it in float32
 
     def __post_init__(self) -> None:
+        for name in ("block_out_channels", "attention_levels", "quant_convs", "sample_size"):  # as JSON and YAML give
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_groups"):
             _check_positive(name, getattr(self, name))
         for name in ("mid_attention", "force_upcast"):
@@ -74,6 +77,7 @@ class VAEConfig:
                 raise VAEError(f"block_out_channels has {width}, which norm_groups={self.norm_groups} does not divide")
         if wrong := [level for level in self.attention_levels if level not in range(len(self.block_out_channels))]:
             raise VAEError(f"attention_levels has {wrong[0]}; the levels are 0 to {len(self.block_out_channels) - 1}")
+        object.__setattr__(self, "attention_levels", tuple(sorted(set(self.attention_levels))))  # one spelling
 
     @property
     def downsampling(self) -> int:
@@ -105,7 +109,6 @@ class VAEConfig:
             raise VAEError(f"up_block_types={get('up_block_types')!r} does not mirror down_block_types")
         if len(attention) != len(get("block_out_channels")):
             raise VAEError(f"{len(attention)} down_block_types for {len(get('block_out_channels'))} block_out_channels")
-        sample_size = get("sample_size")
         return cls(
             in_channels=get("in_channels"),
             out_channels=get("out_channels"),
@@ -118,7 +121,7 @@ class VAEConfig:
             norm_groups=get("norm_num_groups"),
             scale_factor=get("scaling_factor"),
             shift_factor=0.0 if get("shift_factor") is None else get("shift_factor"),
-            sample_size=tuple(sample_size) if isinstance(sample_size, list) else sample_size,
+            sample_size=get("sample_size"),
             force_upcast=get("force_upcast"),
         )
 

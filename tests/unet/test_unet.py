@@ -45,6 +45,14 @@ def test_parameter_counts(config, count):
         assert sum(parameter.numel() for parameter in UNet(config).parameters()) == count
 
 
+def test_equal_networks_have_equal_configs():
+    """Whichever way the same thing is written, and as it comes back from a file."""
+    config = UNetConfig(block_out_channels=[64, 128], attention_levels=[1, 0, 1], num_heads=None, norm_groups=8)
+    assert config == UNetConfig(block_out_channels=(64, 128), attention_levels=(0, 1), num_heads=(1, 2), norm_groups=8)
+    assert UNetConfig.from_diffusers(config.to_diffusers()) == config
+    assert UNetConfig(num_heads=(8, 8, 8, 8)) == UNetConfig(num_heads=8)
+
+
 def test_a_new_network_predicts_zero_and_learns(inputs):
     unet = UNet(SMALL)
     out = unet(*inputs)

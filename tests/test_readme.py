@@ -1,0 +1,77 @@
+"""The README's Python block draws what diffusers' pipeline draws from the same folder and noise."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import BertModel, BertTokenizerFast
+
+from text_encoder import TextEncoder, TextEncoderConfig, train_tokenizer
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small model with a BERT, its UNet and VAE saved by diffusers."""
+    tokenizer = train_tokenizer(["a red apple", "a green car"] * 5, vocab_size=60, max_length=8)
+    TextEncoder.new(TextEncoderConfig(width=32, num_layers=1), tokenizer).save_pretrained(tmp_path / "text_encoder")
+    UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        layers_per_block=1,
+    ).save_pretrained(tmp_path / "unet")
+    AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    ).save_pretrained(tmp_path / "vae")
+    return tmp_path
+
+
+def test_python_block(folder, relative_error, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names = {"folder": str(folder)}
+    exec(block, names)
+    assert len(capsys.readouterr().out.splitlines()) == 25
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=BertModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=BertTokenizerFast.from_pretrained(folder / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=DPMSolverMultistepScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="trailing",
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 25, "guidance_scale": 5.0, "output_type": "latent"}
+    expected = pipeline("a red apple", latents=names["x"].clone(), **arguments).images
+    assert relative_error(names["step"].x, expected) < 1e-4
+    with torch.no_grad():
+        pixels = pipeline.vae.decode(expected / pipeline.vae.config.scaling_factor).sample
+    assert relative_error(names["pixels"], pixels) < 1e-4
+
+
+def test_the_map_names_every_file():
+    """A file that the map leaves out is one that nobody finds."""
+    text = README.read_text()
+    for package in ("latentdiff", "unet", "vae", "text_encoder"):
+        for path in (README.parent / package).glob("*.py"):
+            name = f"{package}/{path.name}"
+            if path.stem not in ("__init__", "errors"):
+                assert f"`{name}`" in text, name
