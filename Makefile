@@ -32,7 +32,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/unet_forward.py
 	$(BIN)/python benchmarks/vae.py
 
-# Pushes a 1-D mixture forward and draws it back with the exact reverse chain, as one picture.
+# Pushes a 1-D mixture into noise and draws it back with a small learned chain, as one picture.
 demo: $(STAMP)
 	$(BIN)/python examples/one_dimension.py --output outputs/one_dimension.png
 
