@@ -90,28 +90,37 @@ def test_gradients_reach_every_parameter(unet, inputs):
     ]
 
 
-class LayoutCopies(TorchDispatchMode):
-    """Counts copies that only change the memory layout of a feature map (4 dimensions, more than one pixel)."""
+class LayoutWatch(TorchDispatchMode):
+    """Notes every clone of a feature map, and every convolution whose map or weight is not channels-last."""
 
     def __init__(self):
         super().__init__()
-        self.copies = []
+        self.wrong = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.clone.default and args[0].dim() == 4 and args[0].shape[-1] * args[0].shape[-2] > 1:
-            self.copies.append(tuple(args[0].shape))
-        elif isinstance(out, torch.Tensor) and out.dim() == 4 and min(out.shape[1:]) > 1 and "convolution" in str(func):
-            assert out.is_contiguous(memory_format=torch.channels_last), f"{func} left channels-last"
+        if func is torch.ops.aten.clone.default and args[0].dim() == 4:
+            self.wrong.append(f"clone of {tuple(args[0].shape)}")
+        if "convolution" in str(func):
+            for tensor in (args[0], args[1], out):
+                if not tensor.is_contiguous(memory_format=torch.channels_last):
+                    self.wrong.append(f"{func} on {tuple(tensor.shape)} with strides {tensor.stride()}")
         return out
 
 
-def test_channels_last_end_to_end(unet, inputs):
+@pytest.mark.parametrize("opened", [False, True], ids=["new", "from_pretrained"])
+def test_channels_last_end_to_end(unet, inputs, tmp_path, opened):
+    """Also from an ordinary input: one copy at the door, none after it."""
     x, t, context = inputs
-    with torch.no_grad(), LayoutCopies() as mode:
-        out = unet(x.to(memory_format=torch.channels_last), t, context)
+    assert not x.is_contiguous(memory_format=torch.channels_last)
+    if opened:
+        unet.save_pretrained(tmp_path)
+        unet = UNet.from_pretrained(tmp_path)
+    with torch.no_grad(), LayoutWatch() as watch:
+        out = unet(x, t, context)
+        out = unet(out, t, context)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert not mode.copies
+    assert not watch.wrong
 
 
 def test_compiles_without_graph_break(unet, inputs):
@@ -162,6 +171,13 @@ def test_other_dtypes(unet, inputs, relative_error, dtype):
         found = unet.to(dtype)(x.to(dtype), t, context.to(dtype))
     assert found.dtype == dtype
     assert relative_error(found, expected) < (3e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_timesteps_keep_their_digits_in_bfloat16(unet, inputs):
+    """981 is 980 in bfloat16: sinusoids must be taken of the timestep as it came."""
+    unet = unet.bfloat16()
+    one, other = (torch.stack(unet.project_time(torch.tensor([t]))[:1]) for t in (980, 981))
+    assert not torch.equal(one, other)
 
 
 def test_autocast_takes_float32_inputs(unet, inputs, relative_error):
