@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unet import UNet, UNetConfig, UNetError
-from unet.attention import Attention
+from unet.attention import Attention, SpatialTransformer
+from unet.blocks import ResBlock
 
 SMALL = UNetConfig(
     block_out_channels=(32, 64), attention_levels=(0, 1), num_heads=4, context_dim=24, norm_groups=8, layers_per_block=2
@@ -57,14 +58,26 @@ def test_a_new_network_predicts_zero_and_learns(inputs):
     unet = UNet(SMALL)
     out = unet(*inputs)
     assert not out.any()
+    for layer in unet.modules():  # each ResBlock and transformer starts as nothing but its skip connection
+        if isinstance(layer, ResBlock):
+            assert not layer.conv2.weight.any()
+            assert layer.conv1.weight.any()
+        if isinstance(layer, SpatialTransformer):
+            assert not layer.proj_out.weight.any()
+            assert layer.proj_in.weight.any()
     (out - 1).square().mean().backward()
     assert unet.conv_out.weight.grad.any()
 
 
-def test_cached_keys_and_values_are_exact(unet, inputs):
-    x, t, context = inputs
+@pytest.mark.parametrize("context_dim", [24, 32])
+def test_cached_keys_and_values_are_exact(context_dim):
+    """32 is also the width of a level: what makes a cross-attention is where it sits, not its sizes."""
+    unet = randomized(UNetConfig(**{**vars(SMALL), "context_dim": context_dim}))
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 981]), torch.randn(2, 7, context_dim)
     with torch.no_grad():
-        assert torch.equal(unet(x, t, unet.project_context(context)), unet(x, t, context))
+        cached = unet.project_context(context)
+        assert len(cached) == 11
+        assert torch.equal(unet(x, t, cached), unet(x, t, context))
 
 
 def test_cached_time_projections_are_exact(unet, inputs, relative_error):
