@@ -1,7 +1,7 @@
 """The mathematics of diffusion: forward process, posterior, predictions, the bound on the likelihood, losses.
 
 Pure functions of tensors. x0, x_t and noise are (B, ...); t is int64 (B,) or () in 0 ... T-1, the paper's t minus 1.
-What is computed is float32, or float64 where the input is; all densities and divergences are in nats. Equation
+Computed in float32, or float64 where the input is, and returned so; all densities and divergences are in nats. Equation
 numbers are those of DDPM (arXiv 2006.11239) unless another paper is named.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import LatentDiffError, check_choice
-from .schedule import Schedule
+from .schedule import Schedule, at_least_float32, looks_at_values
 
 Prediction = Literal["eps", "x0", "v", "mean"]  # noise, clean latents, alpha * noise - sigma * x0, mean of x_{t-1}
 Weighting = Literal["simple", "elbo", "min_snr"]
@@ -48,7 +48,12 @@ def forward_kernel(x0: Tensor, t: Tensor, schedule: Schedule) -> Gaussian:
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """x_t: the draw from q(x_t | x0) that standard normal noise makes, in the dtype of x0."""
+    """x_t: the draw from q(x_t | x0) that standard normal noise makes, in the dtype of x0.
+
+    Raises:
+        LatentDiffError: x0 and noise differ in shape, or x0 is not of floating point.
+    """
+    _check_same_shape("noise", noise, "x0", x0)
     alpha, sigma = schedule.at(t, x0)
     return (alpha * x0 + sigma * noise).to(x0.dtype)
 
@@ -67,6 +72,10 @@ def sample_timesteps(
     Stratified, the range is cut into `batch_size` equal parts, one draw falls in each, and the draws are shuffled: the
     same expectation, less variance (arXiv 2107.00630, appendix I.1), and every slice of a batch is fair.
     """
+    if batch_size < 1 or num_timesteps < 1:
+        raise LatentDiffError(
+            f"batch_size={batch_size!r}, num_timesteps={num_timesteps!r}: expected at least 1 of each"
+        )
     uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     if stratified:
         parts = torch.randperm(batch_size, generator=generator)
@@ -95,9 +104,9 @@ def target(x0: Tensor, noise: Tensor, t: Tensor, prediction: Prediction, schedul
     """What the network should have said at x_t = add_noise(x0, noise, t)."""
     check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "eps":
-        return noise
+        return at_least_float32(noise)
     if prediction == "x0":
-        return x0
+        return at_least_float32(x0)
     alpha, sigma = schedule.at(t, x0)
     if prediction == "v":
         return alpha * noise - sigma * x0
@@ -112,15 +121,16 @@ def to_x0(output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction, schedu
             looking would wait for the device, and the result is not finite; `check_prediction` refuses it up front).
     """
     check_choice("prediction", prediction, PREDICTIONS)
+    _check_same_shape("output", output, "x_t", x_t)
     if prediction == "x0":
-        return output
+        return at_least_float32(output)
     if prediction == "mean":
         c0, ct = _posterior_factors(t, schedule, x_t)
         return (output - ct * x_t) / c0
     alpha, sigma = schedule.at(t, x_t)
     if prediction == "v":
         return alpha * x_t - sigma * output
-    if alpha.device.type == "cpu" and bool((alpha == 0).any()):
+    if looks_at_values(alpha) and bool((alpha == 0).any()):
         check_prediction("eps", schedule)
     return (x_t - sigma * output) / alpha
 
@@ -129,7 +139,7 @@ def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction, schedule
     """The prediction at x_t that stands for clean latents x0: the inverse of `to_x0`."""
     check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "x0":
-        return x0
+        return at_least_float32(x0)
     if prediction == "mean":
         return posterior(x0, x_t, t, schedule).mean
     alpha, sigma = schedule.at(t, x_t)
@@ -262,10 +272,16 @@ def diffusion_loss(
     min_snr_gamma: float = 5.0,
     variance: Variance = "beta",
 ) -> Tensor:
-    """Weighted squared error of the prediction at add_noise(x0, noise, t), mean over elements: (B,)."""
+    """Weighted squared error of the prediction at add_noise(x0, noise, t), mean over elements: (B,).
+
+    Raises:
+        LatentDiffError: as `check_prediction` and `loss_weight`, or shapes differ.
+    """
     check_prediction(prediction, schedule)
+    _check_same_shape("output", output, "x0", x0)
+    _check_same_shape("noise", noise, "x0", x0)
     weight = loss_weight(t, prediction, weighting, schedule, x0, min_snr_gamma=min_snr_gamma, variance=variance)
-    error = (output - target(x0, noise, t, prediction, schedule)).square()
+    error = (at_least_float32(output) - target(x0, noise, t, prediction, schedule)).square()
     return (weight * error).flatten(1).mean(1)
 
 
@@ -289,3 +305,14 @@ def _posterior_variance(t: Tensor, schedule: Schedule, like: Tensor) -> Tensor:
 
 def _is_first(t: Tensor, like: Tensor) -> Tensor:
     return (t == 0).view(-1, *[1] * (like.dim() - 1))
+
+
+def _check_same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse what would silently broadcast, and integers, which would silently be rounded."""
+    if x.shape != other.shape:
+        raise LatentDiffError(
+            f"{name} has shape {tuple(x.shape)} and {other_name} {tuple(other.shape)}; expected the same"
+        )
+    for label, tensor in ((name, x), (other_name, other)):
+        if not tensor.is_floating_point():
+            raise LatentDiffError(f"{label} is {tensor.dtype}; expected floating point")

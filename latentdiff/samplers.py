@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import LatentDiffError, check_choice
-from .schedule import Schedule
+from .schedule import Schedule, at_least_float32
 
 Spacing = Literal["leading", "trailing", "linspace"]
 SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
@@ -94,9 +94,12 @@ def _extrapolate_x0(first: Coefficients, alpha: Tensor, sigma: Tensor) -> Coeffi
     """Replace x0 by x0 + (x0 - x0_prev) * h / (2 h_prev), h the step in log(alpha / sigma).
 
     The first row has no x0_prev, and towards a level without noise the step is infinitely long: neither extrapolates.
-    From a level without signal it would be infinite too; there alpha counts as 2**-12, as in diffusers.
+    From a level without signal it is infinitely long too; there alpha counts as 2**-12, diffusers' stand-in, or less
+    where the next level has hardly more.
     """
-    step = (alpha.clamp(min=2.0**-12) / sigma).log().diff()
+    if alpha[0] == 0:
+        alpha = torch.cat([(alpha[1:2] / 2).clamp(max=2.0**-12), alpha[1:]])
+    step = (alpha / sigma).log().diff()
     slope = torch.zeros_like(step)
     slope[1:] = 0.5 * step[1:] / step[:-1]
     slope[step.isinf()] = 0.0
@@ -121,8 +124,8 @@ def timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "trailing",
     Args:
         num_timesteps: T.
         num_steps: 1 to T.
-        spacing: `trailing` starts at T-1 and is the one for zero terminal SNR; `leading` ends at `offset`; `linspace`
-            does both (one step: T-1 alone).
+        spacing: `trailing` starts at T-1, where x is pure noise under zero terminal SNR; `leading` ends at `offset`
+            and starts below T-1; `linspace` has both ends (one step: T-1 alone).
         offset: added to `leading` (Stable Diffusion's `steps_offset` is 1).
 
     Raises:
@@ -137,7 +140,7 @@ def timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "trailing",
     if spacing == "leading":
         grid = (num_timesteps // num_steps) * index.flip(0) + offset
     elif spacing == "trailing":
-        grid = (num_timesteps - index * num_timesteps / num_steps).round() - 1
+        grid = (num_timesteps - index * (num_timesteps / num_steps)).round() - 1
     else:
         grid = (num_timesteps - 1) * (1 - index / max(num_steps - 1, 1))
     result = [int(t) for t in grid.round()]
@@ -188,7 +191,13 @@ def rows_at(sampler: str, schedule: Schedule, grid: Sequence[int], *, eta: float
     check_choice("sampler", sampler, SAMPLERS)
     if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
         raise LatentDiffError(f"eta={eta!r} with sampler {sampler!r}: only 'ddim' takes an eta, from 0 to 1")
-    if not grid or grid[0] >= schedule.num_timesteps or grid[-1] < 0 or any(a <= b for a, b in pairwise(grid)):
+    if (
+        not grid
+        or not all(isinstance(t, int) for t in grid)
+        or grid[0] >= schedule.num_timesteps
+        or grid[-1] < 0
+        or any(a <= b for a, b in pairwise(grid))
+    ):
         raise LatentDiffError(
             f"timesteps {list(grid)}: expected them descending within 0 to {schedule.num_timesteps - 1}"
         )
@@ -205,17 +214,17 @@ def rows_at(sampler: str, schedule: Schedule, grid: Sequence[int], *, eta: float
 def sample(
     denoise: Denoise, x: Tensor, rows: Iterable[Row], noise: Callable[[int], Tensor] | None = None
 ) -> Iterator[Step]:
-    """Run rows from x, yielding after each; the last `x` is the result.
+    """Run rows from x, yielding after each; the last `x` is the result. Nothing here is below float32.
 
     Args:
-        denoise: (x, t) -> x0, a model with its prediction and guidance dealt with.
+        denoise: (x, t) -> x0, a model with its prediction, guidance and dtype dealt with; x comes in float32.
         x: at the first row's noise level; standard normal where sampling starts from nothing.
         rows: from `make_rows`.
         noise: standard normal noise for the i-th row that wants some; by default drawn from torch's global generator.
     """
-    x0_prev = x
+    x = x0_prev = at_least_float32(x)
     for index, (t, a, b, c, d) in enumerate(rows):
-        x0 = denoise(x, t)
+        x0 = at_least_float32(denoise(x, t))
         x = a * x + b * x0
         if c:
             x = x + c * x0_prev

@@ -49,6 +49,16 @@ def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - ratios
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x itself, or in float32 where its dtype is coarser."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def looks_at_values(x: Tensor) -> bool:
+    """Whether asking for a number in x is free: not on a GPU, where one waits for it, and not while compiling."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The forward process with T timesteps: tables of length T, float64, on one device.
@@ -66,6 +76,8 @@ class Schedule:
     has_zero_terminal_snr: bool = field(init=False)  # whether x_T is pure noise
 
     def __post_init__(self) -> None:
+        if not isinstance(self.betas, Tensor):
+            raise LatentDiffError(f"betas are a {type(self.betas).__name__}; expected a tensor")
         betas = self.betas.double()
         if betas.dim() != 1 or len(betas) < 2:
             raise LatentDiffError(f"betas have shape {tuple(betas.shape)}; expected a vector of at least 2")
@@ -114,7 +126,7 @@ class Schedule:
         if name == "cosine" and given:
             raise LatentDiffError(f"{next(iter(given))} is given, but the cosine schedule has no such setting")
         for key, value in given.items():
-            if not 0 < value < 1:
+            if not isinstance(value, int | float) or not 0 < value < 1:
                 raise LatentDiffError(f"{key}={value!r}: expected a number between 0 and 1")
         betas = BETAS[name](num_timesteps, **given)
         return cls(rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas)
@@ -145,29 +157,35 @@ class Schedule:
     def check(self, t: Tensor) -> None:
         """Refuse timesteps that are not int64 in 0 ... T-1.
 
-        Values are looked at on the CPU only: on a GPU that would make the program wait for the device. There an index
-        out of range ends in CUDA's own assertion.
+        Values are looked at on the CPU only, and not while compiling: on a GPU that would make the program wait for the
+        device. There an index out of range ends in CUDA's own assertion.
 
         Raises:
             LatentDiffError: wrong dtype, or a value out of range.
         """
         if t.dtype != torch.int64:
             raise LatentDiffError(f"t is {t.dtype}; expected int64")
-        if t.device.type == "cpu" and t.numel() and (t.min() < 0 or t.max() >= self.num_timesteps):
+        if looks_at_values(t) and t.numel() and (t.min() < 0 or t.max() >= self.num_timesteps):
             raise LatentDiffError(f"t={t.tolist()} is out of range; the timesteps are 0 to {self.num_timesteps - 1}")
 
     def gather(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         """Entries t (B,) or () of a table (T,), shaped to multiply `like` (B, ...), in float64 or else float32.
 
+        `t` lies where the table does, the CPU unless the schedule was moved; the result where `like` does.
+
         Raises:
-            LatentDiffError: as `check`, or the number of timesteps is neither 1 nor B.
+            LatentDiffError: as `check`, or the number of timesteps is neither 1 nor B, or they are on another device.
         """
         self.check(t)
         if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, like.shape[0])):
             raise LatentDiffError(f"t has shape {tuple(t.shape)}; expected () or ({like.shape[0]},)")
+        if t.device != table.device:
+            raise LatentDiffError(
+                f"t is on {t.device} and the schedule on {table.device}: move it with schedule.to(...)"
+            )
         values = table.index_select(0, t.reshape(-1))  # unlike table[t], never counts from the end
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return values.to(dtype).view(-1, *[1] * (like.dim() - 1))
+        return values.to(like.device, dtype).view(-1, *[1] * (like.dim() - 1))
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at t, shaped to multiply `like` (B, ...)."""

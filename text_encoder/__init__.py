@@ -1,6 +1,6 @@
 """The text encoder: `TextEncoder`, `TextEncoderConfig`, `train_tokenizer`, and its error and warning."""
 
-from .bert import TextEncoder, TextEncoderConfig, Tokens
+from .bert import TextEncoder, TextEncoderConfig, TokenizedPrompts
 from .errors import TextEncoderError, TokenOverflowWarning
 from .tokenizer import train_tokenizer
 
@@ -9,6 +9,6 @@ __all__ = [
     "TextEncoderConfig",
     "TextEncoderError",
     "TokenOverflowWarning",
-    "Tokens",
+    "TokenizedPrompts",
     "train_tokenizer",
 ]

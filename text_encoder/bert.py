@@ -17,6 +17,9 @@ from transformers import BertConfig, BertModel
 
 from .errors import TextEncoderError, TokenOverflowWarning
 from .files import load_model, load_tokenizer, save_model, save_tokenizer
+from .tokenizer import check_text
+
+MAX_PROMPT = 4096  # tokens; more is no prompt
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,11 @@ class TextEncoderConfig:
             raise TextEncoderError(f"num_heads={self.num_heads} does not divide width={self.width}")
 
 
-class Tokens(NamedTuple):
+class TokenizedPrompts(NamedTuple):
     """Prompts as numbers."""
 
-    ids: Tensor  # (B, L) int64, on the CPU
-    mask: Tensor  # (B, L) bool, True = real token, False = padding
+    tokens: Tensor  # (B, L) int64, on the CPU
+    context_mask: Tensor  # (B, L) bool, True = real token, False = padding
     lost: list[int]  # tokens of each prompt that did not fit
 
 
@@ -76,15 +79,22 @@ class TextEncoder(nn.Module):
         self.use_attention_mask = use_attention_mask
         config: Any = model.config
         self.context_dim = int(config.hidden_size)  # D
-        if not 3 <= max_length <= config.max_position_embeddings:
-            raise TextEncoderError(f"max_length={max_length}: the model has {config.max_position_embeddings} positions")
+        positions = config.max_position_embeddings
+        if not isinstance(max_length, int) or isinstance(max_length, bool) or not 3 <= max_length <= positions:
+            raise TextEncoderError(f"max_length={max_length!r}: expected 3 to {positions}, the model's positions")
         if len(tokenizer) > config.vocab_size:
             raise TextEncoderError(f"the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}")
         self.set_trainable(True)
 
     @classmethod
     def new(cls, config: TextEncoderConfig, tokenizer: Any) -> TextEncoder:
-        """A BERT with random weights for a tokenizer, for instance one from `train_tokenizer`."""
+        """A BERT with random weights for a tokenizer, for instance one from `train_tokenizer`.
+
+        Raises:
+            TextEncoderError: the tokenizer does not say how long a prompt is.
+        """
+        if tokenizer.model_max_length > MAX_PROMPT:  # transformers' word for "not set" is 1e30
+            raise TextEncoderError(f"the tokenizer's model_max_length is not set: expected 3 to {MAX_PROMPT}")
         bert = BertConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.width,
@@ -129,7 +139,9 @@ class TextEncoder(nn.Module):
             # BERT's 512 is what the model can read, not a length for prompts.
             max_length = min(loaded.model_max_length, positions, 77 if own_folder else positions)
         if use_attention_mask is None:
-            use_attention_mask = bool(getattr(config, "use_attention_mask", kind == "bert"))
+            use_attention_mask = getattr(config, "use_attention_mask", kind == "bert")
+        if not isinstance(use_attention_mask, bool):
+            raise TextEncoderError(f"{name}: use_attention_mask={use_attention_mask!r}: expected true or false")
         return cls(model, loaded, max_length, use_attention_mask=use_attention_mask).eval()
 
     def save_pretrained(self, folder: str | Path, tokenizer_folder: str | Path | None = None) -> None:
@@ -147,17 +159,19 @@ class TextEncoder(nn.Module):
         Raises:
             TextEncoderError: not a list of strings, or an empty one.
         """
-        tokens = self.tokenize(prompts)
-        return self.encode(tokens.ids, tokens.mask)
+        tokens, context_mask, _ = self.tokenize(prompts)
+        return self.encode(tokens, context_mask)
 
-    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+    def tokenize(self, prompts: Sequence[str]) -> TokenizedPrompts:
         """Prompts as L tokens each. What does not fit is cut off, counted, and warned of (TokenOverflowWarning).
 
         Raises:
             TextEncoderError: not a list of strings, or an empty one.
         """
-        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        if not isinstance(prompts, list | tuple) or not prompts:
             raise TextEncoderError(f"prompts={prompts!r}: expected a list of at least one string")
+        for prompt in prompts:
+            check_text("prompt", prompt)
         prompts = list(prompts)
         lengths = [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
         lost = [max(0, length - self.max_length) for length in lengths]
@@ -166,13 +180,13 @@ class TextEncoder(nn.Module):
         batch = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         )
-        return Tokens(batch["input_ids"], batch["attention_mask"].bool(), lost)
+        return TokenizedPrompts(batch["input_ids"], batch["attention_mask"].bool(), lost)
 
-    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, context_mask: Tensor) -> Tensor:
         """Tokens (B, L) and their mask (B, L), on any device, to features (B, L, D)."""
         device = next(self.model.parameters()).device
-        attention_mask = mask.to(device) if self.use_attention_mask else None
-        context: Tensor = self.model(input_ids=ids.to(device), attention_mask=attention_mask).last_hidden_state
+        attention_mask = context_mask.to(device) if self.use_attention_mask else None
+        context: Tensor = self.model(input_ids=tokens.to(device), attention_mask=attention_mask).last_hidden_state
         return context
 
     def null_context(self, batch_size: int = 1) -> Tensor:

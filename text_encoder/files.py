@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import BertModel, BertTokenizerFast, CLIPTextModel, CLIPTokenizerFast, PretrainedConfig
 from transformers.utils import logging
@@ -23,8 +22,18 @@ TOKENIZERS: dict[str, Any] = {"bert": BertTokenizerFast, "clip": CLIPTokenizerFa
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 DROPOUTS = {"bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"), "clip": ("attention_dropout",)}
 
-# Keys by which a config could have code loaded, or another implementation than the one that is tested.
-REFUSED = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation", "_attn_implementation_internal")
+# Keys by which a config could have code loaded, or become another kind of model than the one that is tested.
+REFUSED = (
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "quantization_config",
+    "is_decoder",
+    "add_cross_attention",
+)
+OURS = ("embeddings.", "encoder.", "text_model.", "bert.", "final_layer_norm.")  # tensors that features pass through
 
 
 def load_model(name: str | Path, dtype: torch.dtype) -> tuple[nn.Module, str]:
@@ -38,9 +47,12 @@ def load_model(name: str | Path, dtype: torch.dtype) -> tuple[nn.Module, str]:
         raise TextEncoderError(f"{Path(name) / 'config.json'}: no such file; a text encoder's folder has one")
     with _errors_of(name):
         values, _ = PretrainedConfig.get_config_dict(str(name), local_files_only=local)
-    if refused := [key for key in REFUSED if values.get(key)]:
-        raise TextEncoderError(f"{name}: its config has {refused[0]!r}, which is refused: it could run foreign code")
-    model_type = values.get("model_type")
+        refused = [key for key in REFUSED if values.get(key)]
+        model_type = str(values.get("model_type"))
+    if refused:
+        raise TextEncoderError(
+            f"{name}: its config has {refused[0]!r}, which is refused: foreign code, or another model"
+        )
     if model_type not in MODELS:
         raise TextEncoderError(f"{name}: model_type {model_type!r} is not supported; only {', '.join(MODELS)} are")
     kind = "bert" if model_type == "bert" else "clip"
@@ -51,6 +63,8 @@ def load_model(name: str | Path, dtype: torch.dtype) -> tuple[nn.Module, str]:
     # Heads that other tasks need may be too many, and the pooler may be missing: features use neither.
     if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
         raise TextEncoderError(f"{name}: the weights lack {len(missing)} tensors: {', '.join(missing[:3])}")
+    if extra := sorted(key for key in report["unexpected_keys"] if key.startswith(OURS)):
+        raise TextEncoderError(f"{name}: the weights have {len(extra)} tensors too many: {', '.join(extra[:3])}")
     return model, kind
 
 
@@ -68,25 +82,31 @@ def load_tokenizer(name: str | Path, tokenizer: str | Path | None, kind: str) ->
     if local and not _has_tokenizer(Path(source)):
         raise TextEncoderError(f"{source}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
     with _errors_of(source):
-        return TOKENIZERS[kind].from_pretrained(str(source), local_files_only=local), source == name
+        loaded = TOKENIZERS[kind].from_pretrained(str(source), local_files_only=local)
+    if not isinstance(loaded.model_max_length, int):
+        raise TextEncoderError(f"{source}: model_max_length={loaded.model_max_length!r}: expected a whole number")
+    return loaded, source == name
 
 
 def save_model(model: nn.Module, folder: Path, use_attention_mask: bool) -> None:
     """Write `config.json` and `model.safetensors`, pooler and all: stock loaders shall have nothing to complain of."""
     saved: Any = model
     saved.config.use_attention_mask = use_attention_mask  # without it diffusers passes no mask to the encoder
-    with quiet():
+    with _errors_of(folder, "written"), quiet():
+        folder.mkdir(parents=True, exist_ok=True)  # transformers would log a failure and go on
         saved.save_pretrained(folder)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, and for BERT `vocab.txt`, which transformers 4 reads."""
     tokenizer.model_max_length = max_length  # diffusers pads prompts to it
-    tokenizer.save_pretrained(str(folder))
-    if isinstance(tokenizer, BertTokenizerFast):
-        vocabulary = tokenizer.get_vocab()
-        lines = sorted(vocabulary, key=vocabulary.__getitem__)
-        (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with _errors_of(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(folder))
+        if isinstance(tokenizer, BertTokenizerFast):
+            vocabulary = tokenizer.get_vocab()
+            lines = sorted(vocabulary, key=vocabulary.__getitem__)
+            (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -104,20 +124,22 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _errors_of(name: str | Path) -> Iterator[None]:
+def _errors_of(name: str | Path, what: str = "opened") -> Iterator[None]:
+    """Whatever a library makes of a bad file, in one line that names the file."""
     try:
         yield
     except TextEncoderError:
         raise
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TextEncoderError(f"{name}: cannot be opened ({reason})") from error
+        raise TextEncoderError(f"{name}: cannot be {what} ({reason})") from error
 
 
 def _is_local(name: str | Path) -> bool:
-    if Path(name).is_dir():
+    if name != "" and len(str(name)) < 4096 and Path(name).is_dir():
         return True
-    if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub name looks like that
+    looks_local = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local or not 0 < len(str(name)) < 200:
         raise TextEncoderError(f"{name}: no such folder")
     return False
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,7 +75,8 @@ class Attention(nn.Module):
         else:
             k, v = context[self.index]
         if self.upcast:
-            out = self.attend(q.float(), k.float(), v.float()).to(x.dtype)
+            with torch.autocast(x.device.type, enabled=False):  # which would cast back
+                out = self.attend(q.float(), k.float(), v.float()).to(q.dtype)
         else:
             out = self.attend(q, k, v)
         return self.to_out[0](out.transpose(1, 2).flatten(2))

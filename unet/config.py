@@ -95,15 +95,13 @@ class UNetConfig:
         for name in ("block_out_channels", "attention_levels", "num_heads"):  # as JSON and YAML give them
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        for name in (
-            "in_channels",
-            "out_channels",
-            "layers_per_block",
-            "transformer_layers",
-            "context_dim",
-            "norm_groups",
-        ):
+        for name in ("block_out_channels", "attention_levels"):
+            if not isinstance(getattr(self, name), tuple):
+                raise UNetError(f"{name}={getattr(self, name)!r} is not supported; it is a list of whole numbers")
+        for name in ("in_channels", "out_channels", "context_dim", "norm_groups"):
             _check_positive(name, getattr(self, name))
+        for name in ("layers_per_block", "transformer_layers"):
+            _check_positive(name, getattr(self, name), at_most=100)
         if self.sample_size is not None:
             _check_positive("sample_size", self.sample_size)
         for name in ("linear_projection", "upcast_attention"):
@@ -119,8 +117,9 @@ class UNetConfig:
                 raise UNetError(f"block_out_channels has {width}, which norm_groups={self.norm_groups} does not divide")
         if self.block_out_channels[0] % 2:
             raise UNetError(f"block_out_channels[0] is {self.block_out_channels[0]}: half sines, half cosines, so even")
-        if wrong := [level for level in self.attention_levels if level not in range(len(self.block_out_channels))]:
-            raise UNetError(f"attention_levels has {wrong[0]}; the levels are 0 to {len(self.block_out_channels) - 1}")
+        levels = range(len(self.block_out_channels))
+        if wrong := [level for level in self.attention_levels if type(level) is not int or level not in levels]:
+            raise UNetError(f"attention_levels has {wrong[0]!r}; the levels are 0 to {levels[-1]}")
         if isinstance(self.num_heads, tuple) and len(self.num_heads) != len(self.block_out_channels):
             raise UNetError(f"num_heads has {len(self.num_heads)} entries for {len(self.block_out_channels)} levels")
         for width, heads in zip(self.block_out_channels, self.heads_per_level, strict=True):
@@ -150,19 +149,20 @@ class UNetConfig:
         """
         if (name := values.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
             raise UNetError(f"_class_name is {name!r}; only 'UNet2DConditionModel' is supported")
-        known = {key: value for key, value in values.items() if not key.startswith("_")}
+        known = {key: _simplest(key, value) for key, value in values.items() if not key.startswith("_")}
         if unknown := sorted(known.keys() - FIXED.keys() - VARYING.keys()):
             raise UNetError(f"unknown key {unknown[0]!r} in the UNet config")
         for key, only in FIXED.items():
             value = known.get(key, only)
-            if value != only and (key, value) != ("act_fn", "swish"):  # swish is silu's older name
+            if value != only or isinstance(value, bool) != isinstance(only, bool):
                 raise UNetError(f"{key}={value!r} is not supported; only {only!r} is")
         get = {**VARYING, **known}.__getitem__
         for key in ("down_block_types", "up_block_types", "block_out_channels"):
             if not isinstance(get(key), list | tuple):
                 raise UNetError(f"{key}={get(key)!r} is not supported; it is a list with one entry a level")
-        for key in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block"):
-            _check_positive(key, get(key))
+        _check_positive("cross_attention_dim", get("cross_attention_dim"))
+        for key in ("layers_per_block", "transformer_layers_per_block"):
+            _check_positive(key, get(key), at_most=100)
         has_attention = _attention_flags("down_block_types", get("down_block_types"), DOWN_TYPES)
         mirrored = _attention_flags("up_block_types", get("up_block_types"), UP_TYPES)[::-1]
         if has_attention != mirrored:
@@ -214,9 +214,26 @@ class UNetConfig:
         }
 
 
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UNetError(f"{name}={value!r} is not supported; it is a whole number from 1 up")
+# Other spellings of the same network that diffusers accepts: one value repeated for every level, null for false.
+PER_LEVEL = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "only_cross_attention")
+SAME = {
+    ("act_fn", "swish"): "silu",
+    ("mid_block_only_cross_attention", False): None,
+    ("use_linear_projection", None): False,
+    ("upcast_attention", None): False,
+}
+
+
+def _simplest(key: str, value: Any) -> Any:
+    if key in PER_LEVEL and isinstance(value, list | tuple) and value and all(entry == value[0] for entry in value):
+        return value[0]
+    return SAME.get((key, value), value) if isinstance(value, str | bool | None) else value
+
+
+def _check_positive(name: str, value: object, at_most: int = 1_000_000) -> None:
+    """Bounds keep a damaged file from building layers until memory ends."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= at_most:
+        raise UNetError(f"{name}={value!r} is not supported; it is a whole number from 1 to {at_most}")
 
 
 def _attention_flags(key: str, types: list[str], allowed: tuple[str, str]) -> list[bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,37 +29,52 @@ def load_folder(
     dtype: torch.dtype | None,
 ) -> Model:
     """The model that `build` makes of the folder's config, with the folder's weights, in evaluation mode."""
+    dtype = torch.float32 if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UNetError(f"dtype={dtype!r}: expected a floating point torch.dtype such as torch.bfloat16")
     values = read_config(folder)
     try:
         with torch.device("meta"):  # shapes only, no memory
             model = build(values)
     except UNetError as error:
         raise UNetError(f"{folder / CONFIG}: {error}") from None
-    weights = read_weights(folder, model, device or "cpu", dtype or torch.float32)
+    weights = read_weights(folder, model, device or "cpu", dtype)
     model.load_state_dict(weights, assign=True)
     return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 def save_folder(model: nn.Module, values: Mapping[str, Any], folder: Path) -> None:
-    """Write both files; each appears under its name only when it is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write both files; each appears under its name only when it is whole.
+
+    Raises:
+        UNetError: the folder cannot be written to.
+    """
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}  # files know no channels-last
-    save_file(weights, folder / f"{WEIGHTS}.partial", metadata={"format": "pt"})
-    (folder / f"{CONFIG}.partial").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in (WEIGHTS, CONFIG):
-        os.replace(folder / f"{name}.partial", folder / name)
+    partial = {name: folder / f"{name}.partial" for name in (WEIGHTS, CONFIG)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, partial[WEIGHTS], metadata={"format": "pt"})
+        partial[CONFIG].write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name, path in partial.items():
+            os.replace(path, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise UNetError(f"{folder}: cannot be written ({error})") from error
+    finally:
+        for path in partial.values():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
     """The folder's `config.json` as a dictionary."""
     path = folder / CONFIG
     if not folder.is_dir():
-        raise UNetError(f"{folder}: no such folder")
+        raise UNetError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
     if not path.is_file():
         raise UNetError(f"{path}: no such file; a UNet folder has {CONFIG} and {WEIGHTS}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also undecodable bytes and endless numbers
         raise UNetError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise UNetError(f"{path}: holds a {type(values).__name__}; expected an object with the configuration")
@@ -69,10 +85,9 @@ def read_weights(folder: Path, model: nn.Module, device: torch.device | str, dty
     """The folder's tensors, after their names, shapes and dtypes were compared with the model's."""
     path = folder / WEIGHTS
     if not path.is_file():
-        pickles = (
-            " (pickled .bin files are never opened: re-save them as safetensors)" if list(folder.glob("*.bin")) else ""
-        )
-        raise UNetError(f"{path}: no such file{pickles}")
+        others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
+        advice = "; pickled .bin files are never opened: re-save them as safetensors" if [*folder.glob("*.bin")] else ""
+        raise UNetError(f"{path}: no such file; the folder has {', '.join(others)}{advice}")
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -84,7 +99,8 @@ def read_weights(folder: Path, model: nn.Module, device: torch.device | str, dty
                     raise UNetError(f"{path}: {name} has shape {found[name].get_shape()}; the config says {shape}")
                 if found[name].get_dtype() not in FLOATS:
                     raise UNetError(f"{path}: {name} is {found[name].get_dtype()}; expected one of {sorted(FLOATS)}")
-            return {name: file.get_tensor(name).to(dtype) for name in expected}
+            # Copied, because a tensor that stays mapped to the file changes with the file.
+            return {name: file.get_tensor(name).to(dtype, copy=True) for name in expected}
     except SafetensorError as error:
         raise UNetError(f"{path}: damaged or not a safetensors file ({error})") from None
 

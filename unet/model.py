@@ -172,7 +172,11 @@ class UNet(nn.Module):
         """Keys and values of text features (B, L, D) for every cross-attention: once a prompt instead of once a step.
 
         Bit for bit what `forward` computes from the same features.
+
+        Raises:
+            UNetError: the shape or dtype does not fit.
         """
+        self._check_context(context, context.shape[0] if context.dim() else 0)
         return [attention.project(context) for attention in self.cross_attentions()]
 
     def project_time(self, t: Tensor) -> list[Tensor]:
@@ -180,7 +184,13 @@ class UNet(nn.Module):
 
         Step i takes `[shift[i : i + 1] for shift in shifts]`, for a batch of any size. Bit for bit what `forward`
         computes from t[i]: row by row, because a linear layer rounds many rows otherwise than one.
+
+        Raises:
+            UNetError: the shape or dtype does not fit.
         """
+        if t.dim() != 1:
+            raise UNetError(f"t has shape {tuple(t.shape)}; expected one timestep a step, (S,)")
+        self._check_time(t, t.shape[0])
         times = [self.time_embedding(row) for row in torch.split(t, 1)]
         return [torch.cat([resnet.project(time) for time in times]) for resnet in self.resnets()]
 
@@ -244,30 +254,42 @@ class UNet(nn.Module):
                 nn.init.zeros_(parameter)
 
     def _check_inputs(self, x: Tensor, t: Tensor | Sequence[Tensor], context: Context) -> None:
-        batch, channels, width = x.shape[0] if x.dim() else 0, self.config.in_channels, self.config.context_dim
-        if x.dim() != 4 or x.shape[1] != channels:
+        channels = self.config.in_channels
+        if x.dim() != 4 or x.shape[1] != channels or not x.numel():
             raise UNetError(f"x has shape {tuple(x.shape)}; expected (B, {channels}, H, W)")
-        if not x.numel():
-            raise UNetError(f"x has no elements: shape {tuple(x.shape)}")
-        weights = self.conv_in.weight.dtype
-        if x.dtype != weights and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise UNetError(f"x is {x.dtype} and the weights are {weights}: cast one of them or use autocast")
+        self._check_dtype("x", x)
+        batch = x.shape[0]
         if isinstance(t, Tensor):
-            if t.shape not in ((), (1,), (batch,)):
-                raise UNetError(f"t has shape {tuple(t.shape)}; expected () or ({batch},)")
-            if t.dtype != torch.int64 and not t.is_floating_point():
-                raise UNetError(f"t is {t.dtype}; expected int64 (or a float for timesteps between the integers)")
+            self._check_time(t, batch)
         elif len(t) != (expected := len(self.resnets())):
             raise UNetError(f"t has projections for {len(t)} ResBlocks; this UNet has {expected}")
+        elif t[0].shape[0] not in (1, batch):
+            raise UNetError(f"t has projections for a batch of {t[0].shape[0]}; x has {batch}")
         if isinstance(context, Tensor):
-            if context.dim() != 3 or context.shape[0] != batch or context.shape[2] != width:
-                raise UNetError(f"context has shape {tuple(context.shape)}; expected ({batch}, L, {width})")
+            self._check_context(context, batch)
         elif len(context) != (expected := len(self.cross_attentions())):
             raise UNetError(
                 f"context has keys and values for {len(context)} cross-attentions; this UNet has {expected}"
             )
         elif context[0][0].shape[0] != batch:
             raise UNetError(f"context has keys and values for a batch of {context[0][0].shape[0]}; x has {batch}")
+
+    def _check_time(self, t: Tensor, batch: int) -> None:
+        if t.shape not in ((), (1,), (batch,)):
+            raise UNetError(f"t has shape {tuple(t.shape)}; expected () or ({batch},)")
+        if t.dtype not in (torch.int64, torch.float32, torch.float64):  # 981 is 980 in bfloat16
+            raise UNetError(f"t is {t.dtype}; expected int64 (or float32 for timesteps between the integers)")
+
+    def _check_context(self, context: Tensor, batch: int) -> None:
+        width = self.config.context_dim
+        if context.dim() != 3 or context.shape[0] != batch or context.shape[2] != width or not context.numel():
+            raise UNetError(f"context has shape {tuple(context.shape)}; expected ({batch}, L, {width})")
+        self._check_dtype("context", context)
+
+    def _check_dtype(self, name: str, x: Tensor) -> None:
+        weights = self.conv_in.weight.dtype
+        if x.dtype != weights and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise UNetError(f"{name} is {x.dtype} and the weights are {weights}: cast one of them or use autocast")
 
 
 def _call(layer: nn.Module, *inputs: Any) -> Tensor:

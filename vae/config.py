@@ -58,25 +58,36 @@ class VAEConfig:
         for name in ("block_out_channels", "attention_levels", "quant_convs", "sample_size"):  # as JSON and YAML give
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_groups"):
+        for name in ("block_out_channels", "attention_levels", "quant_convs"):
+            if not isinstance(getattr(self, name), tuple):
+                raise VAEError(f"{name}={getattr(self, name)!r} is not supported; it is a list")
+        for name in ("in_channels", "out_channels", "latent_channels", "norm_groups"):
             _check_positive(name, getattr(self, name))
+        _check_positive("layers_per_block", self.layers_per_block, at_most=100)
+        for size in self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,):
+            if size is not None:
+                _check_positive("sample_size", size)
         for name in ("mid_attention", "force_upcast"):
             _check_bool(name, getattr(self, name))
+        if len(self.quant_convs) != 2:
+            raise VAEError(
+                f"quant_convs={self.quant_convs!r} is not supported; it is one for the encoder, one for the decoder"
+            )
         for value in self.quant_convs:
             _check_bool("quant_convs", value)
-        for name in ("scale_factor", "shift_factor"):
-            if not isinstance(getattr(self, name), int | float) or isinstance(getattr(self, name), bool):
-                raise VAEError(f"{name}={getattr(self, name)!r} is not supported; it is a number")
-        if not 0 < self.scale_factor < float("inf"):
-            raise VAEError(f"scale_factor={self.scale_factor!r} is not supported; it is a positive number")
+        for name, lowest in (("scale_factor", 0.0), ("shift_factor", -1e6)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not lowest < value < 1e6:
+                raise VAEError(f"{name}={value!r} is not supported; it is a number between {lowest:g} and 1e+06")
         if not self.block_out_channels:
             raise VAEError("block_out_channels is empty: give one width a level, such as (128, 256, 512, 512)")
         for width in self.block_out_channels:
             _check_positive("block_out_channels", width)
             if width % self.norm_groups:
                 raise VAEError(f"block_out_channels has {width}, which norm_groups={self.norm_groups} does not divide")
-        if wrong := [level for level in self.attention_levels if level not in range(len(self.block_out_channels))]:
-            raise VAEError(f"attention_levels has {wrong[0]}; the levels are 0 to {len(self.block_out_channels) - 1}")
+        levels = range(len(self.block_out_channels))
+        if wrong := [level for level in self.attention_levels if type(level) is not int or level not in levels]:
+            raise VAEError(f"attention_levels has {wrong[0]!r}; the levels are 0 to {levels[-1]}")
         object.__setattr__(self, "attention_levels", tuple(sorted(set(self.attention_levels))))  # one spelling
 
     @property
@@ -149,9 +160,10 @@ class VAEConfig:
         }
 
 
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise VAEError(f"{name}={value!r} is not supported; it is a whole number from 1 up")
+def _check_positive(name: str, value: object, at_most: int = 1_000_000) -> None:
+    """Bounds keep a damaged file from building layers until memory ends."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= at_most:
+        raise VAEError(f"{name}={value!r} is not supported; it is a whole number from 1 to {at_most}")
 
 
 def _check_bool(name: str, value: object) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 class DiagonalGaussian:
     """Independent normal distributions, one an element.
 
-    Densities and divergences are summed over all dimensions but the first, in nats: one number a picture, (B,).
+    Densities and divergences are summed over all dimensions but the first, in nats: one number a picture, (B,). They
+    are taken in float32 at least, whatever the dtype of the moments.
     """
 
     mean: Tensor  # (B, C, H, W)
@@ -45,14 +46,21 @@ class DiagonalGaussian:
 
     def kl(self, other: DiagonalGaussian | None = None) -> Tensor:
         """KL(self || other), or to the standard normal where `other` is None: (B,) nats (arXiv 1312.6114, app. B)."""
+        mean, logvar = _precise(self.mean), _precise(self.logvar)
         if other is None:
-            terms = self.mean.square() + self.logvar.exp() - 1.0 - self.logvar
+            terms = mean.square() + logvar.exp() - 1.0 - logvar
         else:
-            difference = (self.mean - other.mean).square() + self.logvar.exp()
-            terms = difference / other.logvar.exp() - 1.0 - self.logvar + other.logvar
+            other_mean, other_logvar = _precise(other.mean), _precise(other.logvar)
+            difference = (mean - other_mean).square() + logvar.exp()
+            terms = difference / other_logvar.exp() - 1.0 - logvar + other_logvar
         return 0.5 * terms.flatten(1).sum(1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value`: (B,) nats."""
-        terms = math.log(2.0 * math.pi) + self.logvar + (value - self.mean).square() / self.logvar.exp()
+        mean, logvar = _precise(self.mean), _precise(self.logvar)
+        terms = math.log(2.0 * math.pi) + logvar + (value - mean).square() / logvar.exp()
         return -0.5 * terms.flatten(1).sum(1)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

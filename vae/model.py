@@ -120,7 +120,11 @@ class VAE(nn.Module):
         return self.decode_z(posterior.mode() if noise is None else posterior.shifted(noise)), posterior
 
     def posterior(self, pixels: Tensor) -> DiagonalGaussian:
-        """q(z | pixels) over the raw code (B, c, h, w), from pixels (B, in_channels, H, W) in [-1, 1]."""
+        """q(z | pixels) over the raw code (B, c, h, w), from pixels (B, in_channels, H, W) in [-1, 1].
+
+        Raises:
+            VAEError: as all methods here, a shape or dtype does not fit.
+        """
         self._check(pixels, "pixels", self.config.in_channels, self.config.downsampling)
         moments = self.quant_conv(self.encoder(pixels.to(memory_format=torch.channels_last)))
         return DiagonalGaussian.from_moments(moments)
@@ -136,6 +140,7 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) to pixels (B, out_channels, H, W), about [-1, 1] but not clipped to it."""
+        self._check(latents, "latents", self.config.latent_channels, 1)
         return self.decode_z(self.unscale(latents))
 
     def decode_z(self, z: Tensor) -> Tensor:
@@ -179,12 +184,10 @@ class VAE(nn.Module):
         save_folder(self, self.config.to_diffusers(), Path(folder))
 
     def _check(self, x: Tensor, name: str, channels: int, multiple: int) -> None:
-        if x.dim() != 4 or x.shape[1] != channels:
+        if x.dim() != 4 or x.shape[1] != channels or not x.numel():
             raise VAEError(f"{name} has shape {tuple(x.shape)}; expected (B, {channels}, height, width)")
         if x.shape[2] % multiple or x.shape[3] % multiple:
             raise VAEError(f"{name} has height and width {tuple(x.shape[2:])}; both must be multiples of {multiple}")
-        if not x.numel():
-            raise VAEError(f"{name} has no elements: shape {tuple(x.shape)}")
         weights = self.decoder.conv_in.weight.dtype
         if x.dtype != weights and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise VAEError(f"{name} is {x.dtype} and the weights are {weights}: cast one of them or use autocast")

@@ -232,10 +232,46 @@ def test_loss_is_the_weighted_mean_square():
     x0, noise = draw()
     t = torch.arange(6) * 19
     output = torch.randn_like(x0)
-    found = diffusion_loss(output, x0, noise, t, "v", PLAIN, weighting="min_snr")
-    weight = loss_weight(t, "v", "min_snr", PLAIN, x0).flatten()
     error = (output - target(x0, noise, t, "v", PLAIN)).square().reshape(6, -1).mean(1)
-    close(found, weight * error)
+    for gamma in (1.0, 5.0):
+        found = diffusion_loss(output, x0, noise, t, "v", PLAIN, weighting="min_snr", min_snr_gamma=gamma)
+        weight = loss_weight(t, "v", "min_snr", PLAIN, x0, min_snr_gamma=gamma).flatten()
+        close(found, weight * error)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_half_precision_inputs_are_computed_in_float32(prediction):
+    x0, noise = (tensor.bfloat16() for tensor in draw())
+    t = torch.arange(6) * 19
+    output, x_t = torch.randn_like(x0), add_noise(x0, noise, t, PLAIN)
+    assert x_t.dtype == torch.bfloat16
+    for found in (
+        target(x0, noise, t, prediction, PLAIN),
+        to_x0(output, x_t, t, prediction, PLAIN),
+        from_x0(x0, x_t, t, prediction, PLAIN),
+        diffusion_loss(output, x0, noise, t, prediction, PLAIN),
+    ):
+        assert found.dtype == torch.float32
+    exact = diffusion_loss(output.double(), x0.double(), noise.double(), t, prediction, PLAIN)
+    torch.testing.assert_close(
+        diffusion_loss(output, x0, noise, t, prediction, PLAIN).double(), exact, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_compiles_without_graph_break():
+    """Values are looked at outside a compiled function only."""
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x0, noise, output, t):
+        x_t = add_noise(x0, noise, t, PLAIN)
+        loss = diffusion_loss(output, x0, noise, t, "v", PLAIN, weighting="min_snr")
+        return to_x0(output, x_t, t, "eps", PLAIN), loss
+
+    x0, noise = draw()
+    t = torch.arange(6)
+    found = step(x0, noise, noise, t)
+    close(found[0], to_x0(noise, add_noise(x0, noise, t, PLAIN), t, "eps", PLAIN))
+    close(found[1], diffusion_loss(noise, x0, noise, t, "v", PLAIN, weighting="min_snr"))
 
 
 def as_torch(gaussian: Gaussian) -> Independent:
@@ -323,6 +359,13 @@ def test_stratified_timesteps():
         (lambda x, t: loss_weight(t, "v", "min_snr", PLAIN, x, min_snr_gamma=0), "min_snr_gamma=0"),
         (lambda x, t: reverse_variance(t, "fixed", PLAIN, x), "unknown reverse variance 'fixed'"),
         (lambda x, t: add_noise(x, x, t + 100, PLAIN), "out of range; the timesteps are 0 to 99"),
+        (lambda x, t: add_noise(x, x[:1], t, PLAIN), r"noise has shape \(1, 3\) and x0 \(2, 3\); expected the same"),
+        (lambda x, t: add_noise(x.byte(), x, t, PLAIN), r"x0 is torch\.uint8; expected floating point"),
+        (lambda x, t: diffusion_loss(x[:, :1], x, x, t, "v", PLAIN), r"output has shape \(2, 1\)"),
+        (lambda x, t: diffusion_loss(x, x, x[:1], t, "v", PLAIN), r"noise has shape \(1, 3\)"),
+        (lambda x, t: to_x0(x[:, :1], x, t, "v", PLAIN), r"output has shape \(2, 1\)"),
+        (lambda x, t: sample_timesteps(3, 0), "num_timesteps=0: expected at least 1"),
+        (lambda x, t: sample_timesteps(0, 10), "batch_size=0"),
         (lambda x, t: posterior(x, x, t.float(), PLAIN), r"t is torch\.float32; expected int64"),
     ],
 )

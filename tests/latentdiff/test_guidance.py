@@ -48,6 +48,14 @@ def test_interval_of_noise_levels():
         assert model(X, t) == ("inside" if 0.3 < level <= 5.0 else "outside")
 
 
+def test_ends_of_the_interval():
+    """Its upper end belongs to it and its lower does not, as in the paper."""
+    schedule = Schedule.named()
+    level = (schedule.sigma / schedule.alpha).tolist()
+    model = within(lambda x, t: "inside", lambda x, t: "outside", level[100], level[200], schedule)
+    assert [model(X, t) for t in (100, 101, 200, 201)] == ["outside", "inside", "inside", "outside"]
+
+
 def test_outside_the_interval_the_pair_is_not_called():
     calls = []
 

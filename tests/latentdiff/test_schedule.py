@@ -91,6 +91,14 @@ def test_gather_broadcasts_and_keeps_precision():
     assert schedule.at(torch.tensor(3), torch.zeros(2, 4))[0].shape == (1, 1)
 
 
+def test_values_follow_what_they_multiply():
+    """Timesteps on the CPU serve latents anywhere; timesteps elsewhere need the schedule there too."""
+    schedule = Schedule.named(num_timesteps=10)
+    assert schedule.at(torch.tensor(3), torch.zeros(2, 4, device="meta"))[0].device.type == "meta"
+    with pytest.raises(LatentDiffError, match=r"t is on meta and the schedule on cpu: move it with schedule\.to"):
+        schedule.at(torch.zeros(2, dtype=torch.int64, device="meta"), torch.zeros(2, 4, device="meta"))
+
+
 def test_to_another_device_keeps_everything():
     schedule = Schedule.named(zero_terminal_snr=True)
     moved = schedule.to("meta")
@@ -128,6 +136,8 @@ def test_wrong_timesteps(t, message):
         (lambda: Schedule.named(beta_start=-0.1), r"beta_start=-0\.1"),
         (lambda: Schedule.named(beta_end=math.nan), "beta_end=nan"),
         (lambda: Schedule.named("cosine", beta_end=0.1), "beta_end is given, but the cosine schedule has no such"),
+        (lambda: Schedule.named(beta_start="0.1"), "beta_start='0.1'"),
+        (lambda: Schedule([0.1, 0.2]), "betas are a list; expected a tensor"),
         (lambda: Schedule(torch.zeros(4)), "betas must lie in"),
         (lambda: Schedule(torch.tensor([0.1, math.nan])), "betas must lie in"),
         (lambda: Schedule(torch.tensor([1.0, 0.5])), "only the last may be 1"),

@@ -95,13 +95,13 @@ def test_no_dropout_anywhere(encoder):
 
 def test_padding_is_masked_inside_bert(encoder):
     """What stands behind the mask must not change the features of the real tokens."""
-    ids, mask, _ = encoder.tokenize(["a red apple"])
-    other = torch.where(mask, ids, 7)
+    tokens, mask, _ = encoder.tokenize(["a red apple"])
+    other = torch.where(mask, tokens, 7)
     real = mask[0]
     assert 0 < real.sum() < 8
-    torch.testing.assert_close(encoder.encode(other, mask)[0, real], encoder.encode(ids, mask)[0, real])
+    torch.testing.assert_close(encoder.encode(other, mask)[0, real], encoder.encode(tokens, mask)[0, real])
     encoder.use_attention_mask = False
-    assert not torch.allclose(encoder.encode(other, mask)[0, real], encoder.encode(ids, mask)[0, real], atol=1e-3)
+    assert not torch.allclose(encoder.encode(other, mask)[0, real], encoder.encode(tokens, mask)[0, real], atol=1e-3)
 
 
 def test_frozen_or_trainable(encoder):
@@ -170,20 +170,36 @@ def test_overflow_is_reported(encoder):
     with pytest.warns(
         TokenOverflowWarning, match=r"1 of 2 prompts are longer than 8 tokens; one loses its last \d+: '"
     ):
-        tokens = encoder.tokenize([LONG, "a car"])
-    assert tokens.ids.shape == (2, 8)
-    assert tokens.lost[0] == len(encoder.tokenizer(LONG)["input_ids"]) - 8
-    assert tokens.lost[1] == 0
-    assert tokens.ids[0, -1] == encoder.tokenizer.sep_token_id
+        tokenized = encoder.tokenize([LONG, "a car"])
+    assert tokenized.tokens.shape == (2, 8)
+    assert tokenized.lost[0] == len(encoder.tokenizer(LONG)["input_ids"]) - 8
+    assert tokenized.lost[1] == 0
+    assert tokenized.tokens[0, -1] == encoder.tokenizer.sep_token_id
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder.tokenize(PROMPTS)
 
 
-@pytest.mark.parametrize("prompts", ["a red apple", [], [None], [1, "a"], None])
-def test_wrong_prompts(encoder, prompts):
-    with pytest.raises(TextEncoderError, match="expected a list of at least one string"):
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("a red apple", "prompts='a red apple': expected a list of at least one string"),
+        ([], r"prompts=\[\]: expected a list"),
+        (None, "prompts=None: expected a list"),
+        ({"a": 1}, "expected a list"),
+        (iter(["a"]), "expected a list"),
+        ([None], "prompt None: expected a string"),
+        (["a", 1], "prompt 1: expected a string"),
+        (["\ud800"], r"prompt '\\ud800': not valid Unicode"),
+    ],
+)
+def test_wrong_prompts(encoder, prompts, message):
+    with pytest.raises(TextEncoderError, match=message):
         encoder(prompts)
+
+
+def test_odd_but_valid_prompts(encoder):
+    assert encoder(["\0", "🍎🍏", " \n\t ", "ا苹é"]).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -201,8 +217,12 @@ def test_wrong_config(options, message):
 
 
 def test_tokenizer_and_model_must_fit(encoder, tokenizer):
-    with pytest.raises(TextEncoderError, match="max_length=9: the model has 8 positions"):
+    with pytest.raises(TextEncoderError, match="max_length=9: expected 3 to 8, the model's positions"):
         TextEncoder(encoder.model, tokenizer, 9)
+    with pytest.raises(TextEncoderError, match="max_length='8'"):
+        TextEncoder(encoder.model, tokenizer, "8")
+    with pytest.raises(TextEncoderError, match="model_max_length is not set"):
+        TextEncoder.new(TextEncoderConfig(), BertTokenizerFast())
     larger = train_tokenizer([*CAPTIONS, *["quite another zebra"] * 9], vocab_size=200, max_length=8)
     with pytest.raises(TextEncoderError, match=r"the tokenizer has \d+ tokens, the model only"):
         TextEncoder(encoder.model, larger, 8)
@@ -229,6 +249,14 @@ def change_weights(folder, change):
         (lambda f: set_config(f, trust_remote_code=True), "'trust_remote_code', which is refused"),
         (lambda f: set_config(f, _attn_implementation_internal="evil/kernel"), "which is refused"),
         (lambda f: set_config(f, hidden_size=64), "cannot be opened"),
+        (lambda f: set_config(f, hidden_size="32"), "cannot be opened"),
+        (lambda f: set_config(f, num_attention_heads=0), "cannot be opened"),
+        (lambda f: set_config(f, num_hidden_layers=1), "the weights have 16 tensors too many: encoder"),
+        (lambda f: set_config(f, num_hidden_layers=3), "the weights lack 16 tensors"),
+        (lambda f: set_config(f, is_decoder=True), "'is_decoder', which is refused"),
+        (lambda f: set_config(f, use_attention_mask="no"), "use_attention_mask='no': expected true or false"),
+        (lambda f: set_config(f, model_type=["bert"]), "is not supported; only bert"),
+        (lambda f: (f / "config.json").write_text("[1]"), "cannot be opened"),
         (lambda f: change_weights(f, lambda w: w.pop("embeddings.LayerNorm.weight")), "the weights lack 1 tensor"),
         (
             lambda f: change_weights(f, lambda w: w.update({"embeddings.LayerNorm.bias": torch.zeros(5)})),
@@ -251,7 +279,14 @@ def test_spoilt_folders(folder, spoil, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "no-such-bert"])
+def test_saving_where_one_cannot(encoder, tmp_path):
+    """transformers only logs that the place is a file, and writes nothing."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TextEncoderError, match="file: cannot be written"):
+        encoder.save_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "no-such-bert", "", "x" * 5000])
 def test_nothing_there(name):
     with pytest.raises(TextEncoderError, match=f"{name}: "):
         TextEncoder.from_pretrained(name)

@@ -60,7 +60,13 @@ def test_same_vocabulary_in_every_run_and_order():
     [
         ([], {}, "no words to learn a vocabulary from"),
         (["", " "], {}, "no words"),
+        ("a red apple", {}, "expected many strings, not one"),
+        (["a", None], {}, "caption None: expected a string"),
+        (["\ud800"], {}, "not valid Unicode"),
         (CAPTIONS, {"vocab_size": 5}, "vocab_size=5"),
+        (CAPTIONS, {"vocab_size": 30}, r"vocab_size=30: the captions have \d+ letters, which need two entries each"),
+        (CAPTIONS, {"vocab_size": 60.5}, r"vocab_size=60\.5"),
+        (CAPTIONS, {"min_frequency": 0}, "min_frequency=0"),
         (CAPTIONS, {"max_length": 2}, "max_length=2"),
     ],
 )

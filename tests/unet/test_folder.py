@@ -33,8 +33,16 @@ def edit_config(folder, **changes):
         ({"encoder_hid_dim": 512}, "encoder_hid_dim=512"),
         ({"act_fn": "gelu"}, "act_fn='gelu'"),
         ({"dropout": 0.1}, "dropout=0.1"),
-        ({"cross_attention_dim": [24, 24]}, r"cross_attention_dim=\[24, 24\] is not supported"),
-        ({"layers_per_block": [2, 2]}, r"layers_per_block=\[2, 2\] is not supported"),
+        ({"cross_attention_dim": [24, 32]}, r"cross_attention_dim=\[24, 32\] is not supported"),
+        ({"layers_per_block": [2, 1]}, r"layers_per_block=\[2, 1\] is not supported"),
+        (
+            {"layers_per_block": 10**9},
+            "layers_per_block=1000000000 is not supported; it is .* from 1 to 100",
+        ),
+        ({"transformer_layers_per_block": 10**30}, "transformer_layers_per_block=1000000000"),
+        ({"block_out_channels": [32, 2**64]}, "block_out_channels=18446744073709551616"),
+        ({"downsample_padding": True}, "downsample_padding=True is not supported; only 1 is"),
+        ({"flip_sin_to_cos": 1}, "flip_sin_to_cos=1 is not supported; only True is"),
         ({"layers_per_block": True}, "layers_per_block=True is not supported"),
         ({"attention_head_dim": 7}, "num_heads=7 does not divide"),
         ({"attention_head_dim": [4]}, "num_heads has 1 entries for 2 levels"),
@@ -68,6 +76,36 @@ def test_a_missing_key_takes_diffusers_default(folder):
     del values["norm_eps"], values["flip_sin_to_cos"], values["out_channels"]
     path.write_text(json.dumps(values))
     assert UNet.from_pretrained(folder).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"act_fn": "swish"},
+        {"mid_block_only_cross_attention": False},
+        {"only_cross_attention": [False, False]},
+        {"use_linear_projection": None, "upcast_attention": None},
+        {"layers_per_block": [2, 2], "cross_attention_dim": [24, 24], "transformer_layers_per_block": [1, 1]},
+        {"_diffusers_version": "0.2.2", "_name_or_path": "somewhere"},
+    ],
+    ids=str,
+)
+def test_other_spellings_of_the_same_network(folder, changes):
+    edit_config(folder, **changes)
+    assert UNet.from_pretrained(folder).config == CONFIG
+
+
+def test_configs_in_code():
+    for options, message in (
+        ({"attention_levels": 1}, "attention_levels=1 is not supported; it is a list"),
+        ({"attention_levels": (0.0, True)}, r"attention_levels has 0\.0"),
+        ({"attention_levels": (4,)}, "attention_levels has 4; the levels are 0 to 3"),
+        ({"block_out_channels": 64}, "block_out_channels=64"),
+        ({"block_out_channels": ()}, "block_out_channels is empty"),
+        ({"block_out_channels": (33,), "norm_groups": 33, "attention_levels": ()}, r"block_out_channels\[0\] is 33"),
+    ):
+        with pytest.raises(UNetError, match=message):
+            UNetConfig(**options)
 
 
 def change_weights(folder, change):
@@ -117,8 +155,14 @@ def test_truncated_weights(folder, size):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not valid JSON"), ("[1]", "holds a list"), ("\xff", "JSON"), ("[" * 100_000, "not valid JSON")],
-    ids=["cut", "list", "bytes", "deep"],
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "holds a list"),
+        ("\xff", "JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("9" * 5000, "not valid JSON"),
+    ],
+    ids=["cut", "list", "bytes", "deep", "endless"],
 )
 def test_damaged_config(folder, text, message):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
@@ -129,8 +173,13 @@ def test_damaged_config(folder, text, message):
 def test_missing_files(folder, tmp_path):
     with pytest.raises(UNetError, match="no such folder"):
         UNet.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(UNetError, match="is not a folder"):
+        UNet.from_pretrained(folder / "config.json")
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(UNetError, match=r"pickled \.bin files are never opened"):
+    with pytest.raises(
+        UNetError,
+        match=r"the folder has config\.json, .*\.bin; pickled \.bin files are never",
+    ):
         UNet.from_pretrained(folder)
     (folder / "config.json").unlink()
     with pytest.raises(UNetError, match=r"config\.json: no such file"):
@@ -145,3 +194,30 @@ def test_saving_twice_and_dtypes(folder):
     assert {path.name for path in folder.iterdir()} == {"config.json", WEIGHTS}
     assert load_file(folder / WEIGHTS)["conv_in.bias"].dtype == torch.bfloat16
     assert UNet.from_pretrained(folder).conv_in.weight.dtype == torch.float32
+
+
+def test_wrong_dtypes(folder):
+    for dtype in (torch.int8, "float16"):
+        with pytest.raises(UNetError, match=r"expected a floating point torch\.dtype"):
+            UNet.from_pretrained(folder, dtype=dtype)
+
+
+def test_a_loaded_model_does_not_change_with_its_file(folder):
+    """Tensors that stay mapped to the file would; and a shortened file would end the process."""
+    unet = UNet.from_pretrained(folder)
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    with open(folder / WEIGHTS, "r+b") as file:
+        file.seek(-100_000, 2)
+        file.write(b"\x01" * 100_000)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
+
+
+def test_saving_where_one_cannot(folder):
+    """One error, and no half-written file left behind."""
+    unet = UNet.from_pretrained(folder)
+    with pytest.raises(UNetError, match=r"config\.json: cannot be written"):
+        unet.save_pretrained(folder / "config.json")
+    (folder / "taken" / WEIGHTS).mkdir(parents=True)
+    with pytest.raises(UNetError, match="taken: cannot be written"):
+        unet.save_pretrained(folder / "taken")
+    assert [path.name for path in (folder / "taken").iterdir()] == [WEIGHTS]

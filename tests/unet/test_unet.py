@@ -1,11 +1,13 @@
 """The UNet by itself: sizes, cached projections, memory layout, compilation, checkpointing, wrong inputs."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unet import UNet, UNetConfig, UNetError
-from unet.attention import Attention, SpatialTransformer
+from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
 
 SMALL = UNetConfig(
@@ -198,16 +200,27 @@ def test_autocast_takes_float32_inputs(unet, inputs, relative_error):
         assert relative_error(unet(*inputs).float(), unet.float()(*inputs)) < 3e-2
 
 
-def test_upcast_attention_runs_in_float32(inputs):
-    unet = randomized(UNetConfig(**{**vars(SMALL), "upcast_attention": True})).bfloat16()
-    seen = []
-    for layer in unet.modules():
-        if isinstance(layer, Attention):
-            plain = layer.attend
-            layer.attend = lambda q, k, v, plain=plain: seen.append(q.dtype) or plain(q, k, v)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_upcast_attention_runs_in_float32(inputs, autocast):
+    """Autocast would cast back: attention is on its list."""
+    unet = randomized(UNetConfig(**{**vars(SMALL), "upcast_attention": True}))
     x, t, context = inputs
-    assert unet(x.bfloat16(), t, context.bfloat16()).dtype == torch.bfloat16
-    assert set(seen) == {torch.float32}
+    if not autocast:
+        unet, x, context = unet.bfloat16(), x.bfloat16(), context.bfloat16()
+
+    class Watch(TorchDispatchMode):
+        seen: ClassVar[set] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "scaled_dot_product" in str(func):
+                self.seen.add(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), Watch():
+        assert unet(x, t, context).dtype == torch.bfloat16
+    assert Watch.seen == {torch.float32}
+    with torch.no_grad():
+        assert torch.compile(unet, fullgraph=True, backend="eager")(x, t, context).dtype == x.dtype
 
 
 def test_float_and_scalar_timesteps(unet, inputs, relative_error):
@@ -231,6 +244,11 @@ def test_float_and_scalar_timesteps(unet, inputs, relative_error):
         ({"t": torch.zeros(3, dtype=torch.int64)}, r"t has shape \(3,\); expected \(\) or \(2,\)"),
         ({"t": torch.zeros(2, dtype=torch.int32)}, r"t is torch\.int32; expected int64"),
         ({"t": torch.zeros(2, dtype=torch.bool)}, r"t is torch\.bool"),
+        ({"t": torch.zeros(2, dtype=torch.bfloat16)}, r"t is torch\.bfloat16"),
+        ({"t": [torch.zeros(3, 32)] * 12}, r"projections for a batch of 3; x has 2"),
+        ({"x": torch.zeros(2, 4, 0, 8)}, r"x has shape \(2, 4, 0, 8\)"),
+        ({"context": torch.zeros(2, 0, 24)}, r"context has shape \(2, 0, 24\)"),
+        ({"context": torch.zeros(2, 7, 24).double()}, r"context is torch\.float64 and the weights are torch\.float32"),
         ({"t": []}, r"projections for 0 ResBlocks; this UNet has 12"),
         ({"context": torch.zeros(2, 7, 25)}, r"context has shape \(2, 7, 25\); expected \(2, L, 24\)"),
         ({"context": torch.zeros(1, 7, 24)}, r"context has shape \(1, 7, 24\)"),
@@ -243,6 +261,17 @@ def test_wrong_inputs(unet, inputs, change, message):
     arguments = {**dict(zip(("x", "t", "context"), inputs, strict=True)), **change}
     with pytest.raises(UNetError, match=message):
         unet(**arguments)
+
+
+def test_wrong_inputs_of_the_projections(unet):
+    with pytest.raises(UNetError, match=r"context has shape \(2, 7, 25\)"):
+        unet.project_context(torch.zeros(2, 7, 25))
+    with pytest.raises(UNetError, match=r"context has shape \(7, 24\)"):
+        unet.project_context(torch.zeros(7, 24))
+    with pytest.raises(UNetError, match=r"t has shape \(\); expected one timestep a step"):
+        unet.project_time(torch.tensor(3))
+    with pytest.raises(UNetError, match=r"t is torch\.int32"):
+        unet.project_time(torch.zeros(3, dtype=torch.int32))
 
 
 def test_attention_backends(unet):

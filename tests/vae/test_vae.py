@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from vae import VAE, VAEConfig, VAEError
@@ -98,12 +99,11 @@ def test_other_dtypes(vae, pixels, relative_error, dtype):
         (lambda vae: vae.encode(torch.zeros(3, 8, 8)), r"pixels has shape \(3, 8, 8\)"),
         (lambda vae: vae.encode(torch.zeros(1, 3, 7, 8)), r"height and width \(7, 8\); both must be multiples of 2"),
         (lambda vae: vae.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), r"pixels is torch\.uint8"),
-        (lambda vae: vae.encode(torch.zeros(1, 3, 0, 8)), r"pixels has no elements"),
-        (lambda vae: vae.decode(torch.zeros(1, 4, 8, 8)), r"z has shape \(1, 4, 8, 8\); expected \(B, 3"),
-        (
-            lambda vae: vae.decode(torch.zeros(1, 3, 8, 8).half()),
-            r"z is torch\.float16 and the weights are torch\.float32",
-        ),
+        (lambda vae: vae.encode(torch.zeros(1, 3, 0, 8)), r"pixels has shape \(1, 3, 0, 8\)"),
+        (lambda vae: vae.decode(torch.zeros(1, 4, 8, 8)), r"latents has shape \(1, 4, 8, 8\); expected \(B, 3"),
+        (lambda vae: vae.decode(torch.zeros(1, 3, 8, 8).half()), r"latents is torch\.float16 and the weights are"),
+        (lambda vae: vae.decode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), r"latents is torch\.uint8"),
+        (lambda vae: vae.decode_z(torch.zeros(1, 4, 8, 8)), r"z has shape"),
         (lambda vae: vae(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)), r"noise has shape \(1, 3, 8, 8\)"),
     ],
 )
@@ -123,8 +123,12 @@ def test_wrong_inputs(vae, call, message):
         ({"block_out_channels": [16, 32, 32]}, "2 down_block_types for 3 block_out_channels"),
         ({"block_out_channels": [16, 33]}, "block_out_channels has 33, which norm_groups=8 does not divide"),
         ({"layers_per_block": 0}, "layers_per_block=0"),
-        ({"scaling_factor": 0}, "scale_factor=0 is not supported; it is a positive number"),
+        ({"scaling_factor": 0}, "scale_factor=0 is not supported; it is a number between 0 and"),
         ({"scaling_factor": math.nan}, "scale_factor=nan"),
+        ({"scaling_factor": math.inf}, "scale_factor=inf"),
+        ({"shift_factor": math.nan}, "shift_factor=nan"),
+        ({"sample_size": "x"}, "sample_size='x'"),
+        ({"layers_per_block": 10**9}, "layers_per_block=1000000000"),
         ({"scaling_factor": "1"}, "scale_factor='1'"),
         ({"mid_block_add_attention": "yes"}, "mid_attention='yes'"),
         ({"use_quant_conv": 1}, "quant_convs=1"),
@@ -161,6 +165,50 @@ def test_wrong_tensors(vae, tmp_path, change, message):
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(VAEError, match=message):
         VAE.from_pretrained(tmp_path)
+
+
+def test_configs_in_code():
+    for options, message in (
+        ({"quant_convs": (True,)}, "quant_convs="),
+        ({"quant_convs": True}, "quant_convs=True is not supported; it is a list"),
+        ({"attention_levels": (4,)}, "attention_levels has 4; the levels are 0 to 3"),
+        ({"block_out_channels": ()}, "block_out_channels is empty"),
+    ):
+        with pytest.raises(VAEError, match=message):
+            VAEConfig(**options)
+
+
+def test_a_giant_config_is_refused_before_it_is_allocated(vae, tmp_path):
+    vae.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "block_out_channels": [16, 320_000]}))
+    with pytest.raises(VAEError, match="the config says"):
+        VAE.from_pretrained(tmp_path)
+
+
+def test_a_missing_key_takes_diffusers_default(tmp_path):
+    """Files of 2022 have few keys."""
+    AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path)
+    expected = VAE.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(
+        '{"_class_name": "AutoencoderKL", "_diffusers_version": "0.2.2", "block_out_channels": [32]}'
+    )
+    assert VAE.from_pretrained(tmp_path).config == expected.config
+
+
+def test_autocast(vae, pixels, relative_error):
+    """bfloat16 inside; the divergence, a sum over the whole picture, in float32 all the same."""
+    with torch.no_grad():
+        expected, exact = vae(pixels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found, posterior = vae(pixels)
+            again = vae.decode(vae.encode(pixels))
+    assert posterior.mean.dtype == torch.bfloat16
+    assert relative_error(found, expected) < 5e-2
+    assert relative_error(again, expected) < 5e-2
+    assert posterior.kl().dtype == posterior.kl(posterior).dtype == posterior.log_prob(pixels[:, :, ::2, ::2]).dtype
+    assert posterior.kl().dtype == torch.float32
+    assert relative_error(posterior.kl(), exact.kl()) < 2e-2
 
 
 def test_missing_and_damaged_files(vae, tmp_path):
