@@ -1,0 +1,94 @@
+"""Time of several functions in turns, the ratio of two of them, and the memory that one call takes."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+WARM_UP = 3  # calls of each function before the clock runs
+RESAMPLES = 2000  # of the bootstrap
+
+Call = Callable[[], Any]
+
+
+def time_in_turns(calls: dict[str, Call], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every call. Each round makes every call once; the order goes through all permutations."""
+    for call in calls.values():
+        for _ in range(WARM_UP):
+            timed(call, device)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for order in itertools.islice(itertools.cycle(itertools.permutations(calls)), rounds):
+        for name in order:
+            seconds[name].append(timed(calls[name], device))
+    return seconds
+
+
+def timed(call: Call, device: str) -> float:
+    """Wall-clock seconds, the work on the device included."""
+    if device == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ratio_of_medians(above: list[float], below: list[float]) -> tuple[float, float, float]:
+    """The ratio and its bootstrap 90 % interval. Whole rounds are drawn, so what one moment slowed stays paired."""
+    rounds = np.array([above, below])  # (2, R)
+    draws = np.random.default_rng(0).integers(rounds.shape[1], size=(RESAMPLES, rounds.shape[1]))
+    medians = np.median(rounds[:, draws], axis=2)  # (2, RESAMPLES)
+    low, high = np.quantile(medians[0] / medians[1], [0.05, 0.95])
+    return float(np.median(above) / np.median(below)), float(low), float(high)
+
+
+def peak_on_cuda(call: Call) -> float:
+    """MiB allocated at the peak of one call, above what was allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def peak_in_new_process(prepare: Callable[..., Call], *arguments: Any) -> float | None:
+    """`peak_resident` of a process that does nothing else; None where the system is not Linux."""
+    if sys.platform != "linux":
+        return None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:  # spawn, but imports only once
+        return pool.submit(peak_resident, prepare, *arguments).result()
+
+
+def peak_resident(prepare: Callable[..., Call], *arguments: Any) -> float:
+    """MiB of resident memory at the peak of the second call, above what the process held just before it.
+
+    The first call also loads code, and weights that so far were only mapped from their file. By Linux's VmHWM and
+    not `ru_maxrss`: that one starts at the parent's peak and cannot be reset.
+    """
+    call = prepare(*arguments)
+    call()
+    ctypes.CDLL(None).malloc_trim(0)  # what the first call freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak becomes what is held now
+    before = high_water_mark()
+    call()
+    return high_water_mark() - before
+
+
+def high_water_mark() -> float:
+    """MiB, the largest resident memory of this process since the last reset."""
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in status)
+    return int(fields["VmHWM"].split()[0]) / 1024  # given in KiB
