@@ -61,11 +61,11 @@ class Contest:
     ours: Any  # class with from_pretrained(folder, device=, dtype=)
     theirs: Any  # class of diffusers with from_pretrained(folder, torch_dtype=)
     tasks: tuple[str, ...]
-    build: Callable[[str], nn.Module]  # size -> diffusers' model, same random weights every time
+    build: Callable[[str], Any]  # size -> diffusers' model, same random weights every time
     inputs: Callable[[str, int], Inputs]  # size, batch -> float32 and int64 tensors, the same every time
-    forward: Callable[[str, str, nn.Module, Inputs], Step]  # side, task, model, inputs -> one forward pass
+    forward: Callable[[str, str, Any, Inputs], Step]  # side, task, model, inputs -> one forward pass
 
-    def open(self, side: str, folder: Path, dtype: str, device: str) -> nn.Module:
+    def open(self, side: str, folder: Path, dtype: str, device: str) -> Any:
         """The model of one side with the weights in the folder."""
         if side == "ours":
             return self.ours.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
@@ -271,4 +271,4 @@ def run(contest: Contest, settings: Settings) -> int:
 
 def plain(value: Any) -> Any:
     """What JSON does not know: dataclasses and paths."""
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+    return dataclasses.asdict(value) if isinstance(value, Check | Row) else str(value)

@@ -17,6 +17,7 @@ import torch
 
 WARM_UP = 3  # calls of each function before the clock runs
 RESAMPLES = 2000  # of the bootstrap
+M_MMAP_THRESHOLD = -3  # from malloc.h
 
 Call = Callable[[], Any]
 
@@ -78,9 +79,9 @@ def peak_resident(prepare: Callable[..., Call], *arguments: Any) -> float:
     The first call also loads code, and weights that so far were only mapped from their file. By Linux's VmHWM and
     not `ru_maxrss`: that one starts at the parent's peak and cannot be reset.
     """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # tensors from 64 KiB up go back to the system when freed
     call = prepare(*arguments)
     call()
-    ctypes.CDLL(None).malloc_trim(0)  # what the first call freed goes back to the system
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak becomes what is held now
     before = high_water_mark()
     call()

@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or `vae` would b
 import torch
 from diffusers import AutoencoderKL
 from side_by_side import TRAINING, Contest, Inputs, Step, parse, run
-from torch import nn
 
 from vae import VAE
 
@@ -24,7 +23,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(size: str) -> nn.Module:
+def build(size: str) -> AutoencoderKL:
     torch.manual_seed(0)
     levels = len(SIZES[size]["block_out_channels"])
     types = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
@@ -40,7 +39,7 @@ def inputs(size: str, batch: int) -> Inputs:
     }
 
 
-def forward(side: str, task: str, model: nn.Module, inputs: Inputs) -> Step:
+def forward(side: str, task: str, model: Any, inputs: Inputs) -> Step:
     """Encode gives scaled latents and decode takes them, on both sides; training reconstructs through the mode."""
     pixels, latents = inputs["pixels"], inputs["latents"]
     if side == "ours":

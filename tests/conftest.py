@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+torch.set_num_threads(1)  # tensors here are tiny: a second thread gains nothing, and waits for whatever else runs
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
