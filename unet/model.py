@@ -131,6 +131,7 @@ class UNet(nn.Module):
             res.index = index
         for index, attention in enumerate(self.cross_attentions()):
             attention.index = index
+        self.num_projections = (len(self.resnets()), len(self.cross_attentions()))  # counted once, not once a step
         self._zero_last_layers()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -261,13 +262,13 @@ class UNet(nn.Module):
         batch = x.shape[0]
         if isinstance(t, Tensor):
             self._check_time(t, batch)
-        elif len(t) != (expected := len(self.resnets())):
+        elif len(t) != (expected := self.num_projections[0]):
             raise UNetError(f"t has projections for {len(t)} ResBlocks; this UNet has {expected}")
         elif t[0].shape[0] not in (1, batch):
             raise UNetError(f"t has projections for a batch of {t[0].shape[0]}; x has {batch}")
         if isinstance(context, Tensor):
             self._check_context(context, batch)
-        elif len(context) != (expected := len(self.cross_attentions())):
+        elif len(context) != (expected := self.num_projections[1]):
             raise UNetError(
                 f"context has keys and values for {len(context)} cross-attentions; this UNet has {expected}"
             )

@@ -149,6 +149,16 @@ def test_clip(clip_folder):
     assert torch.equal(encoder.null_context(2), null)
 
 
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_files_of_2022_keep_position_ids(folder, clip_folder, kind):
+    """Stable Diffusion 1.x and bert-base on the hub have them; they are no weights."""
+    path = {"bert": folder, "clip": clip_folder}[kind]
+    expected = TextEncoder.from_pretrained(path)(["a car"])
+    names = {"bert": "embeddings.position_ids", "clip": "text_model.embeddings.position_ids"}
+    change_weights(path, lambda w: w.update({names[kind]: torch.arange(8)[None]}))
+    assert torch.equal(TextEncoder.from_pretrained(path)(["a car"]), expected)
+
+
 def test_a_plain_bert_folder_as_on_the_hub(folder, tmp_path):
     """Model and tokenizer in one folder, no use_attention_mask, heads of other tasks, 512 positions."""
     config = json.loads((folder / "config.json").read_text())
