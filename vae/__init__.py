@@ -1,8 +1,13 @@
-"""The KL autoencoder: `VAE`, `VAEConfig`, `DiagonalGaussian`, and `VAEError` for a user's mistake."""
+"""The KL autoencoder: `VAE`, `VAEConfig`, `DiagonalGaussian`, and `VAEError` for a user's mistake.
+
+`LatentStatistics` measures the code over a set of pictures, and `fold_statistics` normalises it.
+"""
 
 from .config import VAEConfig
 from .distribution import DiagonalGaussian
 from .errors import VAEError
+from .fold import fold_statistics
 from .model import VAE
+from .statistics import LatentStatistics
 
-__all__ = ["VAE", "DiagonalGaussian", "VAEConfig", "VAEError"]
+__all__ = ["VAE", "DiagonalGaussian", "LatentStatistics", "VAEConfig", "VAEError", "fold_statistics"]

@@ -44,7 +44,9 @@ def load_folder(
     return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
-def save_folder(model: nn.Module, values: Mapping[str, Any], folder: Path) -> None:
+def save_folder(
+    model: nn.Module, values: Mapping[str, Any], folder: Path, facts: Mapping[str, str] | None = None
+) -> None:
     """Write both files; each appears under its name only when it is whole.
 
     Raises:
@@ -54,7 +56,7 @@ def save_folder(model: nn.Module, values: Mapping[str, Any], folder: Path) -> No
     partial = {name: folder / f"{name}.partial" for name in (WEIGHTS, CONFIG)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, partial[WEIGHTS], metadata={"format": "pt"})
+        save_file(weights, partial[WEIGHTS], metadata={**(facts or {}), "format": "pt"})
         partial[CONFIG].write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name, path in partial.items():
             os.replace(path, folder / name)

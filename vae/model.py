@@ -9,6 +9,7 @@ Sizes: B batch, H W pixels, h w = H/f W/f latents, c latent channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -179,9 +180,15 @@ class VAE(nn.Module):
         """
         return load_folder(Path(folder), lambda values: cls(VAEConfig.from_diffusers(values)), device, dtype)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder that `from_pretrained` and diffusers' AutoencoderKL open."""
-        save_folder(self, self.config.to_diffusers(), Path(folder))
+    def save_pretrained(self, folder: str | Path, facts: Mapping[str, str] | None = None) -> None:
+        """Write the folder that `from_pretrained` and diffusers' AutoencoderKL open.
+
+        Args:
+            folder: where to.
+            facts: what else is known of the weights, for the safetensors header: diffusers warns of keys it does not
+                know in the config.
+        """
+        save_folder(self, self.config.to_diffusers(), Path(folder), facts)
 
     def _check(self, x: Tensor, name: str, channels: int, multiple: int) -> None:
         if x.dim() != 4 or x.shape[1] != channels or not x.numel():

@@ -1,0 +1,121 @@
+"""`latentdiff ...`: every stage as a command, and the same entry for train_vae.py and train_latent.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from text_encoder import TextEncoderError
+from unet import UNetError
+from vae import VAEError
+
+from .config import Config, load_config
+from .errors import LatentDiffError
+
+ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file, or the name of a recipe such as emoji-64.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as wanted.")]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+                  help="Train your own text-to-image latent diffusion model.")  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Look at pictures before training on them.")
+app.add_typer(data_app, name="data")
+
+
+def main() -> None:
+    """The command `latentdiff`."""
+    app()
+
+
+def run_stage(stage: Callable[[Config], Any]) -> None:
+    """A script with `--config` and overrides that runs one stage."""
+
+    def command(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
+        with plain_errors():
+            stage(load_config(config, overrides or ()))
+
+    command.__doc__ = sys.modules[stage.__module__].__doc__ if not stage.__doc__ else stage.__doc__.split("\n")[0]
+    script = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    script.command()(command)
+    script()
+
+
+@app.command("train")
+def _train(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
+    """Run what is missing of: VAE training, latent cache, latent training."""
+    from .training.stages import train
+
+    with plain_errors():
+        typer.echo(train(load_config(config, overrides or ())))
+
+
+@app.command("train-vae")
+def _train_vae(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
+    """Train the autoencoder."""
+    from .training.stages import train_vae
+
+    with plain_errors():
+        typer.echo(train_vae(load_config(config, overrides or ())))
+
+
+@app.command("encode")
+def _encode(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
+    """Fill the cache of latents, and of text features where the text encoder is frozen."""
+    from .training.stages import encode
+
+    with plain_errors():
+        encode(load_config(config, overrides or ()))
+
+
+@app.command("train-latent")
+def _train_latent(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
+    """Train the UNet on the cached latents."""
+    from .training.stages import train_latent
+
+    with plain_errors():
+        typer.echo(train_latent(load_config(config, overrides or ())))
+
+
+@data_app.command("check")
+def _data_check(
+    source: Annotated[str, typer.Argument(help="Folder, Parquet or tar files, hub name, or builtin:emoji-mini.")],
+    overrides: Overrides = None,
+    config: ConfigFile = "emoji-64",
+    output: Annotated[
+        Path, typer.Option(help="Where the report, the contact sheet and the quarantine list go.")
+    ] = Path("data-check"),
+) -> None:
+    """Count, measure and open every picture; write a report, a contact sheet and a quarantine list."""
+    from text_encoder import train_tokenizer
+
+    from .data.check import check_source
+    from .data.sources import open_source
+
+    with plain_errors():
+        loaded = load_config(config, [*(overrides or ()), f"data.source={json.dumps(source)}"])
+        section = loaded.text_encoder
+        captions = [caption for several in open_source(loaded.data)[0].all_captions() for caption in several]
+        tokenizer = train_tokenizer(captions, vocab_size=section.vocab_size, max_length=section.max_length)
+        for line in check_source(loaded.data, output, tokenizer).lines():
+            typer.echo(line)
+
+
+@app.command("schema")
+def _schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's mistake is one line and exit code 1; a stop that was asked for is 128 + the signal."""
+    try:
+        yield
+    except (LatentDiffError, VAEError, UNetError, TextEncoderError) as error:
+        typer.echo(f"error: {error}" if not getattr(error, "exit_code", None) else str(error), err=True)
+        raise SystemExit(getattr(error, "exit_code", None) or 1) from None

@@ -1,0 +1,200 @@
+"""The two caches of latent training: moments of the latents, and text features where the text encoder is frozen.
+
+Both are keyed by everything they were computed from: weights, transform, the bytes of the pictures, the captions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from text_encoder import TextEncoder, TokenOverflowWarning
+from vae import VAE
+
+from ..errors import LatentDiffError
+from .pictures import PictureError, fit, open_picture
+from .shards import Alone, Arrays, Processes, Shards, digest
+from .sources import Source
+
+if TYPE_CHECKING:
+    from ..sections import DataConfig
+
+BATCH = 32  # pictures or captions encoded at a time; part of the result to rounding, so it does not vary
+
+
+def read_pixels(source: Source, index: int, config: DataConfig) -> NDArray[np.uint8]:
+    """A picture as uint8 (H, W, 3).
+
+    Raises:
+        PictureError: it is broken, too small or too large.
+    """
+    image = open_picture(source.read(index), max_pixels=config.max_pixels, background=config.background)
+    return fit(image, config.image_size, min_size=config.min_size or config.image_size)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        total.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        total.update(values.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def pictures_digest(source: Source, memo: Path) -> str:
+    """SHA-256 over the bytes of all pictures, remembered in `memo` as long as no file's size or date changes."""
+    stat = source.stat_fingerprint()
+    try:
+        known = json.loads(memo.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known, dict) or known.get("stat") != stat:
+        total = hashlib.sha256()
+        for index in range(len(source)):
+            try:
+                total.update(hashlib.sha256(source.read(index)).digest())
+            except PictureError as error:
+                total.update(error.reason.encode())
+        known = {"stat": stat, "sha256": total.hexdigest()}
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        memo.write_text(json.dumps(known), encoding="utf-8")
+    return str(known["sha256"])
+
+
+def transform_facts(config: DataConfig) -> dict[str, Any]:
+    """What decides how a picture becomes pixels."""
+    names = {"image_size", "min_size", "max_pixels", "background"}
+    return json.loads(json.dumps(config.model_dump(include=names)))
+
+
+class LatentCache:
+    """Moments of the scaled latents of every picture, as float16: mean and log-variance, upright and mirrored."""
+
+    def __init__(self, folder: Path, source: Source, vae: VAE, config: DataConfig, *, flips: bool, memo: Path) -> None:
+        self.source, self.vae, self.config = source, vae, config
+        self.num_flips = 2 if flips else 1
+        facts = {
+            "kind": "latents",
+            "version": 1,
+            "vae": digest({"weights": weights_digest(vae), "config": vae.config.to_diffusers()}),
+            "transform": transform_facts(config),
+            "pictures": pictures_digest(source, memo),
+            "flips": self.num_flips,
+        }
+        self.shards = Shards(folder, facts, len(source))
+        self.good: NDArray[np.bool_] = np.zeros(0, dtype=bool)  # pictures that could be read
+        self.broken: list[tuple[str, str]] = []
+
+    def build(self, processes: Processes = Alone(), progress: Callable[[int], None] = lambda _: None) -> None:  # noqa: B008
+        """Encode what is missing; see `Shards.build`.
+
+        Raises:
+            LatentDiffError: more pictures are broken than `data.max_broken` allows.
+        """
+        self.shards.build(self._compute, processes, progress)
+        self.good = self.shards.column("good").astype(bool)
+        check_broken(int((~self.good).sum()), len(self.good), self.config.max_broken)
+
+    def moments(self, index: int, flip: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and log-variance of a picture's latents, (c, h, w) each."""
+        both = self.shards["moments", index][int(flip) % self.num_flips].astype(np.float32)
+        mean, logvar = np.split(both, 2)
+        return mean, logvar
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "vae": None}  # a worker process only reads
+
+    @torch.inference_mode()
+    def _compute(self, rows: range) -> Arrays:
+        device = next(self.vae.parameters()).device
+        good = np.zeros(len(rows), dtype=np.uint8)
+        blocks: list[NDArray[Any]] = []
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            size = self.config.image_size
+            pixels = np.zeros((len(batch), size, size, 3), dtype=np.uint8)
+            for place, index in enumerate(batch):
+                try:
+                    pixels[place] = read_pixels(self.source, index, self.config)
+                    good[start + place] = 1
+                except PictureError as error:
+                    self.broken.append((self.source.name(index), error.reason))
+            x = to_pixels(torch.from_numpy(pixels).to(device))
+            flipped = [x, x.flip(3)][: self.num_flips]
+            posteriors = [self.vae.latent_posterior(view) for view in flipped]
+            moments = torch.stack([torch.cat([p.mean, p.logvar], 1) for p in posteriors], 1)
+            blocks.append(moments.to("cpu", torch.float16).numpy())
+        return {"moments": np.concatenate(blocks), "good": good}
+
+
+class TextCache:
+    """Features of every caption, as float16 (L, D), and of the empty one; for a frozen text encoder."""
+
+    def __init__(self, folder: Path, source: Source, encoder: TextEncoder) -> None:
+        self.encoder = encoder
+        total, counts, self._captions = hashlib.sha256(), [0], []
+        for captions in source.all_captions():
+            counts.append(len(captions))
+            total.update(json.dumps(captions).encode())
+            self._captions += captions
+        self.first: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64)  # row of each picture's first caption
+        facts = {
+            "kind": "text",
+            "version": 1,
+            "text_encoder": digest({"weights": weights_digest(encoder.model), "length": encoder.max_length,
+                                    "mask": encoder.use_attention_mask, "vocabulary": encoder.tokenizer.get_vocab()}),
+            "captions": total.hexdigest(),
+        }  # fmt: skip
+        self.shards = Shards(folder, facts, len(self._captions) + 1)
+
+    def build(self, processes: Processes = Alone(), progress: Callable[[int], None] = lambda _: None) -> None:  # noqa: B008
+        """Encode what is missing; see `Shards.build`."""
+        self.shards.build(self._compute, processes, progress)
+        self._captions = []
+
+    def features(self, picture: int, caption: int | None) -> NDArray[np.float16]:
+        """Features (L, D) of one of a picture's captions, or of the empty prompt where it is None."""
+        row = self.shards.num_rows - 1 if caption is None else int(self.first[picture]) + caption
+        return self.shards["context", row]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "encoder": None, "_captions": []}
+
+    @torch.inference_mode()
+    def _compute(self, rows: range) -> Arrays:
+        blocks = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TokenOverflowWarning)  # counted by `latentdiff data check`
+            for start in range(0, len(rows), BATCH):
+                chosen = rows[start : start + BATCH]
+                captions = [self._captions[row] if row < len(self._captions) else "" for row in chosen]
+                blocks.append(self.encoder(captions).to("cpu", torch.float16).numpy())
+        return {"context": np.concatenate(blocks)}
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Pictures uint8 (B, H, W, 3) to pixels (B, 3, H, W) in [-1, 1], channels-last."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def check_broken(broken: int, total: int, allowed: float) -> None:
+    """Stop where too many pictures are broken.
+
+    Raises:
+        LatentDiffError: the share is above `data.max_broken`.
+    """
+    if broken > allowed * total:
+        raise LatentDiffError(
+            f"{broken} of {total} pictures are broken ({broken / total:.1%}), more than data.max_broken={allowed:g} "
+            "allows; `latentdiff data check` lists them and writes a file for data.quarantine"
+        )

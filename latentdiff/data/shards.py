@@ -1,0 +1,186 @@
+"""Arrays of one row a picture, computed once: shards on disk, written by many processes together, mapped to be read.
+
+    <folder>/<key>/shard-00000.safetensors   SHARD rows each
+    <folder>/<key>/shard-00000.json          its size and SHA-256, written last
+    <folder>/<key>/complete.json             what was computed, from what
+
+The key is a hash of everything the rows depend on, so an array computed from something else is another folder: it
+cannot be used by mistake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from ..errors import LatentDiffError
+
+SHARD = 2048  # rows
+DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Processes(Protocol):
+    """The processes of a run, as accelerate's Accelerator shows them."""
+
+    @property
+    def process_index(self) -> int:
+        """This one's number."""
+
+    @property
+    def num_processes(self) -> int:
+        """How many there are."""
+
+    def wait_for_everyone(self) -> None:
+        """A barrier."""
+
+
+class Alone:
+    """One process."""
+
+    process_index, num_processes = 0, 1
+
+    def wait_for_everyone(self) -> None:
+        """Nobody to wait for."""
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """32 hex digits that stand for the facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Shards:
+    """Rows 0 ... num_rows - 1 of named arrays, on disk; `rows["name", index]` copies one into memory.
+
+    It is opened by `build`, which computes what is missing. A shard that was cut short, changed or lost is noticed by
+    its hash and computed again.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], num_rows: int) -> None:
+        self.facts = dict(facts)
+        self.num_rows = num_rows
+        self.folder = folder / digest(self.facts)
+        self._open: dict[int, Arrays] = {}
+
+    @property
+    def num_shards(self) -> int:
+        """Files."""
+        return -(-self.num_rows // SHARD)
+
+    def build(
+        self, compute: Callable[[range], Arrays], processes: Processes, progress: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Compute the missing shards, all processes together; afterwards all rows can be read.
+
+        Args:
+            compute: arrays for a range of rows, first dimension the rows.
+            processes: who shares the work.
+            progress: told the number of rows done, its own only.
+
+        Raises:
+            LatentDiffError: the folder cannot be written, or a shard is still not whole afterwards.
+        """
+        for number in range(processes.process_index, self.num_shards, processes.num_processes):
+            rows = range(number * SHARD, min((number + 1) * SHARD, self.num_rows))
+            if not self._is_whole(number):
+                self._write(number, compute(rows))
+            progress(len(rows))
+        processes.wait_for_everyone()
+        if missing := [number for number in range(self.num_shards) if not self._seal(number).is_file()]:
+            raise LatentDiffError(f"{self.folder}: shard {missing[0]} is missing; another process could not write it")
+        if processes.process_index == 0:
+            text = json.dumps({"rows": self.num_rows, "facts": self.facts}, indent=2, sort_keys=True)
+            (self.folder / "complete.json").write_text(text + "\n", encoding="utf-8")
+        processes.wait_for_everyone()
+
+    def __getitem__(self, what: tuple[str, int]) -> NDArray[Any]:
+        name, row = what
+        number, within = divmod(row, SHARD)
+        if number not in self._open:
+            self._open[number] = _map(self._path(number))
+        return np.array(self._open[number][name][within])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A small array whole."""
+        return np.concatenate([np.array(_map(self._path(number))[name]) for number in range(self.num_shards)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": {}}  # a worker process maps the files itself
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
+
+    def _seal(self, number: int) -> Path:
+        return self._path(number).with_suffix(".json")
+
+    def _is_whole(self, number: int) -> bool:
+        try:
+            seal = json.loads(self._seal(number).read_text(encoding="utf-8"))
+            path = self._path(number)
+            return bool(path.stat().st_size == seal["bytes"] and file_digest(path) == seal["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _write(self, number: int, arrays: Arrays) -> None:
+        path, partial = self._path(number), self._path(number).with_suffix(".partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._seal(number).unlink(missing_ok=True)
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
+            seal = {"bytes": partial.stat().st_size, "sha256": file_digest(partial)}
+            os.replace(partial, path)
+            partial.write_text(json.dumps(seal), encoding="utf-8")
+            os.replace(partial, self._seal(number))
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise LatentDiffError(f"{path}: cannot be written ({error})") from error
+
+
+def remove_others(folder: Path, keep: set[str]) -> list[str]:
+    """Delete the arrays in `folder` that were computed from something else; returns their names."""
+    others = [path for path in folder.glob("?" * 32) if path.is_dir() and path.name not in keep]
+    for path in others:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in others]
+
+
+def differences(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    """Which facts an array that lies in `folder` was computed from otherwise; empty where there is none."""
+    for path in sorted(folder.glob("*/complete.json")):
+        try:
+            former = json.loads(path.read_text(encoding="utf-8"))["facts"]
+        except (OSError, ValueError, KeyError):
+            continue
+        return [name for name in facts if former.get(name) != facts[name]]
+    return []
+
+
+def _map(path: Path) -> Arrays:
+    """The arrays of a safetensors file, mapped: eight bytes of length, a JSON header, then the numbers."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: np.memmap(path, DTYPES[entry["dtype"]], "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__" and np.prod(entry["shape"])
+    }

@@ -1,0 +1,1 @@
+"""Measuring and looking: quality of reconstructions, grids of pictures."""

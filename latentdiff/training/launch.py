@@ -1,0 +1,168 @@
+"""What a training run needs before its first step: processes, threads, precision, a record of what is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from ..config import Config
+from ..errors import LatentDiffError
+
+LIBRARIES = (
+    "latentdiff",
+    "torch",
+    "accelerate",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes of a run, as one of them sees them."""
+
+    config: Config
+    accelerator: Accelerator
+    folder: Path  # of the run
+    precision: str  # fp32, bf16 or fp16
+    report: Callable[[str], None]  # a line for the user, from the main process only
+    cpu_group: torch.distributed.ProcessGroup | None = None  # for flags, where there are several processes
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return bool(self.accelerator.is_main_process)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of the passes; weights stay float32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+
+def launch(config: Config) -> Launch:
+    """Join the other processes, set threads and precision, write run.json and config.yaml.
+
+    Raises:
+        LatentDiffError: the folder cannot be written, or the precision does not work on the device.
+    """
+    accelerator = Accelerator(
+        mixed_precision="no",  # the passes are cast here, in one visible place
+        log_with=list(config.trackers) or None,
+        project_dir=config.output,
+    )
+    threads = config.threads or max(1, _cores() // _processes_here(accelerator))
+    torch.set_num_threads(threads)  # `accelerate launch` sets one thread and would leave the rest idle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it warns when workers are forked
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+    def report(line: str) -> None:
+        if accelerator.is_main_process:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+    precision = choose_precision(config.precision, accelerator.device)
+    group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    run = Launch(config, accelerator, Path(config.output), precision, report, group)
+    if (asked := processes_asked()) > accelerator.num_processes:
+        report(
+            f"warning: {asked} processes were asked for and {accelerator.num_processes} came up; on a CPU use "
+            f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {asked} ..."
+        )
+    if accelerator.is_main_process:
+        _write_record(run, threads)
+    accelerator.wait_for_everyone()
+    return run
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """The precision to compute in: what is wanted, or the launcher's, or bf16 where the device computes in it.
+
+    Raises:
+        LatentDiffError: fp16 on a CPU.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted == "auto" and launcher in ("bf16", "fp16"):
+        wanted = launcher
+    if wanted == "auto":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
+            device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())  # fmt: skip
+        wanted = "bf16" if has_bf16 else "fp32"
+    if wanted == "fp16" and device.type == "cpu":
+        raise LatentDiffError("precision=fp16: not on a CPU; choose bf16, fp32 or auto")
+    return wanted
+
+
+def processes_asked() -> int:
+    """`--num_processes` on the launcher's command line, or 0."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return 0
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes"):
+            text = value or following
+            return int(text) if text.isdigit() else 0
+    return 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processes_here(accelerator: Accelerator) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+
+
+def _write_record(run: Launch, threads: int) -> None:
+    record = {
+        "command": sys.argv,
+        "config": run.config.model_dump(mode="json"),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name()
+        if run.device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "processes": run.accelerator.num_processes,
+        "threads": threads,
+        "precision": run.precision,
+        "git": _git_state(),
+    }
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LatentDiffError(f"output={run.config.output}: cannot be written ({error})") from None
+
+
+def _git_state() -> str | None:
+    """Commit of the checkout that runs, with `-dirty` where files were changed; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

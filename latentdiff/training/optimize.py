@@ -1,0 +1,158 @@
+"""One update of the weights: AdamW, clipping, the average, and the refusal of a step that is not finite.
+
+Nothing here waits for the device: whether a step counts is a number on the device that the kernels read there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..sections import TrainSection
+from .ema import EMA
+
+FP16_SCALE, FP16_GROWTH = 2.0**16, 2000  # loss scale to begin with; finite steps after which it doubles
+
+
+def learning_rate(step: int, section: TrainSection) -> float:
+    """Factor of `learning_rate` at a step, counted from 1: a linear warm-up, then constant or half a cosine."""
+    warm = min(1.0, step / section.warmup_steps) if section.warmup_steps else 1.0
+    if section.lr_schedule == "constant" or step <= section.warmup_steps:
+        return warm
+    final = section.final_lr / section.learning_rate
+    progress = (step - section.warmup_steps) / max(1, section.steps - section.warmup_steps)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Updater:
+    """The optimizer of some parameters and their moving average, on the part of them that lies on this process.
+
+    Under FSDP a parameter is a DTensor; AdamW and the average work element by element, so they work on the local part.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[Mapping[str, nn.Parameter], float]],
+        section: TrainSection,
+        *,
+        fp16: bool = False,
+    ) -> None:
+        """Take groups of named parameters, each with its learning rate."""
+        self.section = section
+        self.parameters = {name: parameter for group, _ in groups for name, parameter in group.items()}
+        self.local = {name: _leaf(parameter) for name, parameter in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [self.local[name] for name in group], "base": lr} for group, lr in groups],
+            lr=section.learning_rate,
+            betas=section.betas,
+            weight_decay=section.weight_decay,
+            fused=True,
+        )
+        device = next(iter(self.local.values())).device
+        for tensor in self.local.values():  # as AdamW would at its first step; made now so that it can be loaded into
+            self.optimizer.state[tensor] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(tensor, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(tensor, requires_grad=False),
+            }
+        self.ema = EMA([tensor.detach() for tensor in self.local.values()], section.ema_sigma_rel)
+        self.fp16 = fp16
+        self.loss_scale = torch.full((), FP16_SCALE if fp16 else 1.0, device=device)
+        self.since_growth = torch.zeros((), device=device)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradients, unscaled, over all processes: (); not finite where one of them is not."""
+        for name, parameter in self.parameters.items():
+            if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
+                self.local[name].grad = parameter.grad.to_local()
+        gradients = [tensor.grad for tensor in self.local.values() if tensor.grad is not None and tensor.numel()]
+        squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters.values()):
+            torch.distributed.all_reduce(squares)
+        return squares.sqrt() / self.loss_scale
+
+    @torch.no_grad()
+    def update(self, step: int, norm: Tensor, moves: Tensor) -> None:
+        """Take the step, counted from 1, where `moves` is 1; where it is 0 nothing changes by a bit.
+
+        Args:
+            step: for the learning rate and the average.
+            norm: what `gradient_norm` gave; a larger one than `max_grad_norm` is scaled down to it.
+            moves: () on the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * learning_rate(step, self.section)
+        clip = (norm / self.section.max_grad_norm).clamp(min=1.0)
+        optimizer: Any = self.optimizer  # the fused kernels read both from here, as torch's GradScaler has it
+        optimizer.grad_scale = torch.where(moves > 0, clip * self.loss_scale, torch.ones_like(clip))
+        optimizer.found_inf = 1.0 - moves
+        self.optimizer.step()
+        self.ema.update(step, moves)
+        if self.fp16:
+            self._adjust_scale(moves)
+        for tensor in (*self.parameters.values(), *self.local.values()):
+            tensor.grad = None
+
+    def named(self, what: str) -> dict[str, Tensor]:
+        """`weights`, `ema`, `exp_avg` or `exp_avg_sq` by parameter name, whole: under FSDP all processes must ask."""
+        parts = self._parts(what)
+        return {name: whole(parameter, parts[name]) for name, parameter in self.parameters.items()}
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint must hold."""
+        state = {what: self.named(what) for what in ("weights", "ema", "exp_avg", "exp_avg_sq")}
+        first = self.optimizer.state[next(iter(self.local.values()))]["step"]
+        return {**state, "scalars": {"step": first, "scale": self.loss_scale, "since_growth": self.since_growth}}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Put back what `state` gave."""
+        for what in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+            parts = self._parts(what)
+            for name, parameter in self.parameters.items():
+                value = state[what][name].to(parts[name].device)
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements).to_local()
+                parts[name].copy_(value)
+        for tensor in self.local.values():
+            self.optimizer.state[tensor]["step"].copy_(state["scalars"]["step"])
+        self.loss_scale.copy_(state["scalars"]["scale"])
+        self.since_growth.copy_(state["scalars"]["since_growth"])
+
+    def _parts(self, what: str) -> dict[str, Tensor]:
+        if what == "weights":
+            return {name: tensor.detach() for name, tensor in self.local.items()}
+        if what == "ema":
+            return dict(zip(self.local, self.ema.tensors, strict=True))
+        return {name: self.optimizer.state[tensor][what] for name, tensor in self.local.items()}
+
+    def _adjust_scale(self, moves: Tensor) -> None:
+        """Halve the loss scale after an overflow, double it after many steps without one (arXiv 1710.03740, 3.2)."""
+        self.since_growth.copy_(torch.where(moves > 0, self.since_growth + 1, torch.zeros_like(self.since_growth)))
+        grows = self.since_growth >= FP16_GROWTH
+        factor = torch.where(moves > 0, torch.where(grows, 2.0, 1.0), 0.5)
+        self.loss_scale.mul_(factor)
+        self.since_growth.mul_((~grows).float())
+
+
+def _leaf(parameter: nn.Parameter) -> Tensor:
+    """The part of a parameter that lies here, sharing its memory."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach().requires_grad_()
+    return parameter
+
+
+def whole(parameter: nn.Parameter, part: Tensor | None = None) -> Tensor:
+    """A parameter, or what belongs to it element by element, gathered from all processes; `part` is what lies here."""
+    part = _leaf(parameter).detach() if part is None else part
+    if not isinstance(parameter, DTensor):
+        return part
+    sharded = DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+    return sharded.full_tensor()

@@ -1,0 +1,90 @@
+"""What a run says while it runs: a line every few steps, `log.jsonl`, and accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .launch import Launch
+
+PHASES = ("data", "model", "optimizer")
+
+
+class Record:
+    """Sums metrics on the device and reads them when a line is written: the only place where the loop waits for it."""
+
+    def __init__(self, run: Launch, folder: Path, name: str, first_step: int, steps: int, batch_size: int) -> None:
+        self.run, self.folder, self.name = run, folder, name
+        self.steps, self.batch_size, self.done = steps, batch_size, first_step
+        self._sums: dict[str, Tensor] = {}
+        self._spent = dict.fromkeys(PHASES, 0.0)
+        self._since = time.perf_counter()
+        if run.is_main:
+            _drop_lines_after(folder / "log.jsonl", first_step)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside towards `data`, `model` or `optimizer`; what is left over is `other`."""
+        start = time.perf_counter()
+        yield
+        self._spent[name] += time.perf_counter() - start
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add one step's metrics, () each; they are summed where they are."""
+        for name, value in metrics.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def log(self, step: int, extra: Mapping[str, float]) -> dict[str, float]:
+        """Write the mean of the steps since the last line, and where their time went."""
+        count = step - self.done
+        names = list(self._sums)
+        sums = torch.stack([self._sums[name].float() for name in names])
+        values = (self.run.accelerator.reduce(sums, "mean") / count).tolist()
+        means = dict(zip(names, values, strict=True)) | dict(extra)
+        elapsed = time.perf_counter() - self._since
+        rate = count * self.batch_size / elapsed
+        shares = {name: spent / elapsed for name, spent in self._spent.items()}
+        shares["other"] = max(0.0, 1 - sum(shares.values()))
+        left = timedelta(seconds=round((self.steps - step) * elapsed / count))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        spread = " ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        self.run.report(f"{self.name} {step}/{self.steps}  {shown}  {rate:.1f} pictures/s ({spread})  {left} left")
+        timing = {"pictures_per_second": rate} | {f"time_{name}": share for name, share in shares.items()}
+        self.write(step, means | timing)
+        self._sums, self._spent, self.done = {}, dict.fromkeys(PHASES, 0.0), step
+        self._since = time.perf_counter()
+        return means
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of log.jsonl, and to the trackers."""
+        if self.run.is_main:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self.run.accelerator.log({f"{self.name}/{name}": value for name, value in values.items()}, step=step)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Validation and saving: their time is not the steps'."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint that training goes on from: those steps come again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # a line cut short when the process died
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,196 @@
+"""The stages of a run, in order: vae -> caches -> latent. Each skips what is done and goes on where it was stopped.
+
+<output>/run.json                  what was run: config, versions, seed, git
+<output>/train_vae/, train_latent/ checkpoints, log.jsonl, pictures to look at
+<output>/vae/                      the finished VAE
+<output>/cache/                    latents and text features
+<output>/model/                    the finished model, as diffusers opens it
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from text_encoder import TextEncoder, train_tokenizer
+from unet import UNet
+from vae import VAE
+
+from ..config import Config
+from ..data.cache import LatentCache, TextCache
+from ..data.shards import Shards, differences, digest, remove_others
+from ..data.sources import Source, open_source
+from ..errors import LatentDiffError
+from ..weights.model_folder import save_model
+from .latent import LatentTraining
+from .launch import Launch, launch
+from .loop import run_facts, run_training
+from .vae import VAETraining
+from .vae_finish import finish_vae
+
+Caches = tuple[LatentCache | None, TextCache | None]
+
+
+def train_vae(config: Config, run: Launch | None = None) -> Path:
+    """Train the autoencoder, normalise its latents, and write it to <output>/vae.
+
+    Raises:
+        LatentDiffError: bad input, or training stopped early (`Stopped`).
+    """
+    run = run or launch(config)
+    folder = run.folder / "vae"
+    facts = run_facts(run, "vae", "train_vae")
+    if _is_done(folder, facts, run):
+        return folder
+    sources = open_source(config.data)
+    torch.manual_seed(config.seed)  # the only use of torch's own generator: the first weights
+    task = VAETraining(run, run.folder / "train_vae", sources, VAE(config.vae.build(config.data.image_size)))
+    run_training(task, run, run.folder / "train_vae")
+    finish_vae(task, run, folder)
+    _mark_done(folder, facts, run)
+    return folder
+
+
+def encode(config: Config, run: Launch | None = None) -> tuple[Caches, Caches]:
+    """Fill the caches of training and validation: latents, and text features where the text encoder is frozen."""
+    run = run or launch(config)
+    vae = open_vae(run)
+    sources = open_source(config.data)
+    return make_caches(run, sources, vae, open_text_encoder(run, sources[0]))
+
+
+def train_latent(config: Config, run: Launch | None = None) -> Path:
+    """Train the UNet, and the text encoder with it, on cached latents; write the model to <output>/model.
+
+    Raises:
+        LatentDiffError: bad input, no VAE yet, or training stopped early (`Stopped`).
+    """
+    run = run or launch(config)
+    folder = run.folder / "model"
+    vae = open_vae(run)
+    facts = run_facts(run, "vae", "text_encoder", "unet", "train_latent")
+    if _is_done(folder, facts, run):
+        return folder
+    sources = open_source(config.data)
+    torch.manual_seed(config.seed)
+    text_encoder = open_text_encoder(run, sources[0])
+    unet = new_unet(config, vae, text_encoder)
+    caches = make_caches(run, sources, vae, text_encoder)
+    task = LatentTraining(run, run.folder / "train_latent", sources, vae, unet, text_encoder, caches)
+    run_training(task, run, run.folder / "train_latent")
+    averaged, text_encoder = task.finish()
+    if run.is_main:
+        save_model(folder, vae=vae.cpu(), unet=averaged, text_encoder=text_encoder, diffusion=config.diffusion)
+    _mark_done(folder, facts, run)
+    run.report(f"the model is in {folder}")
+    return folder
+
+
+def train(config: Config) -> Path:
+    """Everything that is missing of vae, caches and latent training; returns the model's folder."""
+    run = launch(config)
+    if not config.vae.pretrained:
+        train_vae(config, run)
+    return train_latent(config, run)
+
+
+def open_vae(run: Launch) -> VAE:
+    """The VAE that the config names, or the one that this run trained.
+
+    Raises:
+        LatentDiffError: there is none yet, or it does not fit the pictures.
+    """
+    named = run.config.vae.pretrained
+    folder = Path(named) if named else run.folder / "vae"
+    if not named and not (folder / "done.json").is_file():
+        raise LatentDiffError(
+            f"{folder}: no finished VAE; run train_vae.py with the same config first, "
+            "or name a trained one with vae.pretrained=FOLDER (`latentdiff train` does both stages)"
+        )
+    if not named and not _is_done(folder, run_facts(run, "vae", "train_vae"), run, quiet=True):
+        raise LatentDiffError(f"{folder}: was not finished")
+    vae = VAE.from_pretrained(folder)
+    size, factor = run.config.data.image_size, vae.config.downsampling
+    if size % factor:
+        raise LatentDiffError(f"data.image_size={size}: expected a multiple of {factor}, the downsampling of {folder}")
+    return vae.to(run.device)
+
+
+def open_text_encoder(run: Launch, source: Source) -> TextEncoder:
+    """The text encoder that the config names, or a new one with a vocabulary learnt from the captions."""
+    section = run.config.text_encoder
+    if section.pretrained:
+        encoder = TextEncoder.from_pretrained(section.pretrained, max_length=section.max_length)
+    else:
+        captions = (caption for several in source.all_captions() for caption in several)
+        tokenizer = train_tokenizer(captions, vocab_size=section.vocab_size, max_length=section.max_length)
+        encoder = TextEncoder.new(section.build(), tokenizer)
+    return encoder.to(run.device)
+
+
+def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
+    """The UNet that the config describes, for this VAE and this text encoder, with random weights."""
+    size = config.data.image_size // vae.config.downsampling
+    return UNet(config.unet.build(vae.config.latent_channels, text_encoder.context_dim, size))
+
+
+def make_caches(run: Launch, sources: tuple[Source, Source], vae: VAE, encoder: TextEncoder) -> tuple[Caches, Caches]:
+    """Caches for training and for validation; what was computed from something else is not used, and deleted."""
+    folder, config = run.folder / "cache", run.config
+    vae.eval()
+    caches: list[Caches] = []
+    for source, name, flips in zip(sources, ("train", "validation"), (config.data.flip, False), strict=True):
+        latents, text = None, None
+        if config.train_latent.cache:
+            latents = LatentCache(folder / f"{name}-latents", source, vae, config.data, flips=flips,
+                                  memo=folder / f"{name}-pictures.json")  # fmt: skip
+            _fill(run, latents, latents.shards, f"{name} pictures")
+        if config.train_latent.cache and not config.text_encoder.train:
+            text = TextCache(folder / f"{name}-text", source, encoder.eval())
+            _fill(run, text, text.shards, f"{name} captions")
+        caches.append((latents, text))
+    return caches[0], caches[1]
+
+
+def _fill(run: Launch, cache: LatentCache | TextCache, shards: Shards, what: str) -> None:
+    stale = differences(shards.folder.parent, shards.facts)
+    if stale and not shards.folder.exists():
+        run.report(f"the cache of {what} was made from something else ({', '.join(stale)} changed): made again")
+    hidden = not run.is_main or (shards.folder / "complete.json").is_file()
+    with tqdm(total=shards.num_rows, desc=f"encoding {what}", unit="", disable=hidden) as bar:
+
+        def progress(rows: int) -> None:
+            bar.update(rows * run.accelerator.num_processes)  # the others go as fast
+
+        cache.build(run.accelerator, progress)
+    if run.is_main:
+        remove_others(shards.folder.parent, {shards.folder.name})
+    run.accelerator.wait_for_everyone()
+
+
+def _is_done(folder: Path, facts: dict[str, Any], run: Launch, *, quiet: bool = False) -> bool:
+    """Whether the stage is finished; where it was finished with other settings, that is an error."""
+    try:
+        done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    for name, now in facts.items():
+        if done.get("facts", {}).get(name) != now:
+            raise LatentDiffError(
+                f"{folder}: was made with another `{name}` than the config has now; choose another `output`, "
+                "or delete the folder to make it again"
+            )
+    if not quiet:
+        run.report(f"{folder}: done already")
+    return True
+
+
+def _mark_done(folder: Path, facts: dict[str, Any], run: Launch) -> None:
+    if run.is_main:
+        text = json.dumps({"key": digest(facts), "facts": facts}, indent=2)
+        (folder / "done.json").write_text(text + "\n", encoding="utf-8")
+    run.accelerator.wait_for_everyone()

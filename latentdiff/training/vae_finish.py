@@ -1,0 +1,108 @@
+"""The end of VAE training: latents of mean 0 and standard deviation 1, a look at their shape, half-precision checks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vae import VAE
+from vae.fold import fold_statistics
+from vae.statistics import LatentStatistics
+
+from ..data.cache import read_pixels, to_pixels
+from ..data.pictures import PictureError
+from ..data.sources import Source
+from ..sections import DataConfig
+from .launch import Launch
+from .vae import VAETraining
+
+MOST_PICTURES = 50_000  # that the statistics are taken over; more would change the fourth digit
+BATCH = 32
+
+
+def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
+    """Fold the latents' statistics into the averaged VAE, write it with a report; returns the report."""
+    vae, log_variance = task.finish()
+    before = measure(vae, task.train_source, run)
+    fold_statistics(vae, before.mean.cpu(), before.std.cpu())
+    after = measure(vae, task.train_source, run)
+    held_out = _pixels(task.held_out, range(min(BATCH, len(task.held_out))), run.config.data).to(run.device)
+    report: dict[str, Any] = {
+        "pictures": after.num_pictures,
+        "former_mean": before.mean.tolist(),
+        "former_std": before.std.tolist(),
+        "mean": after.mean.tolist(),
+        "std": after.std.tolist(),
+        "skewness": after.skewness.tolist(),
+        "excess_kurtosis": after.excess_kurtosis.tolist(),
+        "largest_correlation": float(
+            (after.correlation - torch.eye(after.channels, device=after.mean.device)).abs().max()
+        ),
+        "kl_nats_per_picture": before.kl,
+        "kl_bits_per_dimension": before.bits_per_dimension,
+        "decoder_log_variance": log_variance,
+        "half_precision": half_precision(vae, held_out),
+    }
+    if run.is_main:
+        vae.cpu().save_pretrained(folder, facts={"decoder_log_variance": repr(log_variance)})
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    run.report(
+        f"{folder}: latents of {after.num_pictures} pictures have mean 0 and standard deviation 1 per channel to "
+        f"{max(float(after.mean.abs().max()), float((after.std - 1).abs().max())):.1e}; "
+        f"skewness up to {float(after.skewness.abs().max()):.2f}, "
+        f"excess kurtosis up to {float(after.excess_kurtosis.abs().max()):.2f} (0: Gaussian); "
+        f"decoding differs by {', '.join(_describe(name, value) for name, value in report['half_precision'].items())}"
+    )
+    run.accelerator.wait_for_everyone()
+    return report
+
+
+@torch.inference_mode()
+def measure(vae: VAE, source: Source, run: Launch) -> LatentStatistics:
+    """Statistics of the raw code over the pictures, which the processes share."""
+    accelerator = run.accelerator
+    stride = max(1, math.ceil(len(source) / MOST_PICTURES))
+    chosen = range(0, len(source), stride)
+    statistics = LatentStatistics(vae.config.latent_channels, run.device)
+    for number, start in enumerate(range(0, len(chosen), BATCH)):
+        if number % accelerator.num_processes == accelerator.process_index:
+            pixels = _pixels(source, chosen[start : start + BATCH], run.config.data)
+            if len(pixels):
+                statistics.add(vae.posterior(pixels.to(run.device)))
+    return LatentStatistics.from_state(accelerator.reduce(statistics.state(), "sum"))
+
+
+@torch.inference_mode()
+def half_precision(vae: VAE, pixels: torch.Tensor) -> dict[str, float | None]:
+    """Largest difference that decoding in bf16 and fp16 makes, in units of 1/255; None where it is not finite."""
+    latents = vae.encode(pixels)
+    reference = vae.decode(latents).clamp(-1, 1)
+    differences: dict[str, float | None] = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        half = VAE(vae.config).to(pixels.device).eval()
+        half.load_state_dict(vae.state_dict())
+        decoded = half.to(dtype).decode(latents.to(dtype)).float()
+        finite = bool(decoded.isfinite().all())
+        differences[name] = float((decoded.clamp(-1, 1) - reference).abs().max()) * 127.5 if finite else None
+    return differences
+
+
+def _describe(name: str, value: float | None) -> str:
+    return f"infinity in {name}" if value is None else f"at most {value:.1f}/255 in {name}"
+
+
+def _pixels(source: Source, indices: range, config: DataConfig) -> torch.Tensor:
+    """The readable ones of some pictures, (B, 3, H, W)."""
+    images = []
+    for index in indices:
+        try:
+            images.append(read_pixels(source, index, config))
+        except PictureError:
+            continue
+    size = config.image_size
+    return to_pixels(torch.from_numpy(np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)))

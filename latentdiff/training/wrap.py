@@ -1,0 +1,63 @@
+"""A module for several processes: as it is, DDP, or FSDP where the launcher asks for it; compiled on request."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import LatentDiffError
+from ..sections import TrainSection
+from .launch import Launch
+
+
+def sharded(module: nn.Module, run: Launch, section: TrainSection) -> nn.Module:
+    """The module on its device, its parameters sharded where the launcher asks for FSDP, else as `distributed`.
+
+    accelerate's own preparation shards on GPUs only; torch's does on CPUs too, which is how it is tested. Only a call
+    of the whole module gathers its parameters: not of a part of it, and not of another method.
+
+    Raises:
+        LatentDiffError: the launcher asks for an engine that takes over the optimizer.
+    """
+    kind = str(run.accelerator.distributed_type).rsplit(".", 1)[-1]
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):
+        raise LatentDiffError(f"the launcher asks for {kind.lower()}, which takes over the optimizer; use DDP or FSDP")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or run.accelerator.num_processes == 1:
+        return distributed(module, run, section)
+    # fully_shard refuses channels-last parameters; the activations stay channels-last.
+    module.to(run.device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    mesh = init_device_mesh(run.device.type, (run.accelerator.num_processes,))
+    frees = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
+    for layers in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
+        for layer in layers:
+            if not any(isinstance(part, nn.ModuleList) for part in layer.modules()):
+                fully_shard(layer, mesh=mesh, reshard_after_forward=frees)
+    fully_shard(module, mesh=mesh, reshard_after_forward=frees)
+    return module
+
+
+def distributed(module: nn.Module, run: Launch, section: TrainSection) -> nn.Module:
+    """The module on its device, in DDP where there are several processes; its parameters are reachable as before."""
+    module.to(run.device)
+    wrapped = module
+    if run.accelerator.num_processes > 1:
+        for parameter in module.parameters():  # a 1x1 kernel is the same in both layouts; DDP looks at its strides
+            if parameter.dim() == 4 and parameter.shape[2:] == (1, 1):
+                parameter.data = parameter.data.as_strided(parameter.shape, (parameter.shape[1], 1, 1, 1))
+        devices = [run.device.index] if run.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+    return torch.compile(wrapped) if section.compile else wrapped  # type: ignore[return-value]
+
+
+def no_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Let DDP exchange gradients in the last micro-batch only."""
+    inner = getattr(module, "_orig_mod", module)
+    if isinstance(inner, DistributedDataParallel) and not last:
+        return inner.no_sync()
+    return nullcontext()

@@ -1,0 +1,137 @@
+import io
+import json
+import zlib
+
+import pytest
+from PIL import Image
+from transformers import BertTokenizerFast
+
+from latentdiff.data.check import check_source
+from latentdiff.data.sources import open_source, read_quarantine
+from latentdiff.errors import LatentDiffError
+
+
+def broken(picture):
+    """Pictures by the reason that they are refused for; 900 million pixels of nothing among them."""
+    header = bytearray(picture(90))
+    header[16:24] = (30_000).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    deep = io.BytesIO()
+    Image.new("F", (20, 20)).save(deep, "TIFF")
+    large = io.BytesIO()
+    Image.new("L", (101, 100)).save(large, "PNG")
+    return {
+        "truncated": [picture(91)[:-300], picture(92, "JPEG")[:-40]],
+        "unreadable": [b""],
+        "too large": [large.getvalue(), bytes(header)],
+        "too small": [picture(93, size=(40, 15))],
+        "format": [b"no picture", deep.getvalue()],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path, picture, config):
+    """Eight sound pictures with captions in train, two in validation; broken ones, copies, an empty caption."""
+    root = tmp_path / "source"
+    files = {f"train/{number}.png": picture(number) for number in range(8)}
+    files |= {f"validation/{number}.png": picture(number) for number in (8, 9)}
+    files |= {"train/copy.png": picture(3), "validation/copy.png": picture(4)}
+    files |= {f"train/{reason} {number}.png": data for reason, several in broken(picture).items()
+              for number, data in enumerate(several)}  # fmt: skip
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+        (root / name).with_suffix(".txt").write_text("a cat\na b c d e f g")
+    (root / "train/0.txt").write_text(" \n")
+    (root / "train/1.txt").write_text("a cat\na b c d e f")  # just fits
+    return root
+
+
+@pytest.fixture
+def tokenizer():
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg", "cat"]
+    return BertTokenizerFast(vocab={name: index for index, name in enumerate(names)}, model_max_length=8)
+
+
+def test_what_is_found(folder, config, tmp_path, tokenizer, picture):
+    lines = []
+    report = check_source(config(folder, max_pixels=10_000), tmp_path / "out", tokenizer, lines.append)
+    assert (report.train.pictures, report.validation.pictures) == (17, 3)
+    assert report.train.broken == {reason: len(several) for reason, several in broken(picture).items()}
+    assert report.validation.broken == {}
+    assert (report.train.captions, report.train.without_caption) == (32, 1)
+    assert (report.train.overlong_captions, report.validation.overlong_captions) == (15, 3)
+    assert (report.train.caption_tokens.least, report.train.caption_tokens.largest) == (4, 9)
+    assert (report.train.caption_letters.least, report.train.caption_letters.largest) == (5, 13)
+    assert (report.duplicates, report.shared) == (2, 1)
+    assert report.duplicate_names == (("train/copy.png", "train/3.png"), ("validation/copy.png", "train/4.png"))
+    assert lines == report.lines()
+    assert "train: 17 pictures, broken: 2 format, 2 too large, 1 too small, 2 truncated, 1 unreadable" in lines
+
+
+def test_sizes(config, tmp_path, picture):
+    for number, size in enumerate([(16, 16), (40, 20), (30, 60)]):
+        (tmp_path / f"{number}.png").write_bytes(picture(number, size=size))
+        (tmp_path / f"{number}.txt").write_text("x")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/x.png").write_bytes(picture(9))
+    (tmp_path / "val/x.txt").write_text("x")
+    train = check_source(config(tmp_path), tmp_path / "out").train
+    assert (train.shorter_side.least, train.shorter_side.median, train.shorter_side.largest) == (16, 20, 30)
+    assert (train.aspect_ratio.least, train.aspect_ratio.median, train.aspect_ratio.largest) == (0.5, 1, 2)
+
+
+def test_what_is_written(folder, config, tmp_path):
+    report = check_source(config(folder), tmp_path / "out")
+    written = json.loads((tmp_path / "out/report.json").read_text())
+    assert written["train"]["broken"] == report.train.broken
+    assert written["duplicate_names"][0] == ["train/copy.png", "train/3.png"]
+    with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
+        colours = sheet.convert("RGB").getcolors(maxcolors=1 << 20)
+    assert len(colours) > 1000  # noise, not a blank sheet
+
+
+def test_the_quarantine_makes_the_source_sound(folder, config, tmp_path):
+    quarantine = tmp_path / "out/quarantine.txt"
+    report = check_source(config(folder, max_pixels=10_000), tmp_path / "out")
+    assert report.quarantined == len(read_quarantine(quarantine)) == sum(report.train.broken.values())
+    train, validation = open_source(config(folder, max_pixels=10_000, quarantine=str(quarantine)))
+    names = {*train.names(), *validation.names()}
+    assert {f"train/{number}.png" for number in range(8)} < names
+    assert not any(reason in name for name in names for reason in report.train.broken)
+    again = check_source(config(folder, max_pixels=10_000, quarantine=str(quarantine)), tmp_path / "again")
+    assert again.quarantined == report.quarantined  # all of the source, not what the old list leaves of it
+
+
+def test_duplicates_stay_unless_asked(folder, config, tmp_path):
+    copies = {"train/copy.png", "validation/copy.png"}
+    check_source(config(folder), tmp_path / "out")
+    assert not copies & read_quarantine(tmp_path / "out/quarantine.txt")
+    check_source(config(folder), tmp_path / "out", drop_duplicates=True)
+    assert copies < read_quarantine(tmp_path / "out/quarantine.txt")
+    assert "train/copy.png\tduplicate of train/3.png\n" in (tmp_path / "out/quarantine.txt").read_text()
+
+
+def test_without_a_tokenizer_it_says_so(folder, config, tmp_path, tokenizer):
+    report = check_source(config(folder), tmp_path / "out")
+    assert report.train.overlong_captions is None
+    assert sum("not checked" in line for line in report.lines()) == 2
+    endless = BertTokenizerFast(vocab=tokenizer.get_vocab())
+    assert check_source(config(folder), tmp_path / "out", endless).max_tokens is None
+
+
+def test_nothing_sound_at_all(config, tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"?")
+        (tmp_path / f"{number}.txt").write_text("x")
+    report = check_source(config(tmp_path), tmp_path / "out")
+    assert report.quarantined == 3
+    assert report.duplicates == 0
+    assert report.train.shorter_side is None
+    assert report.lines()
+
+
+def test_no_source(config, tmp_path):
+    with pytest.raises(LatentDiffError, match="no such file or folder"):
+        check_source(config("nowhere"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

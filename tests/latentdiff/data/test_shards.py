@@ -1,0 +1,133 @@
+"""Arrays on disk: written by many, resumed, verified, keyed by what they were computed from."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from latentdiff import LatentDiffError
+from latentdiff.data import shards as module
+from latentdiff.data.shards import Alone, Shards, differences, remove_others
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(module, "SHARD", 4)
+
+
+class Process:
+    """One of several, taking turns."""
+
+    def __init__(self, index, count):
+        self.process_index, self.num_processes = index, count
+
+    def wait_for_everyone(self):
+        pass
+
+
+def squares(computed=None):
+    def compute(rows):
+        if computed is not None:
+            computed.append(rows)
+        return {
+            "square": np.array([[row**2, row] for row in rows], np.float32),
+            "odd": np.array([r % 2 for r in rows], np.uint8),
+        }
+
+    return compute
+
+
+def built(folder, facts=None, rows=10, computed=None):
+    shards = Shards(folder, facts or {"of": "numbers"}, rows)
+    shards.build(squares(computed), Alone())
+    return shards
+
+
+def test_rows_come_back(tmp_path):
+    shards = built(tmp_path)
+    assert [shards["square", row].tolist() for row in (0, 3, 4, 9)] == [[0, 0], [9, 3], [16, 4], [81, 9]]
+    assert shards.column("odd").tolist() == [0, 1] * 5
+
+
+def test_rows_own_their_memory(tmp_path):
+    shards = built(tmp_path)
+    shards["square", 1][:] = 0
+    assert shards["square", 1].tolist() == [1, 1]
+
+
+def test_a_second_time_nothing_is_computed(tmp_path):
+    built(tmp_path)
+    computed = []
+    built(tmp_path, computed=computed)
+    assert computed == []
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "remove seal", "spoil seal"])
+def test_a_damaged_shard_is_computed_again_and_no_other(tmp_path, damage):
+    shards = built(tmp_path)
+    path = shards.folder / "shard-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(data[:-1])
+    elif damage == "flip":
+        data[-3] ^= 1
+        path.write_bytes(data)
+    elif damage == "remove":
+        path.unlink()
+    else:
+        path.with_suffix(".json").write_text("[]") if damage == "spoil seal" else path.with_suffix(".json").unlink()
+    computed = []
+    again = built(tmp_path, computed=computed)
+    assert computed == [range(4, 8)]
+    assert again["square", 5].tolist() == [25, 5]
+
+
+def test_a_process_that_died_is_made_up_for(tmp_path):
+    shards = Shards(tmp_path, {"of": "numbers"}, 10)
+
+    def dies(rows):
+        if rows.start == 4:
+            raise KeyboardInterrupt
+        return squares()(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.build(dies, Alone())
+    computed = []
+    built(tmp_path, computed=computed)
+    assert computed == [range(4, 8), range(8, 10)]
+
+
+def test_processes_share_the_work(tmp_path):
+    computed = {}
+    for index in (1, 0):
+        shards = Shards(tmp_path, {"of": "numbers"}, 10)
+        computed[index] = []
+        if index == 1:
+            with pytest.raises(LatentDiffError, match="shard 0 is missing"):  # nobody waits here for the other one
+                shards.build(squares(computed[1]), Process(1, 2))
+        else:
+            shards.build(squares(computed[0]), Process(0, 2))
+    assert computed == {1: [range(4, 8)], 0: [range(4), range(8, 10)]}
+    assert shards["square", 7].tolist() == [49, 7]
+
+
+def test_other_facts_are_another_array(tmp_path):
+    first, second = built(tmp_path), Shards(tmp_path, {"of": "letters"}, 10)
+    assert first.folder != second.folder
+    assert differences(tmp_path, second.facts) == ["of"]
+    second.build(squares(), Alone())
+    assert remove_others(tmp_path, {second.folder.name}) == [first.folder.name]
+    assert not first.folder.exists()
+    assert second["square", 2].tolist() == [4, 2]
+
+
+def test_a_worker_maps_the_files_itself(tmp_path):
+    shards = built(tmp_path)
+    _ = shards["square", 0]
+    assert pickle.loads(pickle.dumps(shards))["square", 9].tolist() == [81, 9]  # noqa: S301
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LatentDiffError, match="cannot be written"):
+        built(tmp_path / "file")

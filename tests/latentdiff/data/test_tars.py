@@ -1,0 +1,154 @@
+import io
+import json
+import logging
+import tarfile
+
+import pytest
+
+from latentdiff.data.sources import open_source
+from latentdiff.errors import LatentDiffError
+
+
+def write_tar(path, members):
+    """A shard from (name, bytes) or TarInfo; gives the offset of each header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    offsets = []
+    with tarfile.open(path, "w") as archive:
+        for member in members:
+            offsets.append(archive.offset)
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                archive.addfile(info, io.BytesIO(member[1]))
+    return offsets
+
+
+@pytest.fixture
+def samples(picture):
+    """Members of samples first, first + 1, ..."""
+
+    def make(first, count):
+        members = []
+        for number in range(first, first + count):
+            members += [(f"{number:03}.png", picture(number)), (f"{number:03}.txt", f"number {number}".encode())]
+        return members
+
+    return make
+
+
+def everything(*sources):
+    return {source.name(index): source.captions(index) for source in sources for index in range(len(source))}
+
+
+def test_shards(tmp_path, config, samples, picture):
+    write_tar(tmp_path / "train-0.tar", samples(0, 2))
+    write_tar(tmp_path / "train-1.tar", samples(0, 1))
+    write_tar(tmp_path / "val.tar", samples(5, 1))
+    train, validation = open_source(config(tmp_path))
+    assert everything(train) == {
+        "train-0.tar/000.png": ["number 0"],
+        "train-0.tar/001.png": ["number 1"],
+        "train-1.tar/000.png": ["number 0"],
+    }
+    assert [train.read(index) for index in range(3)] == [picture(0), picture(1), picture(0)]
+    assert validation.read(0) == picture(5)
+
+
+def test_json_and_several_captions(tmp_path, config, picture):
+    told = json.dumps({"caption": ["one", "two"], "prompt": "three", "id": 4}).encode()
+    write_tar(tmp_path / "a.tar", [("x/0.b.json", b"[1]"), ("x/0.jpg", picture(0)), ("x/0.json", told),
+                                   ("x/1.JPG", picture(1)), ("x/1.txt", b"\xef\xbb\xbfone\ntwo\n")])  # fmt: skip
+    found = everything(*open_source(config(tmp_path / "a.tar")))
+    assert found == {"a.tar/x/0.jpg": ["one", "two", "three"], "a.tar/x/1.JPG": ["one", "two"]}
+    found = everything(*open_source(config(tmp_path / "*.tar", caption_columns=("prompt", "txt"))))
+    assert found == {"a.tar/x/0.jpg": ["three"], "a.tar/x/1.JPG": ["one", "two"]}
+
+
+@pytest.mark.parametrize(
+    "cut", ["in the picture", "in the header", "in the text", "between picture and text", "before the end mark"]
+)
+def test_a_cut_shard_keeps_what_is_whole(tmp_path, config, samples, caplog, cut):
+    shard = tmp_path / "a.tar"
+    offsets = write_tar(shard, samples(0, 3))
+    end = {
+        "in the picture": offsets[4] + 600,
+        "in the header": offsets[4] + 100,
+        "in the text": offsets[5] + 512 + 3,
+        "between picture and text": offsets[5],
+        "before the end mark": offsets[5] + 1024,
+    }[cut]
+    shard.write_bytes(shard.read_bytes()[:end])
+    write_tar(tmp_path / "b.tar", samples(2, 2))
+    whole = 3 if cut == "before the end mark" else 2
+    expected = {f"a.tar/{number:03}.png": [f"number {number}"] for number in range(whole)}
+    expected |= {f"b.tar/{number:03}.png": [f"number {number}"] for number in (2, 3)}
+    for _ in range(2):  # the second time from the cache of datasets
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert everything(*open_source(config(tmp_path))) == expected
+        assert len(caplog.messages) == 1
+        assert "a.tar: damaged" in caplog.text
+
+
+def test_a_broken_header(tmp_path, config, samples, caplog):
+    shard = tmp_path / "a.tar"
+    offsets = write_tar(shard, samples(0, 4))
+    data = bytearray(shard.read_bytes())
+    data[offsets[4] : offsets[4] + 200] = b"\xaa" * 200
+    shard.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert set(everything(*open_source(config(shard)))) == {"a.tar/000.png", "a.tar/001.png"}
+    assert f"no end mark at byte {offsets[4]}" in caplog.text
+
+
+@pytest.mark.parametrize("data", [b"", b"no tar file at all" * 100])
+def test_no_tar_at_all(tmp_path, config, samples, caplog, data):
+    (tmp_path / "bad.tar").write_bytes(data)
+    with pytest.raises(LatentDiffError, match=r"no pictures in bad\.tar"):
+        open_source(config(tmp_path))
+    write_tar(tmp_path / "good.tar", samples(0, 2))
+    with caplog.at_level(logging.WARNING):
+        assert len(everything(*open_source(config(tmp_path)))) == 2
+    assert "bad.tar: damaged" in caplog.text
+
+
+def test_an_empty_shard(tmp_path, config, caplog):
+    write_tar(tmp_path / "a.tar", [])
+    with pytest.raises(LatentDiffError, match=r"no pictures in a\.tar"):
+        open_source(config(tmp_path))
+    assert "a.tar: no samples in it" in caplog.text
+
+
+def test_what_must_not_be_in_a_shard(tmp_path, config, samples, picture, caplog):
+    link, device, folder = (tarfile.TarInfo(name) for name in ("link.png", "device.png", "folder"))
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    device.type, folder.type = tarfile.CHRTYPE, tarfile.DIRTYPE
+    bad = [link, device, folder, ("/abs.png", picture(1)), ("../up.png", picture(1))]
+    odd = [("000.jpg", picture(7)), ("only.txt", b"no picture"), ("001.json", b"{"), ("001.txt.gz", b"?")]
+    write_tar(tmp_path / "a.tar", [*bad, *samples(0, 2), *odd])
+    with caplog.at_level(logging.WARNING):
+        train, validation = open_source(config(tmp_path))
+    assert everything(train, validation) == {"a.tar/000.png": ["number 0"], "a.tar/001.png": ["number 1"]}
+    assert "left out 4 links" in caplog.text
+    assert "left out 1 second pictures" in caplog.text
+    assert "left out 1 caption files" in caplog.text
+    assert "left out 1 samples without a picture" in caplog.text
+
+
+def test_a_shard_cut_after_it_was_opened(tmp_path, config, samples):
+    shard = tmp_path / "a.tar"
+    write_tar(shard, samples(0, 2))
+    sources = open_source(config(shard))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    for source in sources:
+        with pytest.raises(LatentDiffError, match=r"truncated: .*a\.tar ends before byte"):
+            source.read(0)
+
+
+def test_mixed_shards(tmp_path, config, samples):
+    write_tar(tmp_path / "a.tar", samples(0, 2))
+    (tmp_path / "b.parquet").write_bytes(b"")
+    with pytest.raises(LatentDiffError, match=r"both \.parquet and \.tar files"):
+        open_source(config(tmp_path))

@@ -1,0 +1,136 @@
+"""The configuration: what is read, what is refused, and in which words."""
+
+import json
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from latentdiff import LatentDiffError
+from latentdiff.config import Config, load_config, parse_config, recipes
+from text_encoder import TextEncoder, TextEncoderConfig
+from unet import UNet
+from vae import VAE
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_load_and_differ_from_the_defaults(name):
+    assert load_config(name) != Config()
+
+
+def test_recipes_that_ship():
+    assert {"debug", "emoji-64", "emoji-256", "ldm-text2im-large", "sd1"} <= set(recipes())
+
+
+def test_the_full_system_has_its_published_size():
+    config = load_config("ldm-text2im-large")
+    with torch.device("meta"):
+        unet = UNet(config.unet.build(config.vae.latent_channels, config.text_encoder.width, 32))
+        vae = VAE(config.vae.build(config.data.image_size))
+    assert sum(p.numel() for p in unet.parameters()) == 872_300_484
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
+    assert config.text_encoder.build() == TextEncoderConfig(1280, 32, 8)
+
+
+def test_sd1_has_stable_diffusions_unet():
+    config = load_config("sd1")
+    with torch.device("meta"):
+        unet = UNet(config.unet.build(config.vae.latent_channels, 768, 64))
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+
+
+def test_a_file_holds_what_differs(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("data:\n  source: pictures\ntrain_latent:\n  learning_rate: 1e-4\n  betas: [0.8, 0.9]\nvae:\n")
+    config = load_config(path, ["seed=3", "unet.num_heads=[1, 2, 4, 8]", "data.flip=false"])
+    assert config.data.source == "pictures"
+    assert config.train_latent.learning_rate == 1e-4  # a string, to YAML
+    assert config.train_latent.betas == (0.8, 0.9)
+    assert config.seed == 3
+    assert config.unet.num_heads == (1, 2, 4, 8)
+    assert not config.data.flip
+    assert config.vae == Config().vae
+
+
+def test_nothing_changes_afterwards():
+    with pytest.raises(ValidationError):
+        load_config("debug").seed = 1
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train_vae.stepz=1", ["'train_vae.stepz'", "did you mean 'steps'"]),
+        ("vea.norm_groups=1", ["'vea'", "did you mean 'vae'"]),
+        ("train_vae.steps=0", ["train_vae.steps=0", "greater than or equal to 1"]),
+        ("train_vae.steps=1.5", ["train_vae.steps=1.5", "integer"]),
+        ("train_vae.steps=many", ["train_vae.steps='many'", "integer"]),
+        ("train_vae.learning_rate=fast", ["train_vae.learning_rate='fast'", "number"]),
+        ("train_vae.learning_rate=.inf", ["train_vae.learning_rate=inf", "finite"]),
+        ('data.flip="yes"', ["data.flip='yes'", "boolean"]),
+        ("data.flip=1", ["data.flip=1", "boolean"]),
+        ("data.background=[1, 2]", ["data.background"]),
+        ("data.background=[1, 2, 256]", ["data.background.2=256", "less than or equal to 255"]),
+        ("data.image_size=33", ["data.image_size=33", "multiple of 2"]),
+        ("vae.norm_groups=7", ["vae:", "norm_groups=7"]),
+        ("unet.num_heads=[1, 2, 3]", ["unet:", "num_heads has 3 entries for 2 levels"]),
+        ("text_encoder.num_heads=5", ["text_encoder:", "num_heads=5"]),
+        ("text_encoder.train=false", ["text_encoder.train=false", "pretrained"]),
+        ("diffusion.prediction=eps", ["diffusion:", "zero terminal SNR"]),
+        ("diffusion.schedule=liner", ["diffusion:", "did you mean 'linear'"]),
+        ("validation.sampler=ddmp", ["validation.sampler='ddmp'", "ddpm"]),
+        ("train_latent.micro_batch_size=3", ["train_latent.batch_size=8", "micro_batch_size=3"]),
+        ("train_latent.warmup_steps=1000", ["train_latent.warmup_steps=1000", "train_latent.steps=20"]),
+        ("precision=half", ["precision='half'", "'bf16'"]),
+        ("steps", ["'steps'", "section.key=value"]),
+        ("seed.more=1", ["seed"]),
+        ("data.source=[", ["not valid YAML"]),
+    ],
+)
+def test_one_line_says_what_is_wrong(override, words):
+    with pytest.raises(LatentDiffError) as caught:
+        load_config("debug", [override])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2]", ["list", "sections"]),
+        ("a: [", ["not valid YAML"]),
+        ("a: !!python/object/apply:os.system [echo]", ["not valid YAML"]),
+        ("data: 3", ["data=3"]),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, text, words):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(LatentDiffError) as caught:
+        load_config(path)
+    assert all(word in str(caught.value) for word in [str(path), *words]), caught.value
+
+
+def test_a_name_that_is_nothing():
+    with pytest.raises(LatentDiffError, match=r"emoji64: no such file; the recipes .* did you mean 'emoji-64'"):
+        load_config("emoji64")
+
+
+def test_json_there_and_back():
+    config = load_config("debug")
+    assert parse_config(json.loads(config.model_dump_json())) == config
+
+
+def test_the_schema_explains_every_setting():
+    schema = Config.model_json_schema()
+    fields = schema["$defs"]["TrainLatentSection"]["properties"]
+    assert "over all processes" in fields["batch_size"]["description"]
+
+
+def test_text_encoder_of_a_recipe_builds():
+    from text_encoder import train_tokenizer
+
+    section = load_config("debug").text_encoder
+    tokenizer = train_tokenizer(["a red apple"] * 3, vocab_size=section.vocab_size, max_length=section.max_length)
+    assert TextEncoder.new(section.build(), tokenizer)(["a red apple"]).shape == (1, 16, 32)

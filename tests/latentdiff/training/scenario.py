@@ -1,0 +1,79 @@
+"""One training in a process of its own, with an accident at a chosen moment; started by the tests."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from latentdiff.cli import plain_errors
+from latentdiff.config import load_config
+from latentdiff.training import stages
+
+TASKS = (stages.VAETraining, stages.LatentTraining)
+
+
+def run(overrides, stage="train", accident=None, at=0, environment=None):
+    """Train the debug recipe; `accident` happens at call number `at` of what it concerns."""
+    os.environ.update(environment or {})
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    output = dict(override.split("=", 1) for override in overrides)["output"]
+    sys.stderr = sys.stdout = Path(f"{output}.{os.environ.get('RANK', '0')}.log").open("a", buffering=1)  # noqa: SIM115
+    if accident:
+        {"kill at step": kill_at_step, "kill while saving": kill_while_saving, "full disk": full_disk,
+         "terminate": terminate, "not finite": not_finite}[accident](at)  # fmt: skip
+    with plain_errors():
+        getattr(stages, stage)(load_config("debug", overrides))
+
+
+def kill_at_step(at):
+    before(TASKS, "learn", at, die)
+
+
+def kill_while_saving(at):
+    before([os], "fsync", at, die)
+
+
+def full_disk(at):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    before([os], "fsync", at, full)
+
+
+def terminate(at):
+    before(TASKS, "learn", at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def not_finite(at):
+    """NaN in the noise of step `at`, or of all from step -at on; with several processes, the last one's only."""
+    here = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+    for task in TASKS:
+        original = task.learn
+
+        def learn(self, batches, step, record, original=original):
+            if here and (step == at or (at < 0 and step >= -at)):
+                batches = [batch._replace(noise=torch.full_like(batch.noise, torch.nan)) for batch in batches]
+            return original(self, batches, step, record)
+
+        task.learn = learn
+
+
+def before(places, name, at, act):
+    """Do something before call number `at` of a function, counted over all places together."""
+    calls = [0]
+    for place in places:
+        original = getattr(place, name)
+
+        def counted(*args, original=original):
+            calls[0] += 1
+            if calls[0] == at:
+                act()
+            return original(*args)
+
+        setattr(place, name, counted)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,192 @@
+"""Trainings that are killed, continued, run by two processes, fed with NaN: promises, kept by breaking things."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+STAGES = ("train_vae", "train_latent")
+
+
+@pytest.fixture(scope="module")
+def whole(server, pictures, tmp_path_factory):
+    """An uninterrupted run of both trainings, in each precision."""
+    import scenario
+
+    folder = tmp_path_factory.mktemp("whole")
+    for precision in ("fp32", "bf16"):
+        settings = [f"precision={precision}", "threads=1", f"data.source={pictures}", f"output={folder / precision}",
+                    "train_vae.keep_checkpoints=9", "train_latent.keep_checkpoints=9"]  # fmt: skip
+        environment = {"ACCELERATE_USE_CPU": "1", "HF_DATASETS_CACHE": str(pictures.parent / "cache")}
+        child = server.Process(target=scenario.run, args=(settings,), kwargs={"environment": environment})
+        child.start()
+        child.join(180)
+        assert child.exitcode == 0, (folder / f"{precision}.0.log").read_text()
+    return folder
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def expected(whole, precision, stage):
+    from latentdiff.training.checkpoint import newest_checkpoint
+
+    checkpoint = newest_checkpoint(whole / precision / stage / "checkpoints", print)
+    return {f"{f}/{k}": t for f in checkpoint.names() for k, t in checkpoint.tensors(f).items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("accident", "at"),
+    [("kill at step", 1), ("kill at step", 14), ("kill while saving", 3), ("kill while saving", 19),
+     ("kill at step", 27), ("kill at step", 39), ("kill while saving", 45)],
+)  # fmt: skip
+def test_a_killed_run_continues_bit_for_bit(train, state, whole, precision, accident, at):
+    """kill -9 at a step or between two syncs of a save, in either training: every tensor is that of a whole run."""
+    settings = [f"precision={precision}"]
+    assert train("run", *settings, accident=accident, at=at) == -9
+    assert train("run", *settings) == 0
+    for stage in STAGES:
+        step, tensors = state("run", stage)
+        assert step == 20
+        assert same(tensors, expected(whole, precision, stage)), stage
+
+
+def test_killed_again_and_again(train, state, whole):
+    for at in (7, 13, 9, 15):
+        assert train("run", accident="kill at step", at=at) in (-9, 0)
+    assert train("run") == 0
+    for stage in STAGES:
+        assert same(state("run", stage)[1], expected(whole, "fp32", stage))
+
+
+def test_the_log_has_every_step_once(train, log, whole):
+    train("run", accident="kill at step", at=34)
+    train("run")
+    for stage in STAGES:
+        lines = [json.loads(line) for line in (whole / "fp32" / stage / "log.jsonl").read_text().splitlines()]
+        assert log("run", stage=stage) == {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_within_a_step(train, state, said, processes):
+    code = train("run", processes=processes, accident="terminate", at=33)
+    assert code == 128 + 15
+    step, _ = state("run")
+    assert step == 13
+    assert "stopped at step 13 of 20" in said("run")
+    assert "Traceback" not in said("run")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_processes_train_what_one_does(train, log, whole, precision, tmp_path):
+    """The same samples and the same noise; losses equal to rounding, in either training."""
+    tolerance = {"fp32": 1e-5, "bf16": 2e-3}[precision]
+    settings = [f"precision={precision}", "train_vae.log_every=1", "train_latent.log_every=1",
+                "train_vae.micro_batch_size=null", "train_latent.micro_batch_size=null"]  # fmt: skip
+    assert train("one", *settings) == 0
+    (tmp_path / "two").mkdir()
+    assert train("two", *settings, stage="train_vae", processes=2) == 0
+    shutil.rmtree(tmp_path / "two" / "vae")  # so that latent training starts from the same latents
+    shutil.copytree(tmp_path / "one" / "vae", tmp_path / "two" / "vae")
+    assert train("two", *settings, stage="train_latent", processes=2) == 0
+    for stage in STAGES:
+        one, two = log("one", stage=stage), log("two", stage=stage)
+        assert one.keys() == two.keys() == set(range(1, 21))
+        assert max(abs(two[step] / one[step] - 1) for step in one) < tolerance, stage
+
+
+def test_fsdp_trains_saves_and_continues(train, state, log, weights, whole, tmp_path):
+    """Two processes with sharded weights: what one process trains, to rounding, and a resume bit for bit."""
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for name in ("run", "again"):
+        shutil.copytree(whole / "fp32" / "vae", tmp_path / name / "vae")
+    assert train("run", processes=2, stage="train_latent", environment=fsdp) == 0
+    assert train("again", processes=2, stage="train_latent", environment=fsdp, accident="terminate", at=14) == 143
+    assert state("again")[0] == 14
+    assert train("again", processes=2, stage="train_latent", environment=fsdp) == 0
+    assert same(state("run")[1], state("again")[1])
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        sharded, one = (weights(f / "model" / f"{part}.safetensors") for f in (tmp_path / "run", whole / "fp32"))
+        assert sharded.keys() == one.keys()
+        assert all(torch.allclose(sharded[name], one[name], atol=2e-5) for name in one)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_is_not_finite_is_skipped_everywhere(train, state, log, whole, tmp_path, processes, stage):
+    """NaN on one of two processes at the third step: no tensor moves, on either, and it is counted."""
+    if stage == "train_latent":
+        shutil.copytree(whole / "fp32" / "vae", tmp_path / "run" / "vae")
+    name = f"{stage}.checkpoint_every=1"
+    keep = f"{stage}.keep_checkpoints=4"
+    settings = [
+        name,
+        keep,
+        f"{stage}.steps=3",
+        f"{stage}.warmup_steps=1",
+        f"{stage}.log_every=1",
+        f"{stage}.micro_batch_size=null",
+    ]
+    assert train("run", *settings, processes=processes, stage=stage, accident="not finite", at=3) == 0
+    from latentdiff.training.checkpoint import Checkpoint
+
+    before, after = (
+        Checkpoint(step, tmp_path / "run" / stage / "checkpoints" / f"step-{step:08d}", {}) for step in (2, 3)
+    )
+    for file in before.names():
+        if file != "skips":
+            assert same(before.tensors(file), after.tensors(file)), file
+    assert after.tensors("skips")["counts"].tolist() == [1, 1, 1]
+    assert log("run", "skipped", stage) == {3: 1}
+
+
+def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(train, state, said, tmp_path, whole):
+    shutil.copytree(whole / "fp32" / "vae", tmp_path / "run" / "vae")
+    assert train("run", "train_latent.max_skipped=4", stage="train_latent", accident="not finite", at=-7) == 1
+    assert state("run")[0] == 10  # steps 7 to 10 were not finite; the count is read with the line of step 10
+    assert "error: stopped at step 10 of 20: the loss was not finite in 4 steps in a row" in said("run")
+    assert all(tensor.isfinite().all() for tensor in state("run")[1].values())
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(train, state, said, tmp_path, whole):
+    shutil.copytree(whole / "fp32" / "vae", tmp_path / "run" / "vae")
+    assert train("run", stage="train_latent", accident="full disk", at=30) == 1
+    assert state("run")[0] == 10
+    assert "No space left on device" in said("run")
+    assert "Traceback" not in said("run")
+    assert train("run", stage="train_latent") == 0
+    assert same(state("run")[1], expected(whole, "fp32", "train_latent"))
+
+
+def test_what_is_done_is_skipped_and_what_changed_is_refused(train, said, whole, tmp_path):
+    shutil.copytree(whole / "fp32", tmp_path / "run")
+    assert train("run") == 0
+    assert said("run").count("done already") == 2
+    assert train("run", "train_vae.learning_rate=1e-3") == 1
+    assert "vae: was made with another `train_vae`" in said("run")
+
+
+def test_another_config_does_not_continue_a_run(train, said, whole, tmp_path):
+    shutil.copytree(whole / "fp32", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert train("run", "train_latent.learning_rate=1e-4") == 1
+    assert "this run began with train_latent.learning_rate=0.001 and now it is 0.0001" in said("run")
+
+
+def test_a_longer_run_continues_a_shorter_one(train, state, whole, tmp_path):
+    """`steps` may grow: with a constant learning rate the first steps are the same."""
+    shutil.copytree(whole / "fp32" / "vae", tmp_path / "run" / "vae")
+    assert train("run", "train_latent.steps=10", stage="train_latent") == 0
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert train("run", stage="train_latent") == 0
+    assert same(state("run")[1], expected(whole, "fp32", "train_latent"))
+
+
+def test_workers_change_nothing(train, state, whole):
+    assert train("run", "workers=2") == 0
+    for stage in STAGES:
+        assert same(state("run", stage)[1], expected(whole, "fp32", stage))

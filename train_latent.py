@@ -1,0 +1,7 @@
+"""Train the UNet: `accelerate launch train_latent.py --config emoji-64 [section.key=value ...]`."""
+
+from latentdiff.cli import run_stage
+from latentdiff.training.stages import train_latent
+
+if __name__ == "__main__":
+    run_stage(train_latent)
