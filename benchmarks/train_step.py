@@ -235,8 +235,8 @@ def main() -> None:
     for label, seconds in times.items():
         arguments.alone = label
         ratios = [reference / at for at in (median(seconds), max(seconds), min(seconds))]
-        print(f"{label:35s} {1 / median(seconds):6.2f} steps/s  {ratios[0]:5.2f}x ({ratios[1]:.2f} to {ratios[2]:.2f})  "
-              f"{peak_memory(arguments)} MiB")  # fmt: skip
+        print(f"{label:35s} {1 / median(seconds):6.2f} steps/s  {ratios[0]:5.2f}x "
+              f"({ratios[1]:.2f} to {ratios[2]:.2f})  {peak_memory(arguments)} MiB")  # fmt: skip
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,5 +118,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (LatentDiffError, VAEError, UNetError, TextEncoderError) as error:
-        typer.echo(f"error: {error}" if not getattr(error, "exit_code", None) else str(error), err=True)
-        raise SystemExit(getattr(error, "exit_code", None) or 1) from None
+        code = getattr(error, "exit_code", 1)
+        if code == 1 or os.environ.get("RANK", "0") == "0":  # every process stops, one says so
+            typer.echo(f"error: {error}" if code == 1 else str(error), err=True)
+        raise SystemExit(code) from None

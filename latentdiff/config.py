@@ -51,8 +51,8 @@ class Config(Section):
     """CPU threads a process; None: the machine's cores over the processes on it."""
     workers: Count = 0
     """Processes that read and decode pictures, each process's own."""
-    trackers: tuple[str, ...] = ()
-    """`tensorboard`, `wandb`, or any other that accelerate knows."""
+    trackers: tuple[str, ...] | None = None
+    """`tensorboard`, `wandb`, or others that accelerate knows; None: tensorboard where it is installed."""
     data: DataConfig = DataConfig()
     vae: VAESection = VAESection()
     text_encoder: TextEncoderSection = TextEncoderSection()

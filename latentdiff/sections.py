@@ -172,7 +172,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile; on a CPU only after its gradients were compared with the plain model's."""
+    """torch.compile, on GPUs only: torch 2.13 was found to compile wrong gradients of UNets for CPUs."""
     log_every: Positive = 10
     """Steps between log lines; only there does the loop wait for the device."""
     checkpoint_every: Positive = 1000

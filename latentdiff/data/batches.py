@@ -65,7 +65,7 @@ class PixelBatches(Dataset[PixelBatch]):
             random = draws(self.seed, "train_vae", step, place)
             index = shuffled(step * self.plan.batch_size + place, len(self.source), self.seed)
             flip = random.random() < 0.5 and self.config.flip
-            images.append(_image(self.source, index, self.config, flip, broken))
+            images.append(_readable(self.source, index, self.config, flip, broken)[0])
             noises.append(random.standard_normal(self.latent_shape, dtype=np.float32))
         return PixelBatch(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(noises)), broken)
 
@@ -113,14 +113,13 @@ class LatentBatches(Dataset[LatentBatch]):
         missing = dict.fromkeys(LatentBatch._fields)
         return LatentBatch(**{**missing, **stacked, "broken": broken})
 
-    def row(self, index: int, random: np.random.Generator, t: int | None, place: tuple[int, int]) -> dict[str, Any]:
+    def row(self, index: int, random: np.random.Generator, stratum: tuple[int, int]) -> dict[str, Any]:
         """Everything random about one picture, in this order, from its own generator.
 
         Args:
             index: the picture.
             random: its numbers.
-            t: the timestep, or None to draw it.
-            place: place in the global batch, and the batch's size.
+            stratum: i and n: the timestep is drawn from the i-th of n equal parts.
         """
         row: dict[str, Any] = {"broken": []}
         flip = bool(random.random() < 0.5 and self.config.flip)
@@ -129,15 +128,15 @@ class LatentBatches(Dataset[LatentBatch]):
             while not good[index]:
                 index = (index + 1) % len(good)
         choice, drop, within = random.random(), random.random() < self.caption_dropout, random.random()
-        drawn = min(int((place[0] + within) / place[1] * self.num_timesteps), self.num_timesteps - 1)
-        row["t"] = np.int64(drawn if t is None else t)
+        t = int((stratum[0] + within) / stratum[1] * self.num_timesteps)
+        row["t"] = np.int64(min(t, self.num_timesteps - 1))
         posterior_noise = random.standard_normal(self.latent_shape, dtype=np.float32)
         row["noise"] = random.standard_normal(self.latent_shape, dtype=np.float32)
         if self.latents is not None:
             mean, logvar = self.latents.moments(index, flip)
             row["x0"] = mean + np.exp(0.5 * logvar) * posterior_noise
         else:
-            row["images"] = _image(self.source, index, self.config, flip, row["broken"])
+            row["images"], index = _readable(self.source, index, self.config, flip, row["broken"])
             row["posterior_noise"] = posterior_noise
         captions = self.source.captions(index)
         number = None if drop or not captions else int(choice * len(captions))
@@ -150,7 +149,7 @@ class LatentBatches(Dataset[LatentBatch]):
     def _row(self, step: int, place: int) -> dict[str, Any]:
         batch_size = self.plan.batch_size
         index = shuffled(step * batch_size + place, len(self.source), self.seed)
-        return self.row(index, draws(self.seed, "train_latent", step, place), None, (place, batch_size))
+        return self.row(index, draws(self.seed, "train_latent", step, place), (place, batch_size))
 
 
 class ValidationBatches(Dataset[LatentBatch]):
@@ -171,7 +170,7 @@ class ValidationBatches(Dataset[LatentBatch]):
         rows = []
         for index in self.pictures[block * self.batch_size : (block + 1) * self.batch_size]:
             random = draws(self.rows.seed, "validation", band, int(index))
-            rows.append(self.rows.row(int(index), random, None, (band, self.num_bands)))
+            rows.append(self.rows.row(int(index), random, (band, self.num_bands)))
         return self.rows.collect(rows)
 
     def band(self, number: int) -> int:
@@ -198,14 +197,18 @@ def micro_batches(
         yield [next(numbers) for _ in range(plan.passes)]
 
 
-def _image(source: Source, index: int, config: DataConfig, flip: bool, broken: Broken) -> NDArray[np.uint8]:
-    """The picture, or the next one that can be read, so that a broken one changes nothing but its own place."""
+def _readable(
+    source: Source, index: int, config: DataConfig, flip: bool, broken: Broken
+) -> tuple[NDArray[np.uint8], int]:
+    """The picture, or the next that can be read, and which it is: a broken one changes nothing but its own place."""
+    reason = ""
     for offset in range(len(source)):
         candidate = (index + offset) % len(source)
         try:
             image = read_pixels(source, candidate, config)
         except PictureError as error:
             broken.append((source.name(candidate), error.reason))
+            reason = reason or str(error)
         else:
-            return image[:, ::-1] if flip else image
-    raise LatentDiffError("none of the pictures can be read")
+            return (image[:, ::-1] if flip else image), candidate
+    raise LatentDiffError(f"none of the {len(source)} pictures can be read; {source.name(index)}: {reason}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from vae import VAE
 
 from ..errors import LatentDiffError
 from .pictures import PictureError, fit, open_picture
-from .shards import Alone, Arrays, Processes, Shards, digest
+from .shards import Alone, Arrays, Processes, Progress, Shards, digest
 from .sources import Source
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class LatentCache:
         self.good: NDArray[np.bool_] = np.zeros(0, dtype=bool)  # pictures that could be read
         self.broken: list[tuple[str, str]] = []
 
-    def build(self, processes: Processes = Alone(), progress: Callable[[int], None] = lambda _: None) -> None:  # noqa: B008
+    def build(self, processes: Processes = Alone(), progress: Progress = lambda _: None) -> None:  # noqa: B008
         """Encode what is missing; see `Shards.build`.
 
         Raises:
@@ -104,6 +103,8 @@ class LatentCache:
         self.shards.build(self._compute, processes, progress)
         self.good = self.shards.column("good").astype(bool)
         check_broken(int((~self.good).sum()), len(self.good), self.config.max_broken)
+        if not self.good.any():
+            raise LatentDiffError(f"none of the {len(self.good)} pictures can be read")
 
     def moments(self, index: int, flip: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and log-variance of a picture's latents, (c, h, w) each."""
@@ -115,7 +116,7 @@ class LatentCache:
         return {**vars(self), "vae": None}  # a worker process only reads
 
     @torch.inference_mode()
-    def _compute(self, rows: range) -> Arrays:
+    def _compute(self, rows: range, progress: Progress) -> Arrays:
         device = next(self.vae.parameters()).device
         good = np.zeros(len(rows), dtype=np.uint8)
         blocks: list[NDArray[Any]] = []
@@ -134,6 +135,7 @@ class LatentCache:
             posteriors = [self.vae.latent_posterior(view) for view in flipped]
             moments = torch.stack([torch.cat([p.mean, p.logvar], 1) for p in posteriors], 1)
             blocks.append(moments.to("cpu", torch.float16).numpy())
+            progress(len(batch))
         return {"moments": np.concatenate(blocks), "good": good}
 
 
@@ -157,7 +159,7 @@ class TextCache:
         }  # fmt: skip
         self.shards = Shards(folder, facts, len(self._captions) + 1)
 
-    def build(self, processes: Processes = Alone(), progress: Callable[[int], None] = lambda _: None) -> None:  # noqa: B008
+    def build(self, processes: Processes = Alone(), progress: Progress = lambda _: None) -> None:  # noqa: B008
         """Encode what is missing; see `Shards.build`."""
         self.shards.build(self._compute, processes, progress)
         self._captions = []
@@ -171,7 +173,7 @@ class TextCache:
         return {**vars(self), "encoder": None, "_captions": []}
 
     @torch.inference_mode()
-    def _compute(self, rows: range) -> Arrays:
+    def _compute(self, rows: range, progress: Progress) -> Arrays:
         blocks = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TokenOverflowWarning)  # counted by `latentdiff data check`
@@ -179,6 +181,7 @@ class TextCache:
                 chosen = rows[start : start + BATCH]
                 captions = [self._captions[row] if row < len(self._captions) else "" for row in chosen]
                 blocks.append(self.encoder(captions).to("cpu", torch.float16).numpy())
+                progress(len(chosen))
         return {"context": np.concatenate(blocks)}
 
 

@@ -30,6 +30,7 @@ SHARD = 2048  # rows
 DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
 
 Arrays = dict[str, NDArray[Any]]
+Progress = Callable[[int], None]  # told a number of rows that are done
 
 
 class Processes(Protocol):
@@ -86,23 +87,24 @@ class Shards:
         return -(-self.num_rows // SHARD)
 
     def build(
-        self, compute: Callable[[range], Arrays], processes: Processes, progress: Callable[[int], None] = lambda _: None
+        self, compute: Callable[[range, Progress], Arrays], processes: Processes, progress: Progress = lambda _: None
     ) -> None:
         """Compute the missing shards, all processes together; afterwards all rows can be read.
 
         Args:
-            compute: arrays for a range of rows, first dimension the rows.
+            compute: arrays for a range of rows, first dimension the rows; tells its progress.
             processes: who shares the work.
-            progress: told the number of rows done, its own only.
+            progress: told the rows that this process has done.
 
         Raises:
             LatentDiffError: the folder cannot be written, or a shard is still not whole afterwards.
         """
         for number in range(processes.process_index, self.num_shards, processes.num_processes):
             rows = range(number * SHARD, min((number + 1) * SHARD, self.num_rows))
-            if not self._is_whole(number):
-                self._write(number, compute(rows))
-            progress(len(rows))
+            if self._is_whole(number):
+                progress(len(rows))
+            else:
+                self._write(number, compute(rows, progress))
         processes.wait_for_everyone()
         if missing := [number for number in range(self.num_shards) if not self._seal(number).is_file()]:
             raise LatentDiffError(f"{self.folder}: shard {missing[0]} is missing; another process could not write it")

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,9 +16,11 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from ..config import Config
-from ..errors import LatentDiffError
+from ..errors import LatentDiffError, check_choice
 
 LIBRARIES = (
     "latentdiff",
@@ -70,7 +72,7 @@ def launch(config: Config) -> Launch:
     """
     accelerator = Accelerator(
         mixed_precision="no",  # the passes are cast here, in one visible place
-        log_with=list(config.trackers) or None,
+        log_with=choose_trackers(config.trackers) or None,
         project_dir=config.output,
     )
     threads = config.threads or max(1, _cores() // _processes_here(accelerator))
@@ -114,6 +116,22 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if wanted == "fp16" and device.type == "cpu":
         raise LatentDiffError("precision=fp16: not on a CPU; choose bf16, fp32 or auto")
     return wanted
+
+
+def choose_trackers(wanted: Sequence[str] | None) -> list[str]:
+    """The trackers to use: those that are wanted, or TensorBoard where it is installed.
+
+    Raises:
+        LatentDiffError: accelerate does not know a name, or its package is not installed.
+    """
+    installed = [str(name) for name in get_available_trackers()]
+    if wanted is None:
+        return [name for name in installed if name == "tensorboard"]
+    for name in wanted:
+        check_choice("tracker", name, sorted({str(known) for known in LoggerType} - {"all"}))
+        if name not in installed:
+            raise LatentDiffError(f"trackers: {name} is not installed; pip install {name}")
+    return list(wanted)
 
 
 def processes_asked() -> int:

@@ -64,17 +64,20 @@ class Skips:
     """Counts, on the device, the steps that were not finite."""
 
     def __init__(self, device: torch.device) -> None:
-        self.counts = torch.zeros(3, device=device)  # in all, in a row, most in a row
+        self.counts = torch.zeros(2, device=device)  # in all, in a row
+        self.most = torch.zeros((), device=device)  # in a row since they were last read
 
     def add(self, moves: Tensor) -> None:
         """One step more; `moves` is 1 or 0."""
-        total, in_row, most = self.counts.unbind()
+        total, in_row = self.counts.unbind()
         in_row = (in_row + 1) * (1 - moves)
-        self.counts = torch.stack([total + 1 - moves, in_row, torch.maximum(most, in_row)])
+        self.counts = torch.stack([total + 1 - moves, in_row])
+        self.most = torch.maximum(self.most, in_row)
 
     def read(self) -> tuple[int, int]:
-        """In all, and most in a row; waits for the device."""
-        total, _, most = self.counts.tolist()
+        """In all, and most in a row since the last time; waits for the device."""
+        total, most = torch.stack([self.counts[0], self.most]).tolist()
+        self.most = torch.zeros_like(self.most)
         return int(total), int(most)
 
 

@@ -26,6 +26,7 @@ class Record:
         self._sums: dict[str, Tensor] = {}
         self._spent = dict.fromkeys(PHASES, 0.0)
         self._since = time.perf_counter()
+        run.accelerator.init_trackers(name, config={"config": run.config.model_dump_json()})
         if run.is_main:
             _drop_lines_after(folder / "log.jsonl", first_step)
 

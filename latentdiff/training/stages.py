@@ -22,10 +22,11 @@ from vae import VAE
 
 from ..config import Config
 from ..data.cache import LatentCache, TextCache
+from ..data.order import BatchPlan
 from ..data.shards import Shards, differences, digest, remove_others
 from ..data.sources import Source, open_source
 from ..errors import LatentDiffError
-from ..weights.model_folder import save_model
+from ..weights.model_folder import save_model, scheduler_config
 from .latent import LatentTraining
 from .launch import Launch, launch
 from .loop import run_facts, run_training
@@ -75,6 +76,7 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     facts = run_facts(run, "vae", "text_encoder", "unet", "train_latent")
     if _is_done(folder, facts, run):
         return folder
+    scheduler_config(config.diffusion)  # refuses now what could not be written at the end
     sources = open_source(config.data)
     torch.manual_seed(config.seed)
     text_encoder = open_text_encoder(run, sources[0])
@@ -93,9 +95,26 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
 def train(config: Config) -> Path:
     """Everything that is missing of vae, caches and latent training; returns the model's folder."""
     run = launch(config)
+    preflight(run)
     if not config.vae.pretrained:
         train_vae(config, run)
     return train_latent(config, run)
+
+
+def preflight(run: Launch) -> None:
+    """Find out now what would stop the last stage after hours in the first.
+
+    Raises:
+        LatentDiffError: pictures, captions, vocabulary, batch sizes or the prediction do not work out.
+    """
+    config, processes = run.config, run.accelerator.num_processes
+    for section in (config.train_vae, config.train_latent):
+        BatchPlan(section.batch_size, run.accelerator.process_index, processes, section.micro_batch_size)
+    scheduler_config(config.diffusion)
+    encoder = open_text_encoder(run, open_source(config.data)[0])
+    vae = VAE.from_pretrained(config.vae.pretrained) if config.vae.pretrained else None
+    with torch.device("meta"):
+        new_unet(config, vae or VAE(config.vae.build(config.data.image_size)), encoder)
 
 
 def open_vae(run: Launch) -> VAE:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,10 +18,12 @@ from ..data.pictures import PictureError
 from ..data.sources import Source
 from ..evaluation.grid import comparison_grid
 from ..evaluation.reconstruction import psnr, ssim
+from ..sections import DataConfig
 from .discriminator import Discriminator, discriminator_loss, generator_loss
 from .launch import Launch
 from .loop import run_facts
 from .optimize import Updater
+from .perceptual import PerceptualLoss
 from .record import Record
 from .vae_losses import adaptive_weight, load_perceptual, reconstruction_nll
 from .wrap import distributed, no_sync
@@ -102,21 +104,21 @@ class VAETraining:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR and SSIM on held-out pictures, through the posterior's mode; EMA and raw; and a grid of some."""
+        """PSNR, SSIM and the perceptual term on held-out pictures, without noise; EMA and raw; and a grid of some."""
         updater = self.updaters["vae"]
         self.inner.eval()
         raw = self._quality()[0]
         with updater.ema.swapped([tensor.detach() for tensor in updater.local.values()]):
-            averaged, pixels, reconstruction = self._quality()
+            averaged, shown = self._quality()
         self.inner.train()
         values = {f"validation_{name}": value for name, value in averaged.items()}
         values |= {f"validation_{name}_raw": value for name, value in raw.items()}
-        if self.run.is_main:
+        if self.run.is_main and shown:
             path = self.folder / "reconstructions" / f"step-{step:08d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            comparison_grid(pixels, reconstruction).save(path)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.run.report(f"{self.name} {step}: {shown}; pictures in {self.folder / 'reconstructions'}")
+            comparison_grid(*(torch.stack(pictures) for pictures in zip(*shown, strict=True))).save(path)
+        line = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.run.report(f"{self.name} {step}: {line}; pictures in {self.folder / 'reconstructions'}")
         return values
 
     def finish(self) -> tuple[VAE, float]:
@@ -171,32 +173,38 @@ class VAETraining:
         fit_grad, fooled_grad = self.run.accelerator.reduce(grads, "mean")
         return adaptive_weight(fit_grad, fooled_grad)
 
-    def _quality(self) -> tuple[dict[str, float], Tensor, Tensor]:
-        """Means over the held-out pictures, which the processes share; and up to 16 pictures with reconstructions."""
+    def _quality(self) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
+        """Means over the held-out pictures, which the processes share; and this one's pictures with reconstructions."""
         settings, accelerator = self.run.config.validation, self.run.accelerator
         count = min(settings.num_pictures, len(self.held_out))
-        sums = torch.zeros(3, dtype=torch.float64, device=self.run.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.run.device)
         shown: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, count, settings.batch_size):
-            if start and start // settings.batch_size % accelerator.num_processes != accelerator.process_index:
-                continue  # the first batch is everybody's, to be shown; it is counted once below
-            pixels = self._held_out_pixels(range(start, min(start + settings.batch_size, count)))
+        for number, start in enumerate(range(0, count, settings.batch_size)):
+            if number % accelerator.num_processes != accelerator.process_index:
+                continue
+            chosen = range(start, min(start + settings.batch_size, count))
+            pixels = pixels_of(self.held_out, chosen, self.run.config.data).to(self.run.device)
+            if not len(pixels):
+                continue
             with self.run.autocast():
                 reconstruction = self.inner.vae(pixels)[0].float()
-            if start == 0:
-                shown.append((pixels[:16].cpu(), reconstruction[:16].cpu()))
-            if start or accelerator.is_main_process:
-                sums += torch.stack([psnr(pixels, reconstruction).sum(), ssim(pixels, reconstruction).sum(),
-                                     sums.new_tensor(len(pixels))])  # fmt: skip
+            shown += zip(pixels.cpu(), reconstruction.cpu(), strict=True)
+            del shown[16:]
+            measures = [measure(pixels, reconstruction).double() for measure in (psnr, ssim, self.perceptual)]
+            sums += torch.stack([*(values.sum() for values in measures), sums.new_tensor(len(pixels))])
         total = accelerator.reduce(sums, "sum")
-        values: list[Any] = (total[:2] / total[2]).tolist()
-        return {"psnr": values[0], "ssim": values[1]}, *shown[0]
+        values: list[float] = (total[:3] / total[3]).tolist()
+        names = ("psnr", "ssim", "lpips" if isinstance(self.perceptual, PerceptualLoss) else "structural_loss")
+        return dict(zip(names, values, strict=True)), shown
 
-    def _held_out_pixels(self, indices: range) -> Tensor:
-        images = []
-        for index in indices:
-            try:
-                images.append(torch.from_numpy(read_pixels(self.held_out, index, self.run.config.data)))
-            except PictureError:  # `data check` lists it
-                continue
-        return to_pixels(torch.stack(images).to(self.run.device))
+
+def pixels_of(source: Source, indices: range, config: DataConfig) -> Tensor:
+    """The readable ones of some pictures, (B, 3, H, W); `latentdiff data check` lists the others."""
+    images = []
+    for index in indices:
+        try:
+            images.append(read_pixels(source, index, config))
+        except PictureError:
+            continue
+    size = config.image_size
+    return to_pixels(torch.from_numpy(np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)))

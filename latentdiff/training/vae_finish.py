@@ -7,19 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vae import VAE
 from vae.fold import fold_statistics
 from vae.statistics import LatentStatistics
 
-from ..data.cache import read_pixels, to_pixels
-from ..data.pictures import PictureError
 from ..data.sources import Source
-from ..sections import DataConfig
 from .launch import Launch
-from .vae import VAETraining
+from .vae import VAETraining, pixels_of
 
 MOST_PICTURES = 50_000  # that the statistics are taken over; more would change the fourth digit
 BATCH = 32
@@ -31,7 +27,7 @@ def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
     before = measure(vae, task.train_source, run)
     fold_statistics(vae, before.mean.cpu(), before.std.cpu())
     after = measure(vae, task.train_source, run)
-    held_out = _pixels(task.held_out, range(min(BATCH, len(task.held_out))), run.config.data).to(run.device)
+    held_out = pixels_of(task.held_out, range(min(BATCH, len(task.held_out))), run.config.data).to(run.device)
     report: dict[str, Any] = {
         "pictures": after.num_pictures,
         "former_mean": before.mean.tolist(),
@@ -71,7 +67,7 @@ def measure(vae: VAE, source: Source, run: Launch) -> LatentStatistics:
     statistics = LatentStatistics(vae.config.latent_channels, run.device)
     for number, start in enumerate(range(0, len(chosen), BATCH)):
         if number % accelerator.num_processes == accelerator.process_index:
-            pixels = _pixels(source, chosen[start : start + BATCH], run.config.data)
+            pixels = pixels_of(source, chosen[start : start + BATCH], run.config.data)
             if len(pixels):
                 statistics.add(vae.posterior(pixels.to(run.device)))
     return LatentStatistics.from_state(accelerator.reduce(statistics.state(), "sum"))
@@ -94,15 +90,3 @@ def half_precision(vae: VAE, pixels: torch.Tensor) -> dict[str, float | None]:
 
 def _describe(name: str, value: float | None) -> str:
     return f"infinity in {name}" if value is None else f"at most {value:.1f}/255 in {name}"
-
-
-def _pixels(source: Source, indices: range, config: DataConfig) -> torch.Tensor:
-    """The readable ones of some pictures, (B, 3, H, W)."""
-    images = []
-    for index in indices:
-        try:
-            images.append(read_pixels(source, index, config))
-        except PictureError:
-            continue
-    size = config.image_size
-    return to_pixels(torch.from_numpy(np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)))

@@ -43,7 +43,13 @@ def sharded(module: nn.Module, run: Launch, section: TrainSection) -> nn.Module:
 
 
 def distributed(module: nn.Module, run: Launch, section: TrainSection) -> nn.Module:
-    """The module on its device, in DDP where there are several processes; its parameters are reachable as before."""
+    """The module on its device, in DDP where there are several processes; its parameters are reachable as before.
+
+    Raises:
+        LatentDiffError: `compile` is asked for on a CPU.
+    """
+    if section.compile and run.device.type == "cpu":
+        raise LatentDiffError("compile=true: not on a CPU, where torch was found to compile wrong gradients of UNets")
     module.to(run.device)
     wrapped = module
     if run.accelerator.num_processes > 1:

@@ -26,7 +26,7 @@ class Process:
 
 
 def squares(computed=None):
-    def compute(rows):
+    def compute(rows, progress):
         if computed is not None:
             computed.append(rows)
         return {
@@ -85,10 +85,10 @@ def test_a_damaged_shard_is_computed_again_and_no_other(tmp_path, damage):
 def test_a_process_that_died_is_made_up_for(tmp_path):
     shards = Shards(tmp_path, {"of": "numbers"}, 10)
 
-    def dies(rows):
+    def dies(rows, progress):
         if rows.start == 4:
             raise KeyboardInterrupt
-        return squares()(rows)
+        return squares()(rows, progress)
 
     with pytest.raises(KeyboardInterrupt):
         shards.build(dies, Alone())

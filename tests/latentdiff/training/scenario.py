@@ -1,6 +1,7 @@
 """One training in a process of its own, with an accident at a chosen moment; started by the tests."""
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ from latentdiff.training import stages
 TASKS = (stages.VAETraining, stages.LatentTraining)
 
 
-def run(overrides, stage="train", accident=None, at=0, environment=None):
-    """Train the debug recipe; `accident` happens at call number `at` of what it concerns."""
+def run(overrides, stage="train", accident=None, at=0, environment=None, recipe="debug"):
+    """Train a recipe; `accident` happens at call number `at` of what it concerns."""
     os.environ.update(environment or {})
     os.environ["HF_HUB_OFFLINE"] = "1"
     output = dict(override.split("=", 1) for override in overrides)["output"]
@@ -24,7 +25,8 @@ def run(overrides, stage="train", accident=None, at=0, environment=None):
         {"kill at step": kill_at_step, "kill while saving": kill_while_saving, "full disk": full_disk,
          "terminate": terminate, "not finite": not_finite}[accident](at)  # fmt: skip
     with plain_errors():
-        getattr(stages, stage)(load_config("debug", overrides))
+        getattr(stages, stage)(load_config(recipe, overrides))
+    sys.stderr.write(f"peak memory in KiB: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\n")
 
 
 def kill_at_step(at):

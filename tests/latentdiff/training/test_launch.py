@@ -1,0 +1,89 @@
+"""The real launcher: what a scheduler's SIGTERM does, and what is said when fewer processes come up than asked for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from latentdiff.training.checkpoint import newest_checkpoint
+
+ROOT = Path(__file__).resolve().parents[3]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def command(processes, pictures, output, *overrides):
+    launch = (
+        [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
+        if processes == 2
+        else [*LAUNCH, "--cpu", "--num_processes", "1"]
+    )
+    settings = ["precision=fp32", "threads=1", f"data.source={pictures}", f"output={output}", *overrides]
+    return [*launch, str(ROOT / "train_vae.py"), "--config", "debug", *settings]
+
+
+def environment(pictures, processes):
+    cpu = {"ACCELERATE_USE_CPU": "1"} if processes == 2 else {}
+    return {**os.environ, **cpu, "HF_DATASETS_CACHE": str(pictures.parent / "cache")}
+
+
+def those_of(output):
+    """Processes whose command line names the run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(output) in word for word in process.cmdline()) and process.pid != os.getpid():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, processes):
+    output = tmp_path / "run"
+    log, said = output / "train_vae" / "log.jsonl", tmp_path / "terminal"
+    with said.open("w") as terminal:
+        launcher = subprocess.Popen(
+            command(processes, pictures, output, "train_vae.steps=1000000", "train_vae.log_every=1",
+                    "train_vae.checkpoint_every=1000000", "train_vae.validate_every=1000000"),
+            env=environment(pictures, processes), stdout=terminal, stderr=terminal, cwd=tmp_path,
+        )  # fmt: skip
+        assert wait_until(lambda: log.is_file() and log.read_text().count("\n") > 3, 60), (
+            tmp_path / "terminal"
+        ).read_text()
+        assert len(those_of(output)) > processes
+        at_signal = log.read_text().count("\n")
+        launcher.send_signal(signal.SIGTERM)
+        assert wait_until(lambda: not those_of(output), 40), [process.cmdline() for process in those_of(output)]
+        launcher.wait(10)
+    checkpoint = newest_checkpoint(output / "train_vae" / "checkpoints", print)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert checkpoint.step == steps[-1]
+    assert checkpoint.step <= at_signal + 30  # one takes a hundredth of a second; the signal takes its way
+    assert f"stopped at step {checkpoint.step} of 1000000" in said.read_text()
+
+
+def test_fewer_processes_than_asked_for_are_noticed(pictures, tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts one."""
+    launch = [*LAUNCH, "--cpu", "--num_processes", "2"]
+    finished = subprocess.run(
+        [*launch, *command(1, pictures, tmp_path / "run", "train_vae.steps=1", "train_vae.warmup_steps=0")[-8:]],
+        env=environment(pictures, 1), capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert "warning: 2 processes were asked for and 1 came up" in finished.stderr

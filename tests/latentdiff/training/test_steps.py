@@ -1,0 +1,189 @@
+"""One step, looked at closely: no waiting for the device, learning rates, the update itself, trackers, launch."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentdiff import LatentDiffError, diffusion, schedule
+from latentdiff.config import load_config
+from latentdiff.data.sources import open_source
+from latentdiff.training import launch as launching
+from latentdiff.training.latent import LatentTraining
+from latentdiff.training.loop import Skips
+from latentdiff.training.optimize import Updater, learning_rate
+from latentdiff.training.record import Record
+from latentdiff.training.stages import make_caches, new_unet, open_text_encoder
+from latentdiff.training.vae import VAETraining
+from vae import VAE
+
+WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers read by the host, and sizes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in (
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::equal",
+            "aten::masked_select",
+        ):
+            self.found.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def run(tmp_path, pictures):
+    overrides = [f"output={tmp_path}", f"data.source={pictures}", "precision=fp32", "threads=1", "trackers=[]"]
+    return launching.launch(load_config("debug", overrides))
+
+
+@pytest.fixture
+def vae(run):
+    return VAE(run.config.vae.build(run.config.data.image_size))
+
+
+@pytest.fixture
+def latent_task(run, vae, tmp_path):
+    sources = open_source(run.config.data)
+    encoder = open_text_encoder(run, sources[0])
+    caches = make_caches(run, sources, vae, encoder)
+    return LatentTraining(run, tmp_path / "latent", sources, vae, new_unet(run.config, vae, encoder), encoder, caches)
+
+
+@pytest.fixture
+def vae_task(run, vae, tmp_path):
+    return VAETraining(run, tmp_path / "vae", open_source(run.config.data), vae)
+
+
+@pytest.mark.parametrize("kind", ["latent", "vae"])
+def test_a_step_never_waits_for_the_device(kind, request, run, tmp_path, monkeypatch):
+    """On the CPU values may be looked at for free; with that switched off, as on a GPU, nothing is read."""
+    task = request.getfixturevalue(f"{kind}_task")
+    record = Record(run, tmp_path, kind, 0, 100, 8)
+    skips = Skips(run.device)
+    for module in (schedule, diffusion):
+        monkeypatch.setattr(module, "looks_at_values", lambda x: False)
+    batches = list(task.batches(0, 14))  # the discriminator joins at step 11
+    with Waits() as waits:
+        for step in (1, 2, 13, 14):
+            metrics, moves = task.learn(batches[step - 1], step, record)
+            record.add(metrics)
+            skips.add(moves)
+    assert waits.found == []
+    with Waits() as waits:
+        record.log(14, {})
+        skips.read()
+    assert waits.found  # the counter counts
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    settings = ("steps=110", "warmup_steps=10", "learning_rate=2", "lr_schedule=cosine", "final_lr=0.5")
+    section = load_config("debug", [f"train_latent.{setting}" for setting in settings]).train_latent
+    assert learning_rate(1, section) == 0.1
+    assert learning_rate(10, section) == 1.0
+    assert math.isclose(learning_rate(60, section), 0.25 + 0.75 * 0.5)
+    assert math.isclose(learning_rate(110, section), 0.25)
+    constant = section.model_copy(update={"lr_schedule": "constant"})
+    assert learning_rate(5, constant) == 0.5
+    assert learning_rate(10**6, constant) == 1.0
+
+
+def tensors(*sizes):
+    return {str(number): torch.nn.Parameter(torch.randn(size)) for number, size in enumerate(sizes)}
+
+
+def test_the_update_is_adamw_with_clipping():
+    """Against torch's own loop: clip_grad_norm_, AdamW without fusion, two groups with their learning rates."""
+    section = load_config("debug", ["train_latent.max_grad_norm=0.7", "train_latent.warmup_steps=0"]).train_latent
+    ours, theirs = tensors((3, 4), (5,)), None
+    theirs = {name: torch.nn.Parameter(tensor.detach().clone()) for name, tensor in ours.items()}
+    updater = Updater([({"0": ours["0"]}, 1e-2), ({"1": ours["1"]}, 1e-3)], section)
+    groups = [{"params": [theirs["0"]], "lr": 1e-2}, {"params": [theirs["1"]], "lr": 1e-3}]
+    adamw = torch.optim.AdamW(groups, betas=section.betas, weight_decay=section.weight_decay, foreach=False)
+    for step in range(1, 30):
+        for name in ours:
+            ours[name].grad = torch.randn_like(ours[name]) * step % 3
+            theirs[name].grad = ours[name].grad.clone()
+        expected = torch.nn.utils.clip_grad_norm_(theirs.values(), section.max_grad_norm)
+        adamw.step()
+        norm = updater.gradient_norm()
+        assert torch.allclose(norm, expected)
+        updater.update(step, norm, norm.isfinite().float())
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_gradient_moves_no_bit(value):
+    section = load_config("debug").train_latent
+    parameters = tensors((3, 4), (5,))
+    updater = Updater([(parameters, 1e-2)], section)
+    for step in (1, 2, 3):
+        before = {what: {name: t.clone() for name, t in values.items()} for what, values in updater.state().items()}
+        for parameter in parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        if step == 3:
+            parameters["1"].grad[2] = value
+        norm = updater.gradient_norm()
+        updater.update(step, norm, norm.isfinite().float())
+        pairs = {f"{what}.{name}": (before[what][name], values[name])
+                 for what, values in updater.state().items() for name in values}  # fmt: skip
+        moved = [name for name, (old, new) in pairs.items() if not torch.equal(old, new)]
+        assert bool(moved) == (step < 3), moved
+
+
+def test_fp16_scales_the_loss_and_halves_it_after_an_overflow():
+    section = load_config("debug", ["train_latent.warmup_steps=0"]).train_latent
+    plain, scaled = tensors((4,)), None
+    scaled = {name: torch.nn.Parameter(tensor.detach().clone()) for name, tensor in plain.items()}
+    updaters = [Updater([(plain, 1e-2)], section), Updater([(scaled, 1e-2)], section, fp16=True)]
+    for step in (1, 2):
+        gradient = torch.randn(4)
+        for parameters, updater in zip((plain, scaled), updaters, strict=True):
+            parameters["0"].grad = gradient * updater.loss_scale
+            norm = updater.gradient_norm()
+            assert torch.allclose(norm, gradient.norm())
+            updater.update(step, norm, norm.isfinite().float())
+        assert torch.allclose(plain["0"], scaled["0"], atol=1e-6)
+    before = float(updaters[1].loss_scale)
+    scaled["0"].grad = torch.full((4,), math.inf)
+    norm = updaters[1].gradient_norm()
+    updaters[1].update(3, norm, norm.isfinite().float())
+    assert float(updaters[1].loss_scale) == before / 2
+
+
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(LatentDiffError, match="precision=fp16: not on a CPU"):
+        launching.choose_precision("fp16", torch.device("cpu"))
+
+
+def test_trackers(run, tmp_path):
+    with pytest.raises(LatentDiffError, match=r"unknown tracker 'tensorbord'.*did you mean 'tensorboard'"):
+        launching.choose_trackers(["tensorbord"])
+    with pytest.raises(LatentDiffError, match="aim is not installed"):
+        launching.choose_trackers(["aim"])
+
+
+def test_metrics_are_means_and_the_time_is_accounted_for(run, tmp_path):
+    record = Record(run, tmp_path, "train", 0, 100, 8)
+    for value in (1.0, 2.0, 6.0):
+        record.add({"loss": torch.tensor(value)})
+    assert record.log(3, {})["loss"] == 3.0
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert math.isclose(sum(line[f"time_{name}"] for name in ("data", "model", "optimizer", "other")), 1.0)
+
+
+def test_resuming_forgets_the_lines_that_come_again(run, tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    Record(run, tmp_path, "train", 2, 100, 8)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
