@@ -92,18 +92,27 @@ def _data_check(
     ] = Path("data-check"),
 ) -> None:
     """Count, measure and open every picture; write a report, a contact sheet and a quarantine list."""
-    from text_encoder import train_tokenizer
-
     from .data.check import check_source
-    from .data.sources import open_source
 
     with plain_errors():
         loaded = load_config(config, [*(overrides or ()), f"data.source={json.dumps(source)}"])
-        section = loaded.text_encoder
-        captions = [caption for several in open_source(loaded.data)[0].all_captions() for caption in several]
-        tokenizer = train_tokenizer(captions, vocab_size=section.vocab_size, max_length=section.max_length)
-        for line in check_source(loaded.data, output, tokenizer).lines():
+        for line in check_source(loaded.data, output, _tokenizer(loaded)).lines():
             typer.echo(line)
+
+
+def _tokenizer(config: Config) -> Any:
+    """The one that training would use."""
+    from text_encoder import TextEncoder, train_tokenizer
+
+    from .data.sources import open_source
+
+    section = config.text_encoder
+    if section.pretrained:
+        encoder = TextEncoder.from_pretrained(section.pretrained, max_length=section.max_length)
+        encoder.tokenizer.model_max_length = section.max_length
+        return encoder.tokenizer
+    captions = [caption for several in open_source(config.data)[0].all_captions() for caption in several]
+    return train_tokenizer(captions, vocab_size=section.vocab_size, max_length=section.max_length)
 
 
 @app.command("schema")
@@ -122,3 +131,6 @@ def plain_errors() -> Iterator[None]:
         if code == 1 or os.environ.get("RANK", "0") == "0":  # every process stops, one says so
             typer.echo(f"error: {error}" if code == 1 else str(error), err=True)
         raise SystemExit(code) from None
+    except OSError as error:  # a full disk, a folder that went away
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from None

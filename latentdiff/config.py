@@ -83,6 +83,14 @@ class Config(Section):
             raise ValueError(f"diffusion: {error}") from None
         if self.validation.sampler not in SAMPLERS:
             raise ValueError(f"validation.sampler={self.validation.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        if self.validation.num_steps > self.diffusion.num_timesteps:
+            raise ValueError(f"validation.num_steps={self.validation.num_steps} is more than "
+                             f"diffusion.num_timesteps={self.diffusion.num_timesteps}")  # fmt: skip
+        if self.train_vae.adversarial_weight and self.data.image_size < (
+            least := 3 * 2**self.train_vae.discriminator_layers
+        ):
+            raise ValueError(f"train_vae.discriminator_layers={self.train_vae.discriminator_layers} needs pictures of "
+                             f"{least} px; data.image_size is {self.data.image_size}")  # fmt: skip
         if self.text_encoder.pretrained is None and not self.text_encoder.train:
             raise ValueError("text_encoder.train=false: a new BERT has to be trained; name a pretrained one to freeze")
         for name, section in (("train_vae", self.train_vae), ("train_latent", self.train_latent)):
@@ -156,7 +164,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise LatentDiffError(f"{override!r}: expected section.key=value, such as train_latent.steps=1000")
     *sections, key = path.strip().split(".")
     for section in sections:
-        inner = values.setdefault(section, {})
+        if values.get(section) is None:
+            values[section] = {}
+        inner = values[section]
         if not isinstance(inner, dict):
             raise LatentDiffError(f"{override!r}: {section} holds {inner!r}, not a section")
         values = inner

@@ -29,6 +29,7 @@ Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Decay = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Colour = tuple[Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)],
                Annotated[int, Field(ge=0, le=255)]]  # fmt: skip
 
@@ -161,7 +162,7 @@ class TrainSection(Section):
     """Where the cosine ends."""
     warmup_steps: Count = 500
     weight_decay: NonNegative = 0.01
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of AdamW's first and second moments."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients with a larger norm are scaled down to it."""

@@ -186,6 +186,10 @@ class TextEncoder(nn.Module):
         """Tokens (B, L) and their mask (B, L), on any device, to features (B, L, D)."""
         device = next(self.model.parameters()).device
         attention_mask = context_mask.to(device) if self.use_attention_mask else None
+        config: Any = self.model.config
+        if attention_mask is not None and config._attn_implementation == "sdpa":
+            # As transformers would make it of two dimensions, but for a look at its values, which waits for a GPU.
+            attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
         context: Tensor = self.model(input_ids=tokens.to(device), attention_mask=attention_mask).last_hidden_state
         return context
 

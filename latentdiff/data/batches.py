@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -191,10 +192,17 @@ def micro_batches(
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
         timeout=600 if workers else 0,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     numbers = iter(loader)
     for _ in range(start, stop):
         yield [next(numbers) for _ in range(plan.passes)]
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """A scheduler signals the whole group; a worker that died of it would take the trainer along, nothing saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _readable(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from tqdm import tqdm
 
 from text_encoder import TextEncoder, TokenOverflowWarning
 from vae import VAE
@@ -27,7 +28,7 @@ from .sources import Source
 if TYPE_CHECKING:
     from ..sections import DataConfig
 
-BATCH = 32  # pictures or captions encoded at a time; part of the result to rounding, so it does not vary
+BATCH = 32  # captions encoded at a time
 
 
 def read_pixels(source: Source, index: int, config: DataConfig) -> NDArray[np.uint8]:
@@ -40,10 +41,17 @@ def read_pixels(source: Source, index: int, config: DataConfig) -> NDArray[np.ui
     return fit(image, config.image_size, min_size=config.min_size or config.image_size)
 
 
+def pictures_at_a_time(image_size: int) -> int:
+    """Pictures to encode together: 32 up to 256 px, fewer above. It decides the rounding, so it never varies."""
+    return max(1, min(32, 32 * 256**2 // image_size**2))
+
+
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all weights."""
+    """SHA-256 over names, dtypes, shapes and bytes of all weights but those of BERT's pooler, which nothing passes."""
     total = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith("pooler."):
+            continue
         values = tensor.detach().cpu().contiguous()
         total.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         total.update(values.reshape(-1).view(torch.uint8).numpy())
@@ -59,7 +67,7 @@ def pictures_digest(source: Source, memo: Path) -> str:
         known = {}
     if not isinstance(known, dict) or known.get("stat") != stat:
         total = hashlib.sha256()
-        for index in range(len(source)):
+        for index in tqdm(range(len(source)), desc="reading pictures", unit="", leave=False):
             try:
                 total.update(hashlib.sha256(source.read(index)).digest())
             except PictureError as error:
@@ -72,7 +80,7 @@ def pictures_digest(source: Source, memo: Path) -> str:
 
 def transform_facts(config: DataConfig) -> dict[str, Any]:
     """What decides how a picture becomes pixels."""
-    names = {"image_size", "min_size", "max_pixels", "background"}
+    names = {"image_size", "min_size", "max_pixels", "background", "image_column"}
     return json.loads(json.dumps(config.model_dump(include=names)))
 
 
@@ -120,9 +128,10 @@ class LatentCache:
         device = next(self.vae.parameters()).device
         good = np.zeros(len(rows), dtype=np.uint8)
         blocks: list[NDArray[Any]] = []
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            size = self.config.image_size
+        size = self.config.image_size
+        count = pictures_at_a_time(size)
+        for start in range(0, len(rows), count):
+            batch = rows[start : start + count]
             pixels = np.zeros((len(batch), size, size, 3), dtype=np.uint8)
             for place, index in enumerate(batch):
                 try:
@@ -150,11 +159,13 @@ class TextCache:
             total.update(json.dumps(captions).encode())
             self._captions += captions
         self.first: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64)  # row of each picture's first caption
+        config: Any = encoder.model.config
         facts = {
             "kind": "text",
             "version": 1,
-            "text_encoder": digest({"weights": weights_digest(encoder.model), "length": encoder.max_length,
-                                    "mask": encoder.use_attention_mask, "vocabulary": encoder.tokenizer.get_vocab()}),
+            "text_encoder": digest({"weights": weights_digest(encoder.model), "config": config.to_json_string(),
+                                    "length": encoder.max_length, "mask": encoder.use_attention_mask,
+                                    "tokenizer": encoder.tokenizer.backend_tokenizer.to_str()}),
             "captions": total.hexdigest(),
         }  # fmt: skip
         self.shards = Shards(folder, facts, len(self._captions) + 1)

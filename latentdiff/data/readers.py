@@ -97,7 +97,7 @@ class ColumnReader:
         if cell.get("bytes") is not None:
             return bytes(cell["bytes"])
         if cell.get("path"):
-            return read_bytes(self.root / cell["path"])
+            return read_bytes(inside(self.root, str(cell["path"])))
         raise PictureError("unreadable", "the cell is empty")
 
 

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from ..errors import LatentDiffError
 
 SHARD = 2048  # rows
+MAPPED = 128  # shards at a time: each holds a file open
 DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
 
 Arrays = dict[str, NDArray[Any]]
@@ -116,9 +117,13 @@ class Shards:
     def __getitem__(self, what: tuple[str, int]) -> NDArray[Any]:
         name, row = what
         number, within = divmod(row, SHARD)
-        if number not in self._open:
-            self._open[number] = _map(self._path(number))
-        return np.array(self._open[number][name][within])
+        arrays = self._open.pop(number, None)
+        if arrays is None:
+            arrays = _map(self._path(number))
+        self._open[number] = arrays  # last in the order of use
+        if len(self._open) > MAPPED:
+            del self._open[next(iter(self._open))]
+        return np.array(arrays[name][within])
 
     def column(self, name: str) -> NDArray[Any]:
         """A small array whole."""
@@ -181,8 +186,9 @@ def _map(path: Path) -> Arrays:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
+    content = np.memmap(path, np.uint8, "r", 8 + length)
     return {
-        name: np.memmap(path, DTYPES[entry["dtype"]], "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
+        name: content[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in header.items()
-        if name != "__metadata__" and np.prod(entry["shape"])
+        if name != "__metadata__"
     }

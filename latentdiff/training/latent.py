@@ -16,6 +16,7 @@ from vae import VAE
 from ..data.batches import LatentBatch, LatentBatches, ValidationBatches, micro_batches
 from ..data.cache import LatentCache, TextCache, to_pixels, weights_digest
 from ..data.order import BatchPlan
+from ..data.shards import digest
 from ..data.sources import Source
 from ..diffusion import add_noise, diffusion_loss
 from .launch import Launch
@@ -81,10 +82,12 @@ class LatentTraining:
         held_out = self._batches(sources[1], measured, caches[1], 0.0, False)
         self.validation = ValidationBatches(held_out, config.validation.num_pictures, config.validation.timestep_bands)
         self.prompts = config.validation.prompts or first_captions(sources[1], 16)
-        frozen = {"vae_weights": weights_digest(vae)}
+        pictures = caches[0][0].shards.facts["pictures"] if caches[0][0] else len(sources[0])
+        vocabulary = digest(text_encoder.tokenizer.get_vocab())
+        frozen = {"vae_weights": weights_digest(vae), "pictures": pictures, "vocabulary": vocabulary}
         if not trains_text:
             frozen["text_weights"] = weights_digest(text_encoder.model)
-        self.facts = run_facts(run, "vae", "text_encoder", "unet", "train_latent") | frozen
+        self.facts = run_facts(run, "vae", "text_encoder", "unet", "diffusion", "train_latent") | frozen
 
     def batches(self, start: int, stop: int) -> Iterator[list[LatentBatch]]:
         """The micro-batches of steps start ... stop - 1."""
@@ -105,7 +108,7 @@ class LatentTraining:
             norm = updater.gradient_norm()
             moves = norm.isfinite().float()
             updater.update(step, norm, moves)
-        return {"loss": torch.where(moves > 0, total, 0.0), "norm": torch.where(moves > 0, norm, 0.0)}, moves
+        return {"loss": total, "norm": norm}, moves
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -212,11 +215,11 @@ class LatentTraining:
         """Mean loss over all bands, and each band's; the processes share the batches."""
         accelerator, bands = self.run.accelerator, self.validation.num_bands
         sums = torch.zeros(bands, 2, device=self.run.device, dtype=torch.float64)
-        for number in range(accelerator.process_index, len(self.validation), accelerator.num_processes):
-            losses = self._loss(self.validation[number], self.inner, weighted=False)
-            sums[self.validation.band(number)] += torch.stack(
-                [losses.double().sum(), losses.new_tensor(len(losses)).double()]
-            )
+        for start in range(0, len(self.validation), accelerator.num_processes):
+            number = min(start + accelerator.process_index, len(self.validation) - 1)
+            losses = self._loss(self.validation[number], self.inner, weighted=False).double()
+            if number == start + accelerator.process_index:  # the others only call the model: under FSDP all must
+                sums[self.validation.band(number)] += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
         sums = accelerator.reduce(sums, "sum")
         means = (sums[:, 0] / sums[:, 1]).tolist()
         total = (sums[:, 0].sum() / sums[:, 1].sum()).item()

@@ -91,17 +91,17 @@ def run_training(task: Task, run: Launch, folder: Path) -> None:
     skips = Skips(run.device)
     first = restore(task, run, folder, skips)
     section = task.section
-    broken: dict[str, str] = {}
+    broken = _read_broken(folder, run)
     record = Record(run, folder, task.name, first, section.steps, section.batch_size)
     batches = task.batches(first, section.steps)
-    with StopFlag() as flag:
+    with StopFlag(run.parent) as flag:
         for step in range(first + 1, section.steps + 1):
             with record.phase("data"):
                 parts = next(batches)
             broken.update(entry for part in parts for entry in part.broken)
             metrics, moves = task.learn(parts, step, record)
             skips.add(moves)
-            record.add(metrics)
+            record.add(metrics, moves)
             reason = agreed(flag.requested() or too_many_broken(broken, task, run), run)
             last = step == section.steps or reason is not None
             if step % section.log_every == 0 or last:
@@ -111,19 +111,20 @@ def run_training(task: Task, run: Launch, folder: Path) -> None:
                     reason, last = f"the loss was not finite in {most} steps in a row", True
                 _write_broken(broken, folder, run)
             with record.aside():
-                if (step % section.validate_every == 0 or step == section.steps) and reason is None:
-                    record.write(step, task.validate(step))
                 if step % section.checkpoint_every == 0 or last:
                     save(task, run, folder, step, skips)
+                if (step % section.validate_every == 0 or step == section.steps) and reason is None:
+                    record.write(step, task.validate(step))
             if reason is not None:
                 where = folder / "checkpoints"
                 raise Stopped(f"stopped at step {step} of {section.steps}: {reason}; saved in {where}", reason)
+    record.close()
 
 
 def save(task: Task, run: Launch, folder: Path, step: int, skips: Skips) -> None:
     """Write a checkpoint; all processes gather, the main one writes."""
     tensors = {f"{name}-{what}": values for name, updater in task.updaters.items()
-               for what, values in updater.state().items()}  # fmt: skip
+               for what, values in updater.state(keep=run.is_main).items()}  # fmt: skip
     tensors["skips"] = {"counts": skips.counts}
     if run.is_main:
         keep = task.section.keep_checkpoints
@@ -134,6 +135,7 @@ def save(task: Task, run: Launch, folder: Path, step: int, skips: Skips) -> None
 def restore(task: Task, run: Launch, folder: Path, skips: Skips) -> int:
     """Load the newest good checkpoint; returns its step, 0 where there is none."""
     checkpoint = newest_checkpoint(folder / "checkpoints", run.report)
+    _check_same_step(checkpoint, run)
     if checkpoint is None:
         return 0
     _check_same_run(checkpoint, task)
@@ -149,9 +151,11 @@ def agreed(reason: str | None, run: Launch) -> str | None:
     """Why any of the processes wants to stop: asked over a CPU group, so that no device is waited for."""
     if run.accelerator.num_processes == 1:
         return reason
-    wish = torch.tensor(int(reason is not None))
+    elsewhere = (None, "too many broken pictures in another process", "SIGINT", "SIGTERM")
+    known = elsewhere.index(reason) if reason in elsewhere else 3 if reason == "the launcher is gone" else 1
+    wish = torch.tensor(known)
     torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX, group=run.cpu_group)
-    return (reason or "SIGTERM (another process)") if wish else None
+    return reason or elsewhere[int(wish)]
 
 
 def too_many_broken(broken: Mapping[str, str], task: Task, run: Launch) -> str | None:
@@ -165,7 +169,7 @@ def too_many_broken(broken: Mapping[str, str], task: Task, run: Launch) -> str |
 
 def run_facts(run: Launch, *sections: str) -> dict[str, Any]:
     """The settings that decide what a step computes."""
-    values = run.config.model_dump(mode="json", include={"seed", "data", "diffusion", *sections})
+    values = run.config.model_dump(mode="json", include={"seed", "data", *sections})
     for section in values.values():
         if isinstance(section, dict):
             free = FREE - {"steps"} if section.get("lr_schedule") == "cosine" else FREE
@@ -174,18 +178,42 @@ def run_facts(run: Launch, *sections: str) -> dict[str, Any]:
     return {**values, "precision": run.precision}
 
 
+def first_difference(section: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The dotted name of the first setting that differs, and its two values."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+        return f"{section}.{key}", before.get(key), now.get(key)
+    return section, before, now
+
+
+def _check_same_step(checkpoint: Checkpoint | None, run: Launch) -> None:
+    mine = torch.tensor([checkpoint.step if checkpoint else 0], device=run.device)
+    steps = run.accelerator.gather(mine).tolist()
+    if len(set(steps)) > 1:
+        raise LatentDiffError(
+            f"output={run.folder}: the processes find checkpoints of steps {steps}; it must be one disk"
+        )
+
+
 def _check_same_run(checkpoint: Checkpoint, task: Task) -> None:
     for section, now in task.facts.items():
         before = checkpoint.facts.get(section)
         if now == before:
             continue
-        if isinstance(now, dict) and isinstance(before, dict):
-            key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
-            section, before, now = f"{section}.{key}", before.get(key), now.get(key)
+        section, before, now = first_difference(section, before, now)
         raise LatentDiffError(
             f"{checkpoint.path}: this run began with {section}={before!r} and now it is {now!r}; "
             "choose another `output`, or delete the checkpoints to begin again"
         )
+
+
+def _read_broken(folder: Path, run: Launch) -> dict[str, str]:
+    """What was found before the training was stopped."""
+    path = folder / f"broken-{run.accelerator.process_index}.txt"
+    if not path.is_file():
+        return {}
+    entries = (line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines())
+    return {name: reason for name, _, reason in entries}
 
 
 def _write_broken(broken: Mapping[str, str], folder: Path, run: Launch) -> None:

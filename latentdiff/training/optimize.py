@@ -98,14 +98,18 @@ class Updater:
         for tensor in (*self.parameters.values(), *self.local.values()):
             tensor.grad = None
 
-    def named(self, what: str) -> dict[str, Tensor]:
-        """`weights`, `ema`, `exp_avg` or `exp_avg_sq` by parameter name, whole: under FSDP all processes must ask."""
-        parts = self._parts(what)
-        return {name: whole(parameter, parts[name]) for name, parameter in self.parameters.items()}
+    def named(self, what: str, *, keep: bool = True) -> dict[str, Tensor]:
+        """`weights`, `ema`, `exp_avg` or `exp_avg_sq` by parameter name, whole.
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint must hold."""
-        state = {what: self.named(what) for what in ("weights", "ema", "exp_avg", "exp_avg_sq")}
+        Under FSDP all processes must ask; tensor by tensor is gathered and put on the CPU where it is to be kept.
+        """
+        parts = self._parts(what)
+        tensors = ((name, whole(parameter, parts[name])) for name, parameter in self.parameters.items())
+        return {name: tensor for name, tensor in tensors if keep}
+
+    def state(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint must hold; under FSDP all processes must ask, also those that keep nothing."""
+        state = {what: self.named(what, keep=keep) for what in ("weights", "ema", "exp_avg", "exp_avg_sq")}
         first = self.optimizer.state[next(iter(self.local.values()))]["step"]
         return {**state, "scalars": {"step": first, "scale": self.loss_scale, "since_growth": self.since_growth}}
 
@@ -155,4 +159,4 @@ def whole(parameter: nn.Parameter, part: Tensor | None = None) -> Tensor:
     sharded = DTensor.from_local(
         part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
     )
-    return sharded.full_tensor()
+    return sharded.full_tensor().cpu()

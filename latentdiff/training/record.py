@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ class Record:
     def __init__(self, run: Launch, folder: Path, name: str, first_step: int, steps: int, batch_size: int) -> None:
         self.run, self.folder, self.name = run, folder, name
         self.steps, self.batch_size, self.done = steps, batch_size, first_step
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # sum and number of steps, on the device
         self._spent = dict.fromkeys(PHASES, 0.0)
         self._since = time.perf_counter()
         run.accelerator.init_trackers(name, config={"config": run.config.model_dump_json()})
@@ -37,19 +38,19 @@ class Record:
         yield
         self._spent[name] += time.perf_counter() - start
 
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add one step's metrics, () each; they are summed where they are."""
+    def add(self, metrics: Mapping[str, Tensor], moves: Tensor) -> None:
+        """Add one step's metrics, () each, where `moves` is 1; they are summed where they are."""
         for name, value in metrics.items():
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            total, steps = self._sums.get(name, (torch.zeros_like(value), torch.zeros_like(moves)))
+            self._sums[name] = total + torch.where(moves > 0, value.detach(), 0.0), steps + moves
 
     def log(self, step: int, extra: Mapping[str, float]) -> dict[str, float]:
-        """Write the mean of the steps since the last line, and where their time went."""
+        """Write the mean of the steps since the last line that were finite, and where their time went."""
         count = step - self.done
-        names = list(self._sums)
-        sums = torch.stack([self._sums[name].float() for name in names])
-        values = (self.run.accelerator.reduce(sums, "mean") / count).tolist()
-        means = dict(zip(names, values, strict=True)) | dict(extra)
+        sums = torch.stack([torch.stack([total.float(), steps.float()]) for total, steps in self._sums.values()])
+        totals = self.run.accelerator.reduce(sums, "mean").tolist()
+        means = {name: total / steps for name, (total, steps) in zip(self._sums, totals, strict=True) if steps}
+        means |= extra
         elapsed = time.perf_counter() - self._since
         rate = count * self.batch_size / elapsed
         shares = {name: spent / elapsed for name, spent in self._spent.items()}
@@ -71,6 +72,12 @@ class Record:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         self.run.accelerator.log({f"{self.name}/{name}": value for name, value in values.items()}, step=step)
 
+    def close(self) -> None:
+        """Let the trackers finish: the next training has its own."""
+        for tracker in self.run.accelerator.trackers:
+            tracker.finish()
+        self.run.accelerator.trackers = []
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Validation and saving: their time is not the steps'."""
@@ -88,4 +95,6 @@ def _drop_lines_after(path: Path, step: int) -> None:
             with suppress(ValueError, KeyError, TypeError):  # a line cut short when the process died
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -37,8 +37,6 @@ def draw_prompts(
     a `LatentModel`, of which only the whole can be called.
     """
     settings, diffusion, device = run.config.validation, run.config.diffusion, run.device
-    noise = np.stack([draws(run.config.seed, "samples", 0, place).standard_normal(latent_shape, dtype=np.float32)
-                      for place in range(len(prompts))])  # fmt: skip
     tokens, mask, _ = text_encoder.tokenize([*prompts, *[""] * len(prompts)])
     tokens, mask = tokens.to(device), mask.to(device)
     with run.autocast():
@@ -54,8 +52,19 @@ def draw_prompts(
         def denoise(x: Tensor, t: int) -> Tensor:
             return to_x0(guided(x, t), x, torch.tensor(t), diffusion.prediction, schedule)
 
-        x = torch.from_numpy(noise).to(device)
-        for step in sample(denoise, x, make_rows(settings.sampler, schedule, num_steps=settings.num_steps)):
+        def fresh(number: int) -> Tensor:
+            return _noise(run.config.seed, number + 1, len(prompts), latent_shape).to(device)
+
+        x = _noise(run.config.seed, 0, len(prompts), latent_shape).to(device)
+        for step in sample(denoise, x, make_rows(settings.sampler, schedule, num_steps=settings.num_steps), fresh):
             x = step.x
         pixels = vae.decode(x).float().cpu()
     return labelled_grid(to_images(pixels), list(prompts), columns=min(8, max(1, round(len(prompts) ** 0.5))))
+
+
+def _noise(seed: int, number: int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal, one stream a picture, for the start (0) or a step of a sampler that adds noise."""
+    pictures = [
+        draws(seed, "samples", number, place).standard_normal(shape, dtype=np.float32) for place in range(count)
+    ]
+    return torch.from_numpy(np.stack(pictures))

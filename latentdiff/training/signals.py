@@ -29,12 +29,13 @@ class StopFlag:
     it on. A plain parent, such as a shell that was logged out of after `nohup`, may go.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parent: int | None = None) -> None:
+        """Watch for `parent`, the process that started this one; None: whichever is the parent now."""
         self._reason: str | None = None
         self._since = 0.0  # when the first signal came
         self._previous: dict[signal.Signals, signal.Handlers | object] = {}
         # Compared later with its value now, not with 1: in a container, process 1 may well be the launcher.
-        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
+        self._launcher = (parent or os.getppid()) if any(name in os.environ for name in LAUNCHERS) else None
 
     def requested(self) -> str | None:
         """Why to stop: "SIGTERM", "SIGINT" or "the launcher is gone", whichever was first; None to go on.

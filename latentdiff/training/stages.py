@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from unet import UNet
 from vae import VAE
 
 from ..config import Config
-from ..data.cache import LatentCache, TextCache
+from ..data.cache import LatentCache, TextCache, pictures_digest
 from ..data.order import BatchPlan
-from ..data.shards import Shards, differences, digest, remove_others
+from ..data.shards import Shards, differences, remove_others
 from ..data.sources import Source, open_source
 from ..errors import LatentDiffError
 from ..weights.model_folder import save_model, scheduler_config
 from .latent import LatentTraining
 from .launch import Launch, launch
-from .loop import run_facts, run_training
+from .loop import first_difference, run_facts, run_training
 from .vae import VAETraining
 from .vae_finish import finish_vae
 
@@ -45,14 +46,19 @@ def train_vae(config: Config, run: Launch | None = None) -> Path:
     run = run or launch(config)
     folder = run.folder / "vae"
     facts = run_facts(run, "vae", "train_vae")
-    if _is_done(folder, facts, run):
+    if config.vae.pretrained:
+        raise LatentDiffError(
+            f"vae.pretrained={config.vae.pretrained}: there is no VAE to train; leave it out to train one"
+        )
+    if _is_done(folder, facts, config.train_vae.steps, run):
         return folder
+    check_batches(run)
     sources = open_source(config.data)
     torch.manual_seed(config.seed)  # the only use of torch's own generator: the first weights
     task = VAETraining(run, run.folder / "train_vae", sources, VAE(config.vae.build(config.data.image_size)))
     run_training(task, run, run.folder / "train_vae")
     finish_vae(task, run, folder)
-    _mark_done(folder, facts, run)
+    _mark_done(folder, facts, config.train_vae.steps, run)
     return folder
 
 
@@ -61,6 +67,7 @@ def encode(config: Config, run: Launch | None = None) -> tuple[Caches, Caches]:
     run = run or launch(config)
     vae = open_vae(run)
     sources = open_source(config.data)
+    torch.manual_seed(config.seed)
     return make_caches(run, sources, vae, open_text_encoder(run, sources[0]))
 
 
@@ -73,9 +80,10 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     run = run or launch(config)
     folder = run.folder / "model"
     vae = open_vae(run)
-    facts = run_facts(run, "vae", "text_encoder", "unet", "train_latent")
-    if _is_done(folder, facts, run):
+    facts = run_facts(run, "vae", "text_encoder", "unet", "diffusion", "train_latent")
+    if _is_done(folder, facts, config.train_latent.steps, run):
         return folder
+    check_batches(run)
     scheduler_config(config.diffusion)  # refuses now what could not be written at the end
     sources = open_source(config.data)
     torch.manual_seed(config.seed)
@@ -87,7 +95,7 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     averaged, text_encoder = task.finish()
     if run.is_main:
         save_model(folder, vae=vae.cpu(), unet=averaged, text_encoder=text_encoder, diffusion=config.diffusion)
-    _mark_done(folder, facts, run)
+    _mark_done(folder, facts, config.train_latent.steps, run)
     run.report(f"the model is in {folder}")
     return folder
 
@@ -107,14 +115,26 @@ def preflight(run: Launch) -> None:
     Raises:
         LatentDiffError: pictures, captions, vocabulary, batch sizes or the prediction do not work out.
     """
-    config, processes = run.config, run.accelerator.num_processes
-    for section in (config.train_vae, config.train_latent):
-        BatchPlan(section.batch_size, run.accelerator.process_index, processes, section.micro_batch_size)
+    config = run.config
+    check_batches(run)
     scheduler_config(config.diffusion)
     encoder = open_text_encoder(run, open_source(config.data)[0])
     vae = VAE.from_pretrained(config.vae.pretrained) if config.vae.pretrained else None
     with torch.device("meta"):
         new_unet(config, vae or VAE(config.vae.build(config.data.image_size)), encoder)
+
+
+def check_batches(run: Launch) -> None:
+    """Refuse batches that the processes cannot share evenly.
+
+    Raises:
+        LatentDiffError: naming the section.
+    """
+    for name, section in (("train_vae", run.config.train_vae), ("train_latent", run.config.train_latent)):
+        try:
+            BatchPlan(section.batch_size, 0, run.accelerator.num_processes, section.micro_batch_size)
+        except LatentDiffError as error:
+            raise LatentDiffError(f"{name}.{error}") from None
 
 
 def open_vae(run: Launch) -> VAE:
@@ -130,8 +150,8 @@ def open_vae(run: Launch) -> VAE:
             f"{folder}: no finished VAE; run train_vae.py with the same config first, "
             "or name a trained one with vae.pretrained=FOLDER (`latentdiff train` does both stages)"
         )
-    if not named and not _is_done(folder, run_facts(run, "vae", "train_vae"), run, quiet=True):
-        raise LatentDiffError(f"{folder}: was not finished")
+    if not named:
+        _is_done(folder, run_facts(run, "vae", "train_vae"), 0, run, quiet=True)  # raises where it is another one
     vae = VAE.from_pretrained(folder)
     size, factor = run.config.data.image_size, vae.config.downsampling
     if size % factor:
@@ -165,8 +185,12 @@ def make_caches(run: Launch, sources: tuple[Source, Source], vae: VAE, encoder: 
     for source, name, flips in zip(sources, ("train", "validation"), (config.data.flip, False), strict=True):
         latents, text = None, None
         if config.train_latent.cache:
-            latents = LatentCache(folder / f"{name}-latents", source, vae, config.data, flips=flips,
-                                  memo=folder / f"{name}-pictures.json")  # fmt: skip
+            memo = folder / f"{name}-pictures.json"
+            if run.is_main:
+                pictures_digest(source, memo)  # reads all pictures, once for all processes
+            run.accelerator.wait_for_everyone()
+            data = config.data if name == "train" else config.data.model_copy(update={"max_broken": 1.0})
+            latents = LatentCache(folder / f"{name}-latents", source, vae, data, flips=flips, memo=memo)
             _fill(run, latents, latents.shards, f"{name} pictures")
         if config.train_latent.cache and not config.text_encoder.train:
             text = TextCache(folder / f"{name}-text", source, encoder.eval())
@@ -191,25 +215,30 @@ def _fill(run: Launch, cache: LatentCache | TextCache, shards: Shards, what: str
     run.accelerator.wait_for_everyone()
 
 
-def _is_done(folder: Path, facts: dict[str, Any], run: Launch, *, quiet: bool = False) -> bool:
-    """Whether the stage is finished; where it was finished with other settings, that is an error."""
+def _is_done(folder: Path, facts: dict[str, Any], steps: int, run: Launch, *, quiet: bool = False) -> bool:
+    """Whether the stage is finished, with as many steps; one finished with other settings is an error."""
     try:
         done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before, taken = done["facts"], done["steps"]
+    except (OSError, ValueError, KeyError):
         return False
     for name, now in facts.items():
-        if done.get("facts", {}).get(name) != now:
+        if name != "precision" and before.get(name) != now:
+            section, former, new = first_difference(name, before.get(name), now)
             raise LatentDiffError(
-                f"{folder}: was made with another `{name}` than the config has now; choose another `output`, "
-                "or delete the folder to make it again"
+                f"{folder}: was made with {section}={former!r} and now it is {new!r}; choose another `output`, "
+                "or delete the folder and its training to make it again"
             )
+    if taken < steps:
+        return False
     if not quiet:
         run.report(f"{folder}: done already")
     return True
 
 
-def _mark_done(folder: Path, facts: dict[str, Any], run: Launch) -> None:
+def _mark_done(folder: Path, facts: dict[str, Any], steps: int, run: Launch) -> None:
     if run.is_main:
-        text = json.dumps({"key": digest(facts), "facts": facts}, indent=2)
-        (folder / "done.json").write_text(text + "\n", encoding="utf-8")
+        partial = folder / "done.json.partial"
+        partial.write_text(json.dumps({"steps": steps, "facts": facts}, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / "done.json")
     run.accelerator.wait_for_everyone()

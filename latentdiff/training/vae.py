@@ -72,7 +72,7 @@ class VAETraining:
         self.latent_shape = (vae.config.latent_channels, size, size)
         self.plan = BatchPlan(section.batch_size, run.accelerator.process_index, run.accelerator.num_processes,
                               section.micro_batch_size)  # fmt: skip
-        self.facts = run_facts(run, "vae", "train_vae")
+        self.facts = {**run_facts(run, "vae", "train_vae"), "pictures": len(self.train_source)}
 
     def batches(self, start: int, stop: int) -> Iterator[list[PixelBatch]]:
         """The micro-batches of steps start ... stop - 1."""
@@ -100,7 +100,7 @@ class VAETraining:
             for updater, norm in zip(active, norms, strict=True):
                 updater.update(step, norm, moves)
         sums["norm"] = norms[0]
-        return {name: torch.where(moves > 0, value, 0.0) for name, value in sums.items()}, moves
+        return sums, moves
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -169,8 +169,9 @@ class VAETraining:
     def _adaptive_weight(self, fit: Tensor, fooled: Tensor) -> Tensor:
         """From gradients averaged over the processes, so that any number of them weighs alike."""
         last_layer = self.inner.vae.decoder.conv_out.weight
-        grads = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (fit, fooled)])
-        fit_grad, fooled_grad = self.run.accelerator.reduce(grads, "mean")
+        scale = self.updaters["vae"].loss_scale
+        grads = [torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0] for loss in (fit, fooled)]
+        fit_grad, fooled_grad = self.run.accelerator.reduce(torch.stack(grads) / scale, "mean")
         return adaptive_weight(fit_grad, fooled_grad)
 
     def _quality(self) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:

@@ -13,12 +13,13 @@ from vae import VAE
 from vae.fold import fold_statistics
 from vae.statistics import LatentStatistics
 
+from ..data.cache import pictures_at_a_time
 from ..data.sources import Source
 from .launch import Launch
 from .vae import VAETraining, pixels_of
 
 MOST_PICTURES = 50_000  # that the statistics are taken over; more would change the fourth digit
-BATCH = 32
+CHECKED = 4  # pictures decoded in half precision
 
 
 def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
     before = measure(vae, task.train_source, run)
     fold_statistics(vae, before.mean.cpu(), before.std.cpu())
     after = measure(vae, task.train_source, run)
-    held_out = pixels_of(task.held_out, range(min(BATCH, len(task.held_out))), run.config.data).to(run.device)
+    held_out = pixels_of(task.held_out, range(min(CHECKED, len(task.held_out))), run.config.data).to(run.device)
     report: dict[str, Any] = {
         "pictures": after.num_pictures,
         "former_mean": before.mean.tolist(),
@@ -65,9 +66,10 @@ def measure(vae: VAE, source: Source, run: Launch) -> LatentStatistics:
     stride = max(1, math.ceil(len(source) / MOST_PICTURES))
     chosen = range(0, len(source), stride)
     statistics = LatentStatistics(vae.config.latent_channels, run.device)
-    for number, start in enumerate(range(0, len(chosen), BATCH)):
+    count = pictures_at_a_time(run.config.data.image_size)
+    for number, start in enumerate(range(0, len(chosen), count)):
         if number % accelerator.num_processes == accelerator.process_index:
-            pixels = pixels_of(source, chosen[start : start + BATCH], run.config.data)
+            pixels = pixels_of(source, chosen[start : start + count], run.config.data)
             if len(pixels):
                 statistics.add(vae.posterior(pixels.to(run.device)))
     return LatentStatistics.from_state(accelerator.reduce(statistics.state(), "sum"))
@@ -76,6 +78,8 @@ def measure(vae: VAE, source: Source, run: Launch) -> LatentStatistics:
 @torch.inference_mode()
 def half_precision(vae: VAE, pixels: torch.Tensor) -> dict[str, float | None]:
     """Largest difference that decoding in bf16 and fp16 makes, in units of 1/255; None where it is not finite."""
+    if not len(pixels):
+        return {}
     latents = vae.encode(pixels)
     reference = vae.decode(latents).clamp(-1, 1)
     differences: dict[str, float | None] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,45 +10,33 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import LatentDiffError
 from ..sections import TrainSection
-from .launch import Launch
+from .launch import Launch, wants_fsdp
 
 
 def sharded(module: nn.Module, run: Launch, section: TrainSection) -> nn.Module:
     """The module on its device, its parameters sharded where the launcher asks for FSDP, else as `distributed`.
 
     accelerate's own preparation shards on GPUs only; torch's does on CPUs too, which is how it is tested. Only a call
-    of the whole module gathers its parameters: not of a part of it, and not of another method.
+    of the whole module gathers its parameters: not of a part of it, and not of another method. They are freed after
+    every pass, whatever the launcher says: the average could not be swapped in otherwise.
 
-    Raises:
-        LatentDiffError: the launcher asks for an engine that takes over the optimizer.
     """
-    kind = str(run.accelerator.distributed_type).rsplit(".", 1)[-1]
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        raise LatentDiffError(f"the launcher asks for {kind.lower()}, which takes over the optimizer; use DDP or FSDP")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or run.accelerator.num_processes == 1:
+    if not wants_fsdp(run.accelerator):
         return distributed(module, run, section)
     # fully_shard refuses channels-last parameters; the activations stay channels-last.
     module.to(run.device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     mesh = init_device_mesh(run.device.type, (run.accelerator.num_processes,))
-    frees = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
     for layers in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
         for layer in layers:
             if not any(isinstance(part, nn.ModuleList) for part in layer.modules()):
-                fully_shard(layer, mesh=mesh, reshard_after_forward=frees)
-    fully_shard(module, mesh=mesh, reshard_after_forward=frees)
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return module
 
 
 def distributed(module: nn.Module, run: Launch, section: TrainSection) -> nn.Module:
-    """The module on its device, in DDP where there are several processes; its parameters are reachable as before.
-
-    Raises:
-        LatentDiffError: `compile` is asked for on a CPU.
-    """
-    if section.compile and run.device.type == "cpu":
-        raise LatentDiffError("compile=true: not on a CPU, where torch was found to compile wrong gradients of UNets")
+    """The module on its device, in DDP where there are several processes; its parameters are reachable as before."""
     module.to(run.device)
     wrapped = module
     if run.accelerator.num_processes > 1:

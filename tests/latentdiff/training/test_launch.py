@@ -80,10 +80,10 @@ def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, pro
 
 def test_fewer_processes_than_asked_for_are_noticed(pictures, tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one."""
-    launch = [*LAUNCH, "--cpu", "--num_processes", "2"]
+    words = command(1, pictures, tmp_path / "run", "train_vae.steps=1", "train_vae.warmup_steps=0")
+    words[words.index("--num_processes") + 1] = "2"
     finished = subprocess.run(
-        [*launch, *command(1, pictures, tmp_path / "run", "train_vae.steps=1", "train_vae.warmup_steps=0")[-8:]],
-        env=environment(pictures, 1), capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+        words, env=environment(pictures, 1), capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert finished.returncode == 0, finished.stderr
     assert "warning: 2 processes were asked for and 1 came up" in finished.stderr

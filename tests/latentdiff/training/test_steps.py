@@ -72,17 +72,27 @@ def test_a_step_never_waits_for_the_device(kind, request, run, tmp_path, monkeyp
     skips = Skips(run.device)
     for module in (schedule, diffusion):
         monkeypatch.setattr(module, "looks_at_values", lambda x: False)
+    read = []
+    for name in ("tolist", "cpu", "numpy"):  # which go round the dispatcher
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *args, name=name, original=original: (read.append(name), original(*args))[1]
+        )
     batches = list(task.batches(0, 14))  # the discriminator joins at step 11
+    read.clear()  # batches are made on the CPU
     with Waits() as waits:
         for step in (1, 2, 13, 14):
             metrics, moves = task.learn(batches[step - 1], step, record)
-            record.add(metrics)
+            record.add(metrics, moves)
             skips.add(moves)
     assert waits.found == []
+    assert read == []
+    record.log(14, {})
+    skips.read()
+    assert read == ["tolist", "tolist"]  # the counter counts
     with Waits() as waits:
-        record.log(14, {})
-        skips.read()
-    assert waits.found  # the counter counts
+        float(metrics["loss"])
+    assert waits.found
 
 
 def test_the_learning_rate_warms_up_and_falls():
@@ -176,7 +186,7 @@ def test_trackers(run, tmp_path):
 def test_metrics_are_means_and_the_time_is_accounted_for(run, tmp_path):
     record = Record(run, tmp_path, "train", 0, 100, 8)
     for value in (1.0, 2.0, 6.0):
-        record.add({"loss": torch.tensor(value)})
+        record.add({"loss": torch.tensor(value)}, torch.tensor(1.0))
     assert record.log(3, {})["loss"] == 3.0
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert math.isclose(sum(line[f"time_{name}"] for name in ("data", "model", "optimizer", "other")), 1.0)
