@@ -59,7 +59,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Config, Launch
     TextEncoder.new(section.build(), tokenizer).save_pretrained(folder / "text_encoder")
     overrides = [f"output={folder / 'run'}", f"vae.pretrained={folder / 'vae'}", "text_encoder.train=false",
                  f"text_encoder.pretrained={folder / 'text_encoder'}", f"precision={arguments.precision}",
-                 "train_latent.warmup_steps=0", "train_latent.lr_schedule=constant"]  # fmt: skip
+                 "trackers=[]", "train_latent.warmup_steps=0", "train_latent.lr_schedule=constant"]  # fmt: skip
     config = load_config(arguments.config, overrides)
     return config, launch(config)
 
@@ -124,13 +124,15 @@ class Peer:
                 yield to_pixels(torch.from_numpy(images)).contiguous(), ids["input_ids"]
 
     def loss(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """The example's loss with --snr_gamma, for v prediction."""
+        """The example's loss for v prediction, with --snr_gamma where the recipe has min-SNR weights."""
         noisy = self.scheduler.add_noise(latents, noise, t)
         target = self.scheduler.get_velocity(latents, noise, t)
         prediction = self.unet(noisy, t, context, return_dict=False)[0]
+        error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+        if self.config.diffusion.weighting == "simple":
+            return error.mean()
         snr = compute_snr(self.scheduler, t)
         weights = torch.minimum(snr, torch.full_like(snr, self.config.diffusion.min_snr_gamma)) / (snr + 1)
-        error = F.mse_loss(prediction.float(), target.float(), reduction="none")
         return (error.mean(dim=list(range(1, error.dim()))) * weights).mean()
 
     def steps(self) -> Step:

@@ -53,13 +53,15 @@ def wait_until(condition, seconds):
     return False
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 1)])
+def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, processes, workers):
+    """The signal goes to the whole group, processes that read pictures included."""
     output = tmp_path / "run"
     log, said = output / "train_vae" / "log.jsonl", tmp_path / "terminal"
     with said.open("w") as terminal:
         launcher = subprocess.Popen(
             command(processes, pictures, output, "train_vae.steps=1000000", "train_vae.log_every=1",
+                    f"workers={workers}",
                     "train_vae.checkpoint_every=1000000", "train_vae.validate_every=1000000"),
             env=environment(pictures, processes), stdout=terminal, stderr=terminal, cwd=tmp_path,
         )  # fmt: skip

@@ -106,9 +106,10 @@ def test_two_processes_train_what_one_does(train, log, whole, precision, tmp_pat
 def test_fsdp_trains_saves_and_continues(train, state, log, weights, whole, tmp_path):
     """Two processes with sharded weights: what one process trains, to rounding, and a resume bit for bit."""
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    bands = "validation.timestep_bands=3"  # three batches for two processes, which must call the model equally often
     for name in ("run", "again"):
         shutil.copytree(whole / "fp32" / "vae", tmp_path / name / "vae")
-    assert train("run", processes=2, stage="train_latent", environment=fsdp) == 0
+    assert train("run", bands, processes=2, stage="train_latent", environment=fsdp) == 0
     assert train("again", processes=2, stage="train_latent", environment=fsdp, accident="terminate", at=14) == 143
     assert state("again")[0] == 14
     assert train("again", processes=2, stage="train_latent", environment=fsdp) == 0
@@ -215,6 +216,10 @@ def test_five_percent_of_broken_pictures(train, said, pictures, tmp_path):
     """Truncated, empty, CMYK, 16 bit, palette, animated, a 30,000 x 30,000 header: the run names them."""
     folder = tmp_path / "pictures"
     broken = spoil(folder)
+    shutil.copytree(pictures / "validation", folder / "validation")
+    (folder / "validation" / "metadata.jsonl").unlink()
+    for path in list((folder / "validation").iterdir()):
+        path.with_suffix(".txt").write_text("held out")
     assert train("run", f"data.source={folder}", "data.max_broken=0.2", "train_vae.steps=30") == 0, said("run")
     listed = dict(
         line.split("\t") for line in (tmp_path / "run" / "train_vae" / "broken-0.txt").read_text().splitlines()
