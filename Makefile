@@ -30,7 +30,9 @@ typecheck: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/unet_forward.py
-	$(BIN)/python benchmarks/vae.py
+	$(BIN)/python benchmarks/vae_passes.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/data_scale.py
 
 # Pushes a 1-D mixture into noise and draws it back with a small learned chain, as one picture.
 demo: $(STAMP)
