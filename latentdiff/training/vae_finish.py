@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vae import VAE
@@ -14,11 +15,14 @@ from vae.fold import fold_statistics
 from vae.statistics import LatentStatistics
 
 from ..data.cache import pictures_at_a_time
+from ..data.order import draws
 from ..data.sources import Source
 from .launch import Launch
 from .vae import VAETraining, pixels_of
 
 MOST_PICTURES = 50_000  # that the statistics are taken over; more would change the fourth digit
+MOST_ERRORS = 1_000  # pictures that the decoder's scale is measured on
+LIKELIHOODS = {"l1": "laplace", "l2": "normal"}
 CHECKED = 4  # pictures decoded in half precision
 
 
@@ -28,6 +32,7 @@ def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
     before = measure(vae, task.train_source, run)
     fold_statistics(vae, before.mean.cpu(), before.std.cpu())
     after = measure(vae, task.train_source, run)
+    likelihood, log_scale = LIKELIHOODS[run.config.train_vae.reconstruction], decoder_log_scale(task, vae, run)
     held_out = pixels_of(task.held_out, range(min(CHECKED, len(task.held_out))), run.config.data).to(run.device)
     report: dict[str, Any] = {
         "pictures": after.num_pictures,
@@ -42,11 +47,15 @@ def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
         ),
         "kl_nats_per_picture": before.kl,
         "kl_bits_per_dimension": before.bits_per_dimension,
-        "decoder_log_variance": log_variance,
+        "decoder_likelihood": likelihood,
+        "decoder_log_scale": log_scale,
+        "decoder_log_variance_learnt": log_variance,  # of the training's loss, with its perceptual term
         "half_precision": half_precision(vae, held_out),
     }
     if run.is_main:
-        vae.cpu().save_pretrained(folder, facts={"decoder_log_variance": repr(log_variance)})
+        vae.cpu().save_pretrained(
+            folder, facts={"decoder_likelihood": likelihood, "decoder_log_scale": repr(log_scale)}
+        )
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     run.report(
         f"{folder}: latents of {after.num_pictures} pictures have mean 0 and standard deviation 1 per channel to "
@@ -73,6 +82,26 @@ def measure(vae: VAE, source: Source, run: Launch) -> LatentStatistics:
             if len(pixels):
                 statistics.add(vae.posterior(pixels.to(run.device)))
     return LatentStatistics.from_state(accelerator.reduce(statistics.state(), "sum"))
+
+
+@torch.inference_mode()
+def decoder_log_scale(task: VAETraining, vae: VAE, run: Launch) -> float:
+    """log of the scale of p(pixels | z) that makes the training pictures most probable, through draws of z.
+
+    A Laplace distribution's scale is the mean of |error|, a normal one's variance the mean of its square.
+    """
+    accelerator, kind = run.accelerator, run.config.train_vae.reconstruction
+    stride = max(1, math.ceil(len(task.train_source) / MOST_ERRORS))
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    for index in range(stride * accelerator.process_index, len(task.train_source), stride * accelerator.num_processes):
+        pixels = pixels_of(task.train_source, range(index, index + 1), run.config.data).to(run.device)
+        if len(pixels):
+            noise = draws(run.config.seed, "validation", 0, index).standard_normal(task.latent_shape, dtype=np.float32)
+            error = pixels - vae(pixels, torch.from_numpy(noise)[None].to(run.device))[0]
+            error = error.abs() if kind == "l1" else error.square()
+            sums += torch.stack([error.double().mean(), sums.new_ones(())])
+    total, count = accelerator.reduce(sums, "sum").tolist()
+    return math.log(total / count)
 
 
 @torch.inference_mode()
