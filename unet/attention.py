@@ -22,7 +22,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax(q k^T / sqrt(C/h)) v by PyTorch's own kernels, or written out where those are slow."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] * k.shape[2] <= FEW:
         # The fused kernel's backward pass took 15 % of emoji-64's training step; written out, the step is 8 % shorter.
-        return (q @ (k * q.shape[3] ** -0.5).transpose(2, 3)).softmax(3) @ v
+        weights = (q @ (k * q.shape[3] ** -0.5).transpose(2, 3)).softmax(3, dtype=torch.float32)
+        return weights.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
