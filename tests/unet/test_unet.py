@@ -305,7 +305,7 @@ def test_xformers_gets_its_own_layout(unet, inputs, monkeypatch, relative_error)
 
 
 def test_attention_written_out_is_as_exact_as_the_fused_kernel(relative_error, monkeypatch):
-    """In bfloat16 on a CPU, with gradients: values and gradients against float64, within 1.5 times the kernel's error."""
+    """In bfloat16 on a CPU, with gradients: all of it against float64, within 1.5 times the kernel's error."""
     from unet import attention
 
     q, k, v, direction = torch.randn(4, 2, 3, 64, 32).unbind()
