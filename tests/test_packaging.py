@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("latentdiff", "unet", "vae", "text_encoder")
+RECIPES = "train_configs"  # installed as latentdiff.recipes
 METADATA = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 IMPORT_EVERYTHING = """
@@ -27,6 +28,7 @@ for name in sys.argv[2:]:
     module = importlib.import_module(name)
     assert pathlib.Path(module.__file__).is_relative_to(site), module.__file__
 assert "diffusers" not in sys.modules  # whoever only draws does not pay for it
+assert "debug" in sys.modules["latentdiff.config"].recipes()  # a recipe is found by its name
 """
 
 
@@ -34,7 +36,7 @@ assert "diffusers" not in sys.modules  # whoever only draws does not pay for it
 def wheel(tmp_path_factory) -> Path:
     """Built offline from a copy of the sources, so that nothing left in the checkout helps."""
     folder = tmp_path_factory.mktemp("wheel")
-    for package in PACKAGES:
+    for package in (*PACKAGES, RECIPES):
         shutil.copytree(ROOT / package, folder / "source" / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in METADATA:
         shutil.copy(ROOT / name, folder / "source")
@@ -45,8 +47,12 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_contents(wheel):
-    """Every module, py.typed and the licence; nothing else at the top level."""
+    """Every module, recipe and asset, py.typed and the licence; nothing else at the top level."""
     names = zipfile.ZipFile(wheel).namelist()
+    recipes = {f"latentdiff/recipes/{path.relative_to(ROOT / RECIPES)}" for path in (ROOT / RECIPES).rglob("*.yaml")}
+    assert "latentdiff/recipes/debug.yaml" in recipes <= set(names)
+    assets = {str(path.relative_to(ROOT)) for path in (ROOT / "latentdiff/assets").rglob("*") if path.is_file()}
+    assert assets <= set(names)
     modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert modules <= set(names)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
