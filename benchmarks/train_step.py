@@ -39,7 +39,7 @@ from latentdiff.training.latent import LatentTraining
 from latentdiff.training.launch import Launch, launch
 from latentdiff.training.record import Record
 from latentdiff.training.stages import make_caches, new_unet, open_text_encoder, open_vae
-from latentdiff.weights.model_folder import scheduler_config
+from latentdiff.weights.scheduler import scheduler_config
 from text_encoder import TextEncoder, train_tokenizer
 from vae import VAE
 
@@ -103,7 +103,7 @@ class Peer:
         self.text_encoder = BertModel.from_pretrained(folder / "text_encoder").to(device).requires_grad_(False)
         self.tokenizer = task.text_encoder.tokenizer
         self.unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").to(device).train()
-        facts = {name: value for name, value in scheduler_config(self.config.diffusion).items()
+        facts = {name: value for name, value in scheduler_config(self.config.diffusion.process()).items()
                  if name not in ("_class_name", "set_alpha_to_one")}  # fmt: skip
         self.scheduler = diffusers.DDPMScheduler(**facts)
         section = task.section

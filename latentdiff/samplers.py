@@ -156,6 +156,7 @@ def make_rows(
     *,
     spacing: Spacing | None = None,
     offset: int = 0,
+    ends_clean: bool = True,
     eta: float | None = None,
 ) -> list[Row]:
     """The rows that take x from the first timestep of a grid to clean latents.
@@ -166,6 +167,7 @@ def make_rows(
         num_steps: rows, 1 to T.
         spacing: of the grid; None for `linspace` with `euler` and `trailing` with the others.
         offset: of `leading` spacing.
+        ends_clean: as in `rows_at`.
         eta: `ddim` only: 0, the default, is deterministic and 1 is `ddpm`.
 
     Raises:
@@ -173,16 +175,21 @@ def make_rows(
     """
     if spacing is None:
         spacing = "linspace" if sampler == "euler" else "trailing"
-    return rows_at(sampler, schedule, timesteps(schedule.num_timesteps, num_steps, spacing, offset), eta=eta)
+    grid = timesteps(schedule.num_timesteps, num_steps, spacing, offset)
+    return rows_at(sampler, schedule, grid, ends_clean=ends_clean, eta=eta)
 
 
-def rows_at(sampler: str, schedule: Schedule, grid: Sequence[int], *, eta: float | None = None) -> list[Row]:
+def rows_at(
+    sampler: str, schedule: Schedule, grid: Sequence[int], *, ends_clean: bool = True, eta: float | None = None
+) -> list[Row]:
     """The rows from each timestep of a grid to the next, and from the last to clean latents.
 
     Args:
         sampler: as in `make_rows`.
         schedule: the forward process.
         grid: descending timesteps, for instance the later part of `timesteps` to start from a noised picture.
+        ends_clean: False ends at the noise level of t = 0 instead, as the original Stable Diffusion does (diffusers'
+            `set_alpha_to_one: false`).
         eta: as in `make_rows`.
 
     Raises:
@@ -202,8 +209,9 @@ def rows_at(sampler: str, schedule: Schedule, grid: Sequence[int], *, eta: float
             f"timesteps {list(grid)}: expected them descending within 0 to {schedule.num_timesteps - 1}"
         )
     index = torch.tensor(grid)
-    alpha = torch.cat([schedule.alpha.cpu()[index], torch.ones(1, dtype=torch.float64)])
-    sigma = torch.cat([schedule.sigma.cpu()[index], torch.zeros(1, dtype=torch.float64)])
+    end = (1.0, 0.0) if ends_clean else (float(schedule.alpha[0]), float(schedule.sigma[0]))
+    alpha = torch.cat([schedule.alpha.cpu()[index], torch.tensor(end[:1], dtype=torch.float64)])
+    sigma = torch.cat([schedule.sigma.cpu()[index], torch.tensor(end[1:], dtype=torch.float64)])
     columns = SAMPLERS[sampler](alpha, sigma, **({} if eta is None else {"eta": eta}))
     return [Row(t, *values) for t, *values in zip(grid, *(column.tolist() for column in columns), strict=True)]
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +60,15 @@ def looks_at_values(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+class Name(NamedTuple):
+    """What `Schedule.named` was asked for, numbers filled in: what a file can say of a schedule in few words."""
+
+    name: str
+    beta_start: float
+    beta_end: float
+    zero_terminal_snr: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The forward process with T timesteps: tables of length T, float64, on one device.
@@ -74,6 +84,7 @@ class Schedule:
     alpha_prev: Tensor = field(init=False)  # alpha one step earlier; 1 at t = 0
     sigma_prev: Tensor = field(init=False)  # sigma one step earlier; 0 at t = 0
     has_zero_terminal_snr: bool = field(init=False)  # whether x_T is pure noise
+    name: Name | None = field(init=False, default=None)  # of a schedule that has one
 
     def __post_init__(self) -> None:
         if not isinstance(self.betas, Tensor):
@@ -121,15 +132,18 @@ class Schedule:
         check_choice("schedule", name, BETAS)
         if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 2:
             raise LatentDiffError(f"num_timesteps={num_timesteps!r}: expected a whole number from 2 up")
-        ends = {"beta_start": beta_start, "beta_end": beta_end}
-        given = {key: value for key, value in ends.items() if value is not None}
+        asked = {"beta_start": beta_start, "beta_end": beta_end}
+        given = {key: value for key, value in asked.items() if value is not None}
         if name == "cosine" and given:
             raise LatentDiffError(f"{next(iter(given))} is given, but the cosine schedule has no such setting")
         for key, value in given.items():
             if not isinstance(value, int | float) or not 0 < value < 1:
                 raise LatentDiffError(f"{key}={value!r}: expected a number between 0 and 1")
         betas = BETAS[name](num_timesteps, **given)
-        return cls(rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas)
+        schedule = cls(rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas)
+        ends = {key: given.get(key, float(betas[place])) for key, place in (("beta_start", 0), ("beta_end", -1))}
+        schedule._set(name=Name(name, **ends, zero_terminal_snr=zero_terminal_snr))
+        return schedule
 
     @property
     def num_timesteps(self) -> int:
@@ -191,6 +205,6 @@ class Schedule:
         """alpha and sigma at t, shaped to multiply `like` (B, ...)."""
         return self.gather(self.alpha, t, like), self.gather(self.sigma, t, like)
 
-    def _set(self, **values: Tensor | bool) -> None:
+    def _set(self, **values: Tensor | bool | Name) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)  # frozen for everyone else

@@ -12,6 +12,7 @@ from vae import VAEConfig
 
 from .diffusion import Prediction, Variance, Weighting
 from .schedule import Schedule
+from .weights.scheduler import Process
 
 
 def _number(value: object) -> object:
@@ -145,6 +146,10 @@ class DiffusionSection(Section):
         """The noise schedule."""
         return Schedule.named(self.schedule, self.num_timesteps, beta_start=self.beta_start, beta_end=self.beta_end,
                               zero_terminal_snr=self.zero_terminal_snr)  # fmt: skip
+
+    def process(self) -> Process:
+        """The schedule with the prediction."""
+        return Process(self.build(), self.prediction)
 
 
 class TrainSection(Section):

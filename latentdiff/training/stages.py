@@ -27,7 +27,8 @@ from ..data.order import BatchPlan
 from ..data.shards import Shards, differences, remove_others
 from ..data.sources import Source, open_source
 from ..errors import LatentDiffError
-from ..weights.model_folder import save_model, scheduler_config
+from ..weights.model_folder import save_model
+from ..weights.scheduler import scheduler_config
 from .latent import LatentTraining
 from .launch import Launch, launch
 from .loop import first_difference, run_facts, run_training
@@ -84,7 +85,7 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     if _is_done(folder, facts, config.train_latent.steps, run):
         return folder
     check_batches(run)
-    scheduler_config(config.diffusion)  # refuses now what could not be written at the end
+    scheduler_config(config.diffusion.process())  # refuses now what could not be written at the end
     sources = open_source(config.data)
     torch.manual_seed(config.seed)
     text_encoder = open_text_encoder(run, sources[0])
@@ -94,7 +95,7 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     run_training(task, run, run.folder / "train_latent")
     averaged, text_encoder = task.finish()
     if run.is_main:
-        save_model(folder, vae=vae.cpu(), unet=averaged, text_encoder=text_encoder, diffusion=config.diffusion)
+        save_model(folder, vae=vae.cpu(), unet=averaged, text_encoder=text_encoder, process=config.diffusion.process())
     _mark_done(folder, facts, config.train_latent.steps, run)
     run.report(f"the model is in {folder}")
     return folder
@@ -117,7 +118,7 @@ def preflight(run: Launch) -> None:
     """
     config = run.config
     check_batches(run)
-    scheduler_config(config.diffusion)
+    scheduler_config(config.diffusion.process())
     encoder = open_text_encoder(run, open_source(config.data)[0])
     vae = VAE.from_pretrained(config.vae.pretrained) if config.vae.pretrained else None
     with torch.device("meta"):

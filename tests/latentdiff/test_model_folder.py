@@ -10,7 +10,8 @@ from latentdiff import LatentDiffError
 from latentdiff.config import load_config
 from latentdiff.diffusion import to_x0
 from latentdiff.samplers import make_rows, sample
-from latentdiff.weights.model_folder import save_model, scheduler_config
+from latentdiff.weights.model_folder import save_model
+from latentdiff.weights.scheduler import scheduler_config
 from text_encoder import TextEncoder, train_tokenizer
 from unet import UNet
 from vae import VAE
@@ -26,7 +27,7 @@ def parts():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     return {"vae": VAE(config.vae.build(32)).eval(), "unet": unet.eval(), "text_encoder": encoder.eval(),
-            "diffusion": config.diffusion}  # fmt: skip
+            "process": config.diffusion.process()}  # fmt: skip
 
 
 def test_diffusers_draws_what_we_draw(parts, tmp_path, relative_error):
@@ -40,7 +41,7 @@ def test_diffusers_draws_what_we_draw(parts, tmp_path, relative_error):
     noise = torch.randn(1, 4, 16, 16)
     settings = {"height": 32, "width": 32, "num_inference_steps": 20, "guidance_scale": 1.0, "output_type": "latent"}
     theirs = pipeline("a red apple", latents=noise.clone(), **settings).images
-    schedule = parts["diffusion"].build()
+    schedule = parts["process"].schedule
     with torch.no_grad():
         context = parts["text_encoder"](["a red apple"])
 
@@ -52,17 +53,17 @@ def test_diffusers_draws_what_we_draw(parts, tmp_path, relative_error):
     assert relative_error(ours, theirs) < 1e-3
 
 
-def test_what_diffusers_cannot_say_is_refused(parts):
-    settings = parts["diffusion"].model_copy(update={"prediction": "mean"})
+def test_what_diffusers_cannot_say_is_refused():
+    settings = load_config("debug").diffusion.model_copy(update={"prediction": "mean"})
     with pytest.raises(LatentDiffError, match=r"diffusion.prediction=mean: diffusers has no scheduler for it"):
-        scheduler_config(settings)
+        scheduler_config(settings.process())
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
 @pytest.mark.parametrize("zero", [True, False])
-def test_the_schedule_is_the_same_in_diffusers(parts, name, zero):
-    settings = parts["diffusion"].model_copy(update={"schedule": name, "zero_terminal_snr": zero})
-    values = {key: value for key, value in scheduler_config(settings).items() if key != "_class_name"}
+def test_the_schedule_is_the_same_in_diffusers(name, zero):
+    settings = load_config("debug").diffusion.model_copy(update={"schedule": name, "zero_terminal_snr": zero})
+    values = {key: value for key, value in scheduler_config(settings.process()).items() if key != "_class_name"}
     theirs = diffusers.DDIMScheduler(**values).alphas_cumprod.double()
     ours = settings.build().alpha_bar
     assert torch.allclose(ours, theirs, atol=2e-5)
