@@ -16,6 +16,7 @@ from text_encoder import TextEncoderError
 from unet import UNetError
 from vae import VAEError
 
+from . import __version__
 from .config import Config, load_config
 from .errors import LatentDiffError
 
@@ -23,6 +24,7 @@ ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file, or t
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as wanted.")]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+                  context_settings={"help_option_names": ["-h", "--help"]},
                   help="Train your own text-to-image latent diffusion model.")  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Look at pictures before training on them.")
 app.add_typer(data_app, name="data")
@@ -31,6 +33,13 @@ app.add_typer(data_app, name="data")
 def main() -> None:
     """The command `latentdiff`."""
     app()
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 def run_stage(stage: Callable[[Config], Any]) -> None:

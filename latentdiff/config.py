@@ -124,7 +124,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise LatentDiffError(f"{where}: holds a {type(values).__name__}; expected sections such as `data:`")
     for override in overrides:
         _override(values, override)
-    return parse_config(values, where)
+    return parse_config(values, f"{where} and the command line" if overrides else where)
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:

@@ -219,4 +219,4 @@ def _readable(
             reason = reason or str(error)
         else:
             return (image[:, ::-1] if flip else image), candidate
-    raise LatentDiffError(f"none of the {len(source)} pictures can be read; {source.name(index)}: {reason}")
+    raise LatentDiffError(f"none of the {len(source)} pictures can be used; {source.name(index)}: {reason}")

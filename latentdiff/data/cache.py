@@ -112,7 +112,7 @@ class LatentCache:
         self.good = self.shards.column("good").astype(bool)
         check_broken(int((~self.good).sum()), len(self.good), self.config.max_broken)
         if not self.good.any():
-            raise LatentDiffError(f"none of the {len(self.good)} pictures can be read")
+            raise LatentDiffError(f"none of the {len(self.good)} pictures can be used")
 
     def moments(self, index: int, flip: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and log-variance of a picture's latents, (c, h, w) each."""
@@ -210,5 +210,6 @@ def check_broken(broken: int, total: int, allowed: float) -> None:
     if broken > allowed * total:
         raise LatentDiffError(
             f"{broken} of {total} pictures are broken ({broken / total:.1%}), more than data.max_broken={allowed:g} "
-            "allows; `latentdiff data check` lists them and writes a file for data.quarantine"
+            "allows: allow more and go on, or begin again without them: `latentdiff data check` writes a list for "
+            "data.quarantine"
         )

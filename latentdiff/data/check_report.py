@@ -58,7 +58,8 @@ class CheckReport:
             f"duplicates: {self.duplicates} (same pixels, cut and resized); "
             f"{self.shared} of them are validation pictures that are in train, too",
             f"in quarantine: {self.quarantined}",
-            f"written to {self.output}: report.json, quarantine.txt, contact_sheet.png",
+            f"written to {self.output}: report.json, contact_sheet.png, and quarantine.txt, which names the broken ones; "
+            f"train without them with data.quarantine={self.output}/quarantine.txt",
         ]
 
 
@@ -82,7 +83,7 @@ def _at(counts: Counter[int] | Counter[float], numbers: list[int] | list[float],
 
 def _split_lines(name: str, split: SplitReport, max_tokens: int | None) -> Iterator[str]:
     broken = ", ".join(f"{count} {reason}" for reason, count in split.broken.items())
-    yield f"{name}: {split.pictures} pictures, broken: {broken or 'none'}"
+    yield f"{name}: {split.pictures} pictures, of them broken: {broken or 'none'}"
     if split.shorter_side is not None:
         yield f"  shorter side {split.shorter_side} pixels; width / height {split.aspect_ratio}"
     yield f"  {split.captions} captions; {split.without_caption} pictures without one"

@@ -63,7 +63,7 @@ def open_picture(data: bytes, *, max_pixels: int, background: tuple[int, int, in
     """
     try:
         with _no_warnings():
-            return _to_rgb(_decode(data, max_pixels), background)
+            return to_rgb(_decode(data, max_pixels), background)
     except PictureError:
         raise
     except Exception as error:  # decoders meet broken files with nearly every exception there is
@@ -79,7 +79,7 @@ def fit(image: Image.Image, image_size: int, *, min_size: int) -> np.ndarray[Any
     width, height = image.size
     side = min(width, height)
     if side < min_size:
-        raise PictureError("too small", f"{width} x {height}, and the shorter side needs {min_size}")
+        raise PictureError("too small", f"{width} x {height}, and the shorter side needs {min_size} (data.min_size)")
     left, top = (width - side) // 2, (height - side) // 2
     resample = Image.Resampling.LANCZOS if side > image_size else Image.Resampling.BICUBIC
     # The square goes in as `box`: resizing all of a 100 x 100,000 strip first would take a thousand times the memory.
@@ -120,7 +120,12 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Pixels of any mode as RGB of 8 bits, transparency over the background.
+
+    Raises:
+        PictureError: a mode without a fixed range of brightness.
+    """
     if image.mode in DEEP_MODES:
         return _from_16_bit(image).convert("RGB")
     if image.mode not in PLAIN_MODES + ALPHA_MODES:

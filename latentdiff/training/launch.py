@@ -23,6 +23,7 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType
 import latentdiff
 
 from ..config import Config
+from ..device import computes_in_bf16
 from ..errors import LatentDiffError, check_choice
 
 LIBRARIES = (
@@ -148,9 +149,7 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if wanted == "auto" and launcher in ("bf16", "fp16"):
         wanted = launcher
     if wanted == "auto":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-            device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())  # fmt: skip
-        wanted = "bf16" if has_bf16 else "fp32"
+        wanted = "bf16" if computes_in_bf16(device) else "fp32"
     if wanted == "fp16" and device.type == "cpu":
         raise LatentDiffError("precision=fp16: not on a CPU; choose bf16, fp32 or auto")
     return wanted

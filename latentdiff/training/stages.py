@@ -208,7 +208,7 @@ def _fill(run: Launch, cache: LatentCache | TextCache, shards: Shards, what: str
     with tqdm(total=shards.num_rows, desc=f"encoding {what}", unit="", disable=hidden) as bar:
 
         def progress(rows: int) -> None:
-            bar.update(rows * run.accelerator.num_processes)  # the others go as fast
+            bar.update(min(rows * run.accelerator.num_processes, shards.num_rows - int(bar.n)))  # others go as fast
 
         cache.build(run.accelerator, progress)
     if run.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -43,6 +44,8 @@ def distributed(module: nn.Module, run: Launch, section: TrainSection) -> nn.Mod
         for parameter in module.parameters():  # a 1x1 kernel is the same in both layouts; DDP looks at its strides
             if parameter.dim() == 4 and parameter.shape[2:] == (1, 1):
                 parameter.data = parameter.data.as_strided(parameter.shape, (parameter.shape[1], 1, 1, 1))
+        # The same layout under two spellings of the strides of a dimension of length 1.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         devices = [run.device.index] if run.device.type == "cuda" else None
         wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
     return torch.compile(wrapped) if section.compile else wrapped  # type: ignore[return-value]

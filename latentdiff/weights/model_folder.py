@@ -13,6 +13,8 @@ from vae import VAE
 from ..errors import LatentDiffError
 from .scheduler import Process, scheduler_config
 
+DIFFUSERS_VERSION = "0.42.1"  # whose layout this is; the inpainting pipeline does not open a model that names none
+
 
 def save_model(folder: Path, *, vae: VAE, unet: UNet, text_encoder: TextEncoder, process: Process) -> None:
     """Write all parts; model_index.json comes last, so a folder that has one is whole.
@@ -33,6 +35,7 @@ def model_index(text_encoder: TextEncoder) -> dict[str, Any]:
     nothing = [None, None]
     return {
         "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": nothing,
         "image_encoder": nothing,
         "requires_safety_checker": False,

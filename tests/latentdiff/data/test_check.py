@@ -66,7 +66,7 @@ def test_what_is_found(folder, config, tmp_path, tokenizer, picture):
     assert (report.duplicates, report.shared) == (2, 1)
     assert report.duplicate_names == (("train/copy.png", "train/3.png"), ("validation/copy.png", "train/4.png"))
     assert lines == report.lines()
-    assert "train: 17 pictures, broken: 2 format, 2 too large, 1 too small, 2 truncated, 1 unreadable" in lines
+    assert "train: 17 pictures, of them broken: 2 format, 2 too large, 1 too small, 2 truncated, 1 unreadable" in lines
 
 
 def test_sizes(config, tmp_path, picture):
