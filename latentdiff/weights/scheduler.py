@@ -84,7 +84,7 @@ def read_scheduler(values: Mapping[str, Any], where: object) -> Process:
         LatentDiffError: a scheduler of another kind of model, or a value that is not supported.
     """
     kind = values.get("_class_name", "DDIMScheduler")
-    if kind not in SPACINGS:
+    if not isinstance(kind, str) or kind not in SPACINGS:
         raise LatentDiffError(f"{where}: _class_name {kind!r} is not supported; choose one of {', '.join(SPACINGS)}")
 
     def choice(key: str, default: str, choices: Mapping[Any, str]) -> Any:
