@@ -58,7 +58,7 @@ class CheckReport:
             f"duplicates: {self.duplicates} (same pixels, cut and resized); "
             f"{self.shared} of them are validation pictures that are in train, too",
             f"in quarantine: {self.quarantined}",
-            f"written to {self.output}: report.json, contact_sheet.png, and quarantine.txt, which names the broken ones; "
+            f"written to {self.output}: report.json, contact_sheet.png, and quarantine.txt with the broken ones; "
             f"train without them with data.quarantine={self.output}/quarantine.txt",
         ]
 
