@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from text_encoder import TextEncoderError
-from unet import UNetError
-from vae import VAEError
-
 from . import __version__
+from .cli_errors import plain_errors
+from .cli_models import app as models_app
 from .config import Config, load_config
-from .errors import LatentDiffError
 
 ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file, or the name of a recipe such as emoji-64.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as wanted.")]
@@ -28,6 +23,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
                   help="Train your own text-to-image latent diffusion model.")  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Look at pictures before training on them.")
 app.add_typer(data_app, name="data")
+app.add_typer(models_app)
 
 
 def main() -> None:
@@ -57,7 +53,10 @@ def run_stage(stage: Callable[[Config], Any]) -> None:
 
 @app.command("train")
 def _train(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
-    """Run what is missing of: VAE training, latent cache, latent training."""
+    """Run what is missing of: VAE training, latent cache, latent training.
+
+    Example: latentdiff train --config emoji-64 data.source=my-pictures output=runs/mine
+    """
     from .training.stages import train
 
     with plain_errors():
@@ -66,7 +65,10 @@ def _train(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None
 
 @app.command("train-vae")
 def _train_vae(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
-    """Train the autoencoder."""
+    """Train the autoencoder.
+
+    Example: latentdiff train-vae --config emoji-64 data.source=my-pictures output=runs/mine
+    """
     from .training.stages import train_vae
 
     with plain_errors():
@@ -75,7 +77,10 @@ def _train_vae(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> 
 
 @app.command("encode")
 def _encode(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
-    """Fill the cache of latents, and of text features where the text encoder is frozen."""
+    """Fill the cache of latents, and of text features where the text encoder is frozen.
+
+    Example: latentdiff encode --config emoji-64 data.source=my-pictures output=runs/mine
+    """
     from .training.stages import encode
 
     with plain_errors():
@@ -84,7 +89,10 @@ def _encode(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> Non
 
 @app.command("train-latent")
 def _train_latent(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
-    """Train the UNet on the cached latents."""
+    """Train the UNet on the cached latents.
+
+    Example: latentdiff train-latent --config emoji-64 data.source=my-pictures output=runs/mine
+    """
     from .training.stages import train_latent
 
     with plain_errors():
@@ -100,7 +108,10 @@ def _data_check(
         Path, typer.Option(help="Where the report, the contact sheet and the quarantine list go.")
     ] = Path("data-check"),
 ) -> None:
-    """Count, measure and open every picture; write a report, a contact sheet and a quarantine list."""
+    """Count, measure and open every picture; write a report, a contact sheet and a quarantine list.
+
+    Example: latentdiff data check my-pictures --config emoji-64
+    """
     from .data.check import check_source
 
     with plain_errors():
@@ -126,20 +137,8 @@ def _tokenizer(config: Config) -> Any:
 
 @app.command("schema")
 def _schema() -> None:
-    """Print the JSON schema of the configuration, for editors."""
+    """Print the JSON schema of the configuration, for editors.
+
+    Example: latentdiff schema
+    """
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """A user's mistake is one line and exit code 1; a stop that was asked for is 128 + the signal."""
-    try:
-        yield
-    except (LatentDiffError, VAEError, UNetError, TextEncoderError) as error:
-        code = getattr(error, "exit_code", 1)
-        if code == 1 or os.environ.get("RANK", "0") == "0":  # every process stops, one says so
-            typer.echo(f"error: {error}" if code == 1 else str(error), err=True)
-        raise SystemExit(code) from None
-    except OSError as error:  # a full disk, a folder that went away
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from None

@@ -1,4 +1,4 @@
-"""The README's Python block draws what diffusers' pipeline draws from the same folder and noise."""
+"""The Python blocks of README and docs run; that of docs/parts.md draws what diffusers' pipeline draws."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,10 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import BertModel, BertTokenizerFast
 
+from latentdiff import LatentPipeline, Schedule
 from text_encoder import TextEncoder, TextEncoderConfig, train_tokenizer
+from unet import UNet
+from vae import VAE
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -37,8 +40,29 @@ def folder(tmp_path):
     return tmp_path
 
 
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore::text_encoder.TokenOverflowWarning")  # prompts of this model have 8 tokens
+@pytest.mark.parametrize("page", ["README.md", "docs/using.md"])
+def test_drawing(folder, tmp_path, monkeypatch, page):
+    """What a page says of LatentPipeline, on a small model where the page has its `runs/mine`."""
+    LatentPipeline(
+        vae=VAE.from_pretrained(folder / "vae"),
+        unet=UNet.from_pretrained(folder / "unet"),
+        text_encoder=TextEncoder.from_pretrained(folder / "text_encoder"),
+        schedule=Schedule.named(),
+    ).save_pretrained(tmp_path / "runs/mine/model")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in python_blocks(README.parent / page):
+        exec(block, names)
+    assert len(names["images"]) == (2 if page == "README.md" else 4)
+
+
 def test_python_block(folder, relative_error, capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (block,) = python_blocks(README.parent / "docs/parts.md")
     names = {"folder": str(folder)}
     exec(block, names)
     assert len(capsys.readouterr().out.splitlines()) == 25

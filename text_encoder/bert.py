@@ -118,6 +118,7 @@ class TextEncoder(nn.Module):
         max_length: int | None = None,
         use_attention_mask: bool | None = None,
         dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
     ) -> TextEncoder:
         """Open a BERT or CLIP text model: a folder, or a name on the Hugging Face hub such as `bert-base-uncased`.
 
@@ -127,11 +128,12 @@ class TextEncoder(nn.Module):
             max_length: L; by default what the tokenizer says, at most 77 for a BERT with its tokenizer beside it.
             use_attention_mask: by default what the config says, else yes for BERT and no for CLIP.
             dtype: of the weights.
+            variant: of the weights' file, such as `fp16`; None: the plain one, or the only variant there is.
 
         Raises:
             TextEncoderError: nothing there, another kind of model, a file damaged, a tensor missing or misshapen.
         """
-        model, kind = load_model(name, dtype)
+        model, kind = load_model(name, dtype, variant)
         loaded, own_folder = load_tokenizer(name, tokenizer, kind)
         config: Any = model.config
         positions = int(config.max_position_embeddings)
@@ -144,13 +146,22 @@ class TextEncoder(nn.Module):
             raise TextEncoderError(f"{name}: use_attention_mask={use_attention_mask!r}: expected true or false")
         return cls(model, loaded, max_length, use_attention_mask=use_attention_mask).eval()
 
-    def save_pretrained(self, folder: str | Path, tokenizer_folder: str | Path | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer_folder: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+    ) -> None:
         """Write the model to `folder` and the tokenizer to `tokenizer_folder`, by default `tokenizer` beside it.
+
+        Weights are cast to `dtype` on the way and named for a `variant`.
 
         Both are what diffusers expects: the length is in the tokenizer's config, `use_attention_mask` in the model's.
         """
         folder = Path(folder)
-        save_model(self.model, folder, self.use_attention_mask)
+        save_model(self.model, folder, self.use_attention_mask, dtype, variant)
         save_tokenizer(self.tokenizer, Path(tokenizer_folder or folder.parent / "tokenizer"), self.max_length)
 
     def forward(self, prompts: Sequence[str]) -> Tensor:

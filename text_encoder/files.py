@@ -5,8 +5,11 @@ Only two classes are ever built, by name from the list below. A config cannot br
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ REFUSED = (
     "trust_remote_code",
     "_attn_implementation",
     "_attn_implementation_internal",
+    "transformers_weights",
     "quantization_config",
     "is_decoder",
     "add_cross_attention",
@@ -36,7 +40,7 @@ REFUSED = (
 OURS = ("embeddings.", "encoder.", "text_model.", "bert.", "final_layer_norm.")  # tensors that features pass through
 
 
-def load_model(name: str | Path, dtype: torch.dtype) -> tuple[nn.Module, str]:
+def load_model(name: str | Path, dtype: torch.dtype, variant: str | None = None) -> tuple[nn.Module, str]:
     """The model behind a folder or hub name, and its kind, `bert` or `clip`.
 
     Raises:
@@ -57,7 +61,15 @@ def load_model(name: str | Path, dtype: torch.dtype) -> tuple[nn.Module, str]:
         raise TextEncoderError(f"{name}: model_type {model_type!r} is not supported; only {', '.join(MODELS)} are")
     kind = "bert" if model_type == "bert" else "clip"
     no_dropout: dict[str, Any] = dict.fromkeys(DROPOUTS[kind], 0.0)
-    options = {"use_safetensors": True, "local_files_only": local, "output_loading_info": True, **no_dropout}
+    if local:
+        variant = _find_variant(Path(name), variant)
+    options = {
+        "variant": variant,
+        "use_safetensors": True,
+        "local_files_only": local,
+        "output_loading_info": True,
+        **no_dropout,
+    }
     with _errors_of(name), quiet():
         model, report = MODELS[model_type].from_pretrained(str(name), dtype=dtype, **options)
     # Heads that other tasks need may be too many, and the pooler may be missing: features use neither.
@@ -88,13 +100,19 @@ def load_tokenizer(name: str | Path, tokenizer: str | Path | None, kind: str) ->
     return loaded, source == name
 
 
-def save_model(model: nn.Module, folder: Path, use_attention_mask: bool) -> None:
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    use_attention_mask: bool,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+) -> None:
     """Write `config.json` and `model.safetensors`, pooler and all: stock loaders shall have nothing to complain of."""
-    saved: Any = model
+    saved: Any = model if dtype is None else deepcopy(model).to(dtype)
     saved.config.use_attention_mask = use_attention_mask  # without it diffusers passes no mask to the encoder
     with _errors_of(folder, "written"), quiet():
         folder.mkdir(parents=True, exist_ok=True)  # transformers would log a failure and go on
-        saved.save_pretrained(folder)
+        saved.save_pretrained(folder, variant=variant)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
@@ -107,6 +125,34 @@ def save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
             vocabulary = tokenizer.get_vocab()
             lines = sorted(vocabulary, key=vocabulary.__getitem__)
             (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _find_variant(folder: Path, variant: str | None) -> str | None:
+    """The variant of the weights to open, after a look at the files: transformers follows an index anywhere.
+
+    Raises:
+        TextEncoderError: no weights, or an index that names what is not a file of the folder.
+    """
+    files = sorted(path.name for path in folder.iterdir())
+    pattern = r"model(?:\.(\w+))?\.safetensors|model\.safetensors\.index(?:\.(\w+))?\.json"
+    found = {match[1] or match[2] for name in files if (match := re.fullmatch(pattern, name))}
+    if variant is None and None not in found and len(found) == 1:
+        (variant,) = found
+    if variant not in found:
+        others = ", ".join(name for name in files if name.endswith((".safetensors", ".bin", ".json")))
+        advice = (
+            "; pickled .bin files are never opened: re-save them as safetensors" if "pytorch_model.bin" in files else ""
+        )
+        what = f"model.{variant}.safetensors" if variant else "model.safetensors"
+        raise TextEncoderError(f"{folder / what}: no such file; the folder has {others}{advice}")
+    index = folder / f"model.safetensors.index{f'.{variant}' if variant else ''}.json"
+    if index.is_file():
+        with _errors_of(index):
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in names:
+            if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)) or not (folder / name).is_file():
+                raise TextEncoderError(f"{index}: names {name!r}, which is no .safetensors file in the same folder")
+    return variant
 
 
 @contextmanager

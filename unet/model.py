@@ -212,7 +212,12 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
     ) -> UNet:
         """Open a folder with diffusers' `config.json` and `diffusion_pytorch_model.safetensors`, in evaluation mode.
 
@@ -220,16 +225,28 @@ class UNet(nn.Module):
             folder: local folder.
             device: where the weights go; the CPU by default.
             dtype: what they are cast to; float32 by default.
+            variant: of the weights' files, such as `fp16`; None: the plain ones, or the only variant there is.
 
         Raises:
             UNetError: a file is missing or damaged, the configuration is not supported, or a tensor is missing, extra,
                 misshapen or not of floating point. Nothing is allocated before all tensors were checked.
         """
-        return load_folder(Path(folder), lambda values: cls(UNetConfig.from_diffusers(values)), device, dtype)
+        return load_folder(Path(folder), lambda values: cls(UNetConfig.from_diffusers(values)), device, dtype, variant)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder that `from_pretrained` and diffusers' UNet2DConditionModel open."""
-        save_folder(self, self.config.to_diffusers(), Path(folder))
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        max_shard_bytes: int | None = None,
+    ) -> None:
+        """Write the folder that `from_pretrained` and diffusers' UNet2DConditionModel open.
+
+        Weights are cast to `dtype` on the way, named for a `variant`, and split above `max_shard_bytes` a file.
+        """
+        save_folder(self, self.config.to_diffusers(), Path(folder), dtype=dtype, variant=variant,
+                    max_shard_bytes=max_shard_bytes)  # fmt: skip
 
     def resnets(self) -> list[ResBlock]:
         """All ResBlocks, in the order of `project_time`."""

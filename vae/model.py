@@ -165,7 +165,12 @@ class VAE(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
     ) -> VAE:
         """Open a folder with diffusers' `config.json` and `diffusion_pytorch_model.safetensors`, in evaluation mode.
 
@@ -173,22 +178,38 @@ class VAE(nn.Module):
             folder: local folder.
             device: where the weights go; the CPU by default.
             dtype: what they are cast to; float32 by default.
+            variant: of the weights' files, such as `fp16`; None: the plain ones, or the only variant there is.
 
         Raises:
             VAEError: a file is missing or damaged, the configuration is not supported, or a tensor is missing, extra,
                 misshapen or not of floating point. Nothing is allocated before all tensors were checked.
         """
-        return load_folder(Path(folder), lambda values: cls(VAEConfig.from_diffusers(values)), device, dtype)
+        return load_folder(Path(folder), lambda values: cls(VAEConfig.from_diffusers(values)), device, dtype, variant)
 
-    def save_pretrained(self, folder: str | Path, facts: Mapping[str, str] | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        facts: Mapping[str, str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        max_shard_bytes: int | None = None,
+    ) -> None:
         """Write the folder that `from_pretrained` and diffusers' AutoencoderKL open.
 
         Args:
             folder: where to.
             facts: what else is known of the weights, for the safetensors header: diffusers warns of keys it does not
                 know in the config.
+            dtype: what the weights are cast to on the way; None: as they are.
+            variant: for the file's name, such as `fp16`.
+            max_shard_bytes: size above which the weights are split over several files.
+
+        Raises:
+            VAEError: the folder cannot be written to.
         """
-        save_folder(self, self.config.to_diffusers(), Path(folder), facts)
+        save_folder(self, self.config.to_diffusers(), Path(folder), facts, dtype=dtype, variant=variant,
+                    max_shard_bytes=max_shard_bytes)  # fmt: skip
 
     def _check(self, x: Tensor, name: str, channels: int, multiple: int) -> None:
         if x.dim() != 4 or x.shape[1] != channels or not x.numel():

@@ -276,7 +276,7 @@ def change_weights(folder, change):
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
             "cannot be opened",
         ),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "cannot be opened"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "never opened"),
         (lambda f: (f.parent / "tokenizer").rename(f.parent / "elsewhere"), "no tokenizer there; expected one of"),
         (lambda f: (f.parent / "tokenizer" / "tokenizer.json").write_text("{}"), "cannot be opened"),
     ],

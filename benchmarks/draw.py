@@ -1,0 +1,126 @@
+"""Prompts to pictures: LatentPipeline against diffusers' StableDiffusionPipeline, the same weights, noise and steps.
+
+    python benchmarks/draw.py --config emoji-256 --batch 8 --steps 10
+
+Random weights in the shapes of a recipe, saved once, opened by each side in a process of its own, in turns. The
+pictures are compared; peak: what one call holds beyond what was held before it (VmHWM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentdiff import LatentPipeline
+from latentdiff.config import load_config
+from text_encoder import TextEncoder, train_tokenizer
+from unet import UNet
+from vae import VAE
+
+CAPTIONS = ["a red apple", "a blue car on the road", "an emoji of a smiling face", "a green tree in the rain"]
+
+
+def build(recipe: str, folder: Path) -> None:
+    """A model with random weights, none of them zero, in the layout both sides open."""
+    torch.manual_seed(0)
+    config = load_config(recipe)
+    tokenizer = train_tokenizer(CAPTIONS * 4, vocab_size=config.text_encoder.vocab_size,
+                                max_length=config.text_encoder.max_length)  # fmt: skip
+    encoder = TextEncoder.new(config.text_encoder.build(), tokenizer)
+    vae = VAE(config.vae.build(config.data.image_size))
+    side = config.data.image_size // vae.config.downsampling
+    unet = UNet(config.unet.build(vae.config.latent_channels, encoder.context_dim, side))
+    for parameter in unet.parameters():
+        if not parameter.any():  # a new UNet predicts zero
+            torch.nn.init.normal_(parameter, std=0.02)
+    LatentPipeline(vae=vae, unet=unet, text_encoder=encoder, schedule=config.diffusion.build()).save_pretrained(folder)
+
+
+def open_side(side: str, folder: Path, dtype: torch.dtype, steps: int) -> Any:
+    """A function from prompts and noise to pictures (B, H, W, 3), uint8."""
+    if side == "ours":
+        pipe = LatentPipeline.from_pretrained(folder, device="cpu", dtype=dtype)
+        return lambda prompts, noise: np.stack([
+            np.asarray(image)
+            for image in pipe(prompts, sampler="ddim", num_steps=steps, latents=noise, progress=False)
+        ])  # fmt: skip
+    import diffusers
+
+    stock = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+    stock.set_progress_bar_config(disable=True)
+    return lambda prompts, noise: np.stack([
+        np.asarray(image)
+        for image in stock(prompts, num_inference_steps=steps, guidance_scale=5.0, latents=noise.to(dtype)).images
+    ])  # fmt: skip
+
+
+def status(key: str) -> float:
+    """VmHWM or VmRSS of this process, MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def one_side(options: argparse.Namespace) -> None:
+    """In a process of its own: one call, its seconds, its peak, its pictures."""
+    torch.set_num_threads(options.threads)
+    draw = open_side(options.side, options.folder, getattr(torch, options.dtype), options.steps)
+    shape = tuple(int(n) for n in (options.folder / "shape.txt").read_text().split())
+    noise = torch.randn(options.batch, *shape, generator=torch.Generator().manual_seed(1))
+    prompts = [CAPTIONS[place % len(CAPTIONS)] for place in range(options.batch)]
+    draw(prompts[:1], noise[:1])  # whatever is made once
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before, started = status("VmRSS"), time.perf_counter()
+    pictures = draw(prompts, noise)
+    print(f"{time.perf_counter() - started:.3f} {status('VmHWM') - before:.0f}")
+    np.save(options.folder / f"{options.side}.npy", pictures)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", default="emoji-256")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        one_side(options)
+        return 0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        build(options.config, folder)
+        pipe = LatentPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
+        side = pipe.image_size // pipe.vae.config.downsampling
+        (folder / "shape.txt").write_text(f"{pipe.unet.config.in_channels} {side} {side}")
+        found: dict[str, list[tuple[float, float]]] = {"ours": [], "diffusers": []}
+        for _ in range(options.rounds):
+            for name, results in found.items():
+                command = [sys.executable, __file__, *sys.argv[1:], "--side", name, "--folder", str(folder)]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                seconds, peak = output.split()[-2:]
+                results.append((float(seconds), float(peak)))
+        difference = np.abs(np.load(folder / "ours.npy").astype(int) - np.load(folder / "diffusers.npy"))
+    print(f"{options.config}, batch {options.batch}, {options.steps} steps of ddim, guidance 5, {options.dtype}, "
+          f"{options.threads} threads; {(difference <= 1).mean():.4%} of the values within 1/255")  # fmt: skip
+    for name, results in found.items():
+        print(f"{name:>10}: {statistics.median(seconds for seconds, _ in results):8.2f} s, peak "
+              f"{statistics.median(peak for _, peak in results):7.0f} MiB beyond the model")  # fmt: skip
+    ratio = [theirs[0] / ours[0] for ours, theirs in zip(found["ours"], found["diffusers"], strict=True)]
+    print(f"diffusers / ours: {statistics.median(ratio):.2f} ({min(ratio):.2f} – {max(ratio):.2f})")
+    return 0 if options.dtype != "float32" or (difference <= 1).mean() >= 0.999 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
