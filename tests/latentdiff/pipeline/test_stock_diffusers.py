@@ -128,13 +128,34 @@ def test_ldm_text_to_image_folders(tmp_path, encoder, relative_error):
     assert np.abs(images - pictures * 255).max() <= 1
 
 
-def compare(stock, folder, relative_error, size=32):
-    noise = torch.randn(2, 4, size // 2, size // 2)
-    settings = {"num_inference_steps": 20, "guidance_scale": 5.0, "height": size, "width": size}
+@pytest.mark.slow
+def test_stable_diffusion_at_full_size(tmp_path, relative_error):
+    """SD 1.x as it is: 860M UNet, kl-f8, CLIP-L's shape; 4 GB of random weights."""
+    _, tokenizer = clip(tmp_path)
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                          max_position_embeddings=20, bos_token_id=52, eos_token_id=53, pad_token_id=53)  # fmt: skip
+    stock = diffusers.StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
+            up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512,
+        ),
+        unet=UNet2DConditionModel(cross_attention_dim=768, sample_size=64),
+        text_encoder=CLIPTextModel(text), tokenizer=tokenizer, scheduler=DDIMScheduler(**ORIGINAL),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    assert sum(parameter.numel() for parameter in stock.unet.parameters()) == 859_520_964
+    stock.save_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    compare(stock, tmp_path, relative_error, size=128, factor=8, steps=3)
+
+
+def compare(stock, folder, relative_error, size=32, factor=2, steps=20):
+    noise = torch.randn(2, 4, size // factor, size // factor)
+    settings = {"num_inference_steps": steps, "guidance_scale": 5.0, "height": size, "width": size}
     latents = stock(PROMPTS, latents=noise.clone(), output_type="latent", **settings).images
     pictures = stock(PROMPTS, latents=noise.clone(), output_type="np", **settings).images
     pipe = LatentPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu")
-    ours = {"num_steps": 20, "sampler": "ddim", "latents": noise, "height": size, "width": size}
+    ours = {"num_steps": steps, "sampler": "ddim", "latents": noise, "height": size, "width": size}
     *_, last = pipe.stream(PROMPTS, **ours)
     assert relative_error(last.x, latents) < 1e-4
     images = np.stack([np.asarray(image) for image in pipe(PROMPTS, **ours)])
