@@ -231,7 +231,7 @@ class LatentPipeline:
         return [paste(one, pixels, whole) for one in drawn]
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Step]:
-        """Draw prompts, all at once, and yield after every step; `pipe.decode(step.x0)` shows what is expected so far."""
+        """Draw prompts, all at once, and yield after every step; `pipe.decode(step.x0)` shows what is expected."""
         prompts, recipe = as_list(prompt), Recipe.of(options)
         seeds = recipe.seeds(len(prompts) * recipe.num_images)
         return draw_batch(self, self.features(prompts, recipe), seeds, recipe)
