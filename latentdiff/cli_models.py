@@ -1,4 +1,4 @@
-"""`latentdiff sample`, `export` and `inspect`: the commands for a model that is there."""
+"""`latentdiff sample`, `export`, `inspect` and `plan`: the commands for a model that is there, or is to be."""
 
 from __future__ import annotations
 
@@ -149,6 +149,30 @@ def _export(
         typer.echo(written)
         if push:
             typer.echo(push_folder(written, push))
+
+
+@app.command("plan")
+def _plan(
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as wanted.")] = None,
+    config: Annotated[str, typer.Option("--config", "-c", help="YAML file, or the name of a recipe.")] = "emoji-64",
+    device: Annotated[str, typer.Option(help="A GPU by name, such as h100, or cpu: this machine.")] = "cpu",
+    num_devices: Annotated[int, typer.Option("--devices", help="How many of them.")] = 1,
+    dataset_size: Annotated[
+        int | None, typer.Option("--pictures", help="In the data set, for the cache's size.")
+    ] = None,
+    mfu: Annotated[float | None, typer.Option(help="Share of the peak FLOP/s that training reaches.")] = None,
+) -> None:
+    """Parameters, FLOPs, and estimates of memory and time for a training, before it is launched.
+
+    Example: latentdiff plan --config emoji-256 --device h100 --devices 8
+    """
+    with plain_errors():
+        from .config import load_config
+        from .plan import plan
+
+        loaded = load_config(config, overrides or ())
+        for line in plan(loaded, device=device, num_devices=num_devices, dataset_size=dataset_size, mfu=mfu).lines():
+            typer.echo(line)
 
 
 def save_picture(image: Image.Image, path: Path) -> Path:

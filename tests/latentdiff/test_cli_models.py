@@ -158,14 +158,25 @@ def test_a_damaged_model(invoke, place):
 def examples() -> dict[str, str]:
     """What the help of every command says to type."""
     found = {}
-    for name in ("train", "train-vae", "encode", "train-latent", "data check", "schema", "sample", "inspect", "export"):
+    for name in (
+        "train",
+        "train-vae",
+        "encode",
+        "train-latent",
+        "data check",
+        "schema",
+        "sample",
+        "inspect",
+        "export",
+        "plan",
+    ):
         text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", CliRunner().invoke(app, [*name.split(), "--help"]).output).split())
         (example,) = re.findall(r"Example: latentdiff (.*?) (?:Arguments|Options)", text)
         found[name] = example
     return found
 
 
-@pytest.mark.parametrize("command", ["data check", "schema", "sample", "inspect", "export"])
+@pytest.mark.parametrize("command", ["data check", "schema", "sample", "inspect", "export", "plan"])
 def test_the_examples_of_the_help(invoke, command):
     result = invoke(examples()[command])
     assert result.exit_code == 0, result.output
