@@ -136,6 +136,8 @@ def _export(
 
         if push and format is Format.single:
             raise LatentDiffError("--push uploads a folder: leave out --format single")
+        if shard_gb is not None and not 0 < shard_gb < 1e6:
+            raise LatentDiffError(f"--shard-gb {shard_gb}: expected a number above 0")
         written = export_model(
             source,
             output,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .pipeline import LatentPipeline
 
 Forward = Callable[..., Tensor]  # the UNet, compiled or not
-Change = Callable[[Model, Sequence[float]], Model]  # the model and the grid to another model
+Change = Callable[[Model, Sequence[float], int], Model]  # the model, the grid and the batch to another model
 ModelOf = Callable[[Sequence[float]], Model]  # the model for the timesteps of a grid
 
 
@@ -175,13 +175,18 @@ def draw_with_scheduler(
     check_scheduler(scheduler, process)
     if source is not None and source.mask is not None:
         raise LatentDiffError("inpainting takes a sampler by name, not a scheduler object: its masking is per step")
+    if recipe.eta is not None:
+        raise LatentDiffError(f"eta={recipe.eta!r} with a scheduler object: only the sampler 'ddim' takes an eta")
+    timesteps(process.schedule.num_timesteps, recipe.num_steps)  # refuses a number out of range
     scheduler.set_timesteps(recipe.num_steps, device=noise.device)
     times = scheduler.timesteps
     if source is None:
         x = x * scheduler.init_noise_sigma
     else:
-        skip = len(times) - max(1, int(len(times) * source.strength))
-        scheduler.set_begin_index(skip)
+        skip = recipe.num_steps - max(1, int(recipe.num_steps * source.strength))
+        skip *= getattr(scheduler, "order", 1)  # Heun and its like evaluate twice a step
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(skip)
         times = times[skip:]
         x = scheduler.add_noise(source.latents.expand_as(x), x, times[:1].expand(len(x)))
     model = model_of(list(dict.fromkeys(times.tolist())))
@@ -205,6 +210,9 @@ def check_scheduler(scheduler: Any, process: Process) -> None:
     advice = f"build it with {kind}.from_config(pipe.scheduler_config)"
     if (found := scheduler.config.get("prediction_type")) != (wanted := PREDICTIONS.get(process.prediction)):
         raise LatentDiffError(f"{kind} has prediction_type {found!r} and the model {wanted!r}: {advice}")
+    for key in ("clip_sample", "thresholding"):  # for pixels; latents go beyond 1
+        if scheduler.config.get(key):
+            raise LatentDiffError(f"{kind} has {key}=True, which cuts latents off: {advice}")
     levels = scheduler.alphas_cumprod.double().cpu()
     if levels.shape != process.schedule.alpha_bar.shape or not torch.allclose(
         levels, process.schedule.alpha_bar, atol=1e-4
@@ -256,7 +264,7 @@ def draw_batch(
 
     def model_of(grid: Sequence[float]) -> Model:
         model = guided_network(pipe.unet, forward, features, recipe, pipe.process, grid)
-        return model if change is None else change(model, grid)
+        return model if change is None else change(model, grid, len(seeds))
 
     run = draw if isinstance(recipe.sampler, str) else draw_with_scheduler
     with torch.set_grad_enabled(recipe.enable_grad):

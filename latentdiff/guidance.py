@@ -61,4 +61,4 @@ def within(inside: Model, outside: Model, low: float, high: float, schedule: Sch
             f"guidance interval ({low!r}, {high!r}): expected 0 <= low < high, in units of sigma/alpha"
         )
     level = (schedule.sigma / schedule.alpha).tolist()  # infinite where there is no signal
-    return lambda x, t: inside(x, t) if low < level[t] <= high else outside(x, t)
+    return lambda x, t: inside(x, t) if low < level[round(t)] <= high else outside(x, t)

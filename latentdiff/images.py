@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .data.pictures import open_picture, to_rgb
@@ -26,6 +26,8 @@ def load_images(images: Sequence[Picture], size: tuple[int, int]) -> Tensor:
     Raises:
         LatentDiffError: a file cannot be read, or is no picture.
     """
+    if not images:
+        raise LatentDiffError("no picture given: expected one or more")
     arrays = [np.array(_cut(_open(image), size)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
@@ -36,7 +38,8 @@ def load_mask(mask: Picture, image: Picture, size: tuple[int, int]) -> Tensor:
     Raises:
         LatentDiffError: it has not the picture's size, or cannot be read.
     """
-    opened, picture = _open(mask), _open(image)
+    grey = isinstance(mask, Image.Image) and mask.mode in ("1", "L", "I", "F")  # 0 to 255, also in 32 bits
+    opened, picture = mask.convert("L") if grey and isinstance(mask, Image.Image) else _open(mask), _open(image)
     if opened.size != picture.size:
         found, expected = ("{} x {}".format(*one.size) for one in (opened, picture))
         raise LatentDiffError(f"the mask is {found} pixels and the picture {expected}: expected the same")
@@ -54,13 +57,17 @@ def paste(drawn: Image.Image, pixels: Tensor, mask: Tensor) -> Image.Image:
 
 def _open(image: Picture) -> Image.Image:
     if isinstance(image, Image.Image):
-        return to_rgb(image, WHITE)
+        if not image.width or not image.height:
+            raise LatentDiffError("the picture has no pixels")
+        return to_rgb(ImageOps.exif_transpose(image), WHITE)
+    if not isinstance(image, str | Path):
+        raise LatentDiffError(f"a {type(image).__name__} is no picture: expected a Pillow picture or a file's name")
     try:
         return open_picture(Path(image).read_bytes(), max_pixels=MAX_PIXELS, background=WHITE)
-    except (OSError, TypeError) as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, LatentDiffError):
+            raise LatentDiffError(f"{image}: {error}") from None
         raise LatentDiffError(f"{image}: cannot be read ({error})") from None
-    except LatentDiffError as error:
-        raise LatentDiffError(f"{image}: {error}") from None
 
 
 def _cut(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -134,6 +134,8 @@ class LatentPipeline:
         """Move or cast all parts, in place."""
         for part in (self.vae, self.unet, self.text_encoder):
             part.to(device=device, dtype=dtype)
+        if dtype == torch.float16 and self.vae.config.force_upcast:
+            self.vae.float()  # it says that it overflows in float16
         return self
 
     def compile(self, **options: Any) -> LatentPipeline:
@@ -260,7 +262,7 @@ class LatentPipeline:
         Raises:
             LatentDiffError: a picture cannot be read.
         """
-        images = [image] if isinstance(image, Image.Image | str | Path) else list(image)
+        images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
         return self.latents_of(load_images(images, size or (self.image_size, self.image_size)))
 
     @torch.no_grad()
@@ -295,8 +297,8 @@ class LatentPipeline:
         seeds = recipe.seeds(len(prompts) * recipe.num_images)
         images = draw_batches(self, self.features(prompts, recipe), seeds, recipe, source)
         for place, image in enumerate(images):
-            prompt = prompts[place // recipe.num_images]
-            image.info[RECIPE_KEY] = json.dumps({"prompt": prompt, "seed": seeds[place], **recipe.facts()})
+            facts = recipe.facts(prompts, place, seeds[place])
+            image.info[RECIPE_KEY] = json.dumps(facts if source is None else {**facts, "strength": source.strength})
         return images
 
     def latent_shape(self, recipe: Recipe) -> tuple[int, int, int]:

@@ -15,6 +15,11 @@ MAX_SEED = 2**63 - 1
 MAX_SIDE = 16384  # pixels
 
 
+def is_number(value: object) -> bool:
+    """Whether it is one, true and false not counted."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 class Settings(TypedDict, total=False):
     """The rarer settings as keywords, for type checkers; `Recipe` says what they mean."""
 
@@ -69,10 +74,14 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
                 raise LatentDiffError(f"{name}={value!r}: expected a whole number from 1 up")
-        for name in ("guidance_scale", "guidance_rescale"):
+        for name in ("guidance_scale", "guidance_rescale", "eta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
+            if not is_number(value) and not (name == "eta" and value is None):
                 raise LatentDiffError(f"{name}={value!r}: expected a number")
+        interval = self.guidance_interval
+        pair = isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_number, interval))
+        if interval is not None and not pair:
+            raise LatentDiffError(f"guidance_interval={interval!r}: expected two numbers (low, high), of sigma/alpha")
 
     @classmethod
     def of(cls, options: Options) -> Recipe:
@@ -91,10 +100,12 @@ class Recipe:
         Raises:
             LatentDiffError: not one each, or out of range.
         """
+        if isinstance(self.latents, Tensor) and len(self.latents) != count:
+            raise LatentDiffError(f"latents are {len(self.latents)} for {count} pictures: give one for each")
         if self.seed is None:
             first = int(torch.randint(2**31, (), dtype=torch.int64))
             return [first + place for place in range(count)]
-        if not isinstance(self.seed, int | list | tuple | range):
+        if not isinstance(self.seed, int | list | tuple | range) or isinstance(self.seed, bool):
             raise LatentDiffError(f"seed={self.seed!r}: expected a whole number, or one for each picture")
         seeds = [self.seed + place for place in range(count)] if isinstance(self.seed, int) else list(self.seed)
         if len(seeds) != count:
@@ -112,11 +123,12 @@ class Recipe:
         """
         if isinstance(self.negative_prompt, str):
             return [self.negative_prompt] * count
-        if not isinstance(self.negative_prompt, Sequence) or len(self.negative_prompt) != count:
+        several = self.negative_prompt if isinstance(self.negative_prompt, list | tuple) else ()
+        if len(several) != count or not all(isinstance(prompt, str) for prompt in several):
             raise LatentDiffError(
                 f"negative_prompt={self.negative_prompt!r}: expected one string, or one for each of {count} prompts"
             )
-        return list(self.negative_prompt)
+        return list(several)
 
     def latent_size(self, factor: int, default: int) -> tuple[int, int]:
         """Height and width of the latents.
@@ -149,10 +161,14 @@ class Recipe:
             raise LatentDiffError(f"latents are {found}; expected (pictures, {', '.join(map(str, shape))})")
         return self.latents[place]
 
-    def facts(self) -> dict[str, Any]:
-        """What a picture's metadata say of the recipe: all but what belongs to the machine or another picture."""
-        skipped = ("seed", "num_images", "latents", "batch_size", "progress", "enable_grad")
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in skipped}
+    def facts(self, prompts: Sequence[str], place: int, seed: int) -> dict[str, Any]:
+        """What the metadata of the picture at `place` say: all but what belongs to the machine or to other pictures."""
+        skipped = ("seed", "num_images", "latents", "batch_size", "progress", "enable_grad", "negative_prompt")
+        number = place // self.num_images
+        values: dict[str, Any] = {"prompt": prompts[number], "negative_prompt": self.negatives(len(prompts))[number]}
+        if self.latents is None:  # else it did not start from the seed's noise
+            values |= {"seed": seed}
+        values |= {field.name: getattr(self, field.name) for field in fields(self) if field.name not in skipped}
         if not isinstance(self.sampler, str):
             values["sampler"] = type(self.sampler).__name__
         return {name: value for name, value in values.items() if value is not None}

@@ -80,7 +80,7 @@ def interpolate(pipe: LatentPipeline, a: Any, b: Any, n: int, **options: Unpack[
     if any(picture is not None for picture, _ in ends):
         options = {"guidance_scale": 1.0, **options, "sampler": "ddim"}
     recipe = Recipe.of({**options, "num_images": 1})
-    seeds = recipe.seeds(2) if isinstance(recipe.seed, list | tuple) else recipe.seeds(1) * 2
+    seeds = recipe.seeds(2) if isinstance(recipe.seed, list | tuple | range) else recipe.seeds(1) * 2
     features = pipe.features([prompt for _, prompt in ends], recipe)
     shape = pipe.latent_shape(recipe)
     noises = [
@@ -122,6 +122,9 @@ def exaggerate(
     """
     if isinstance(amount, bool) or not isinstance(amount, int | float) or not -1e3 < amount < 1e3:
         raise LatentDiffError(f"amount={amount!r}: expected a number between -1000 and 1000")
+    pair = (prompt, feature) if isinstance(feature, str) else feature
+    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        raise LatentDiffError(f"prompt={prompt!r}, feature={feature!r}: expected strings, or a pair (without, with)")
     if image is not None:
         options = {"guidance_scale": 1.0, **options, "sampler": "ddim"}
     recipe = Recipe.of(options)
@@ -130,12 +133,12 @@ def exaggerate(
         latents = pipe.encode(image, size=pipe.pixel_size(recipe))
         inverted = _invert(pipe, latents, features.part(slice(1)), recipe)
         recipe = Recipe.of({**options, "latents": inverted.repeat(len(features.wanted), 1, 1, 1)})
-    without, with_feature = (prompt, feature) if isinstance(feature, str) else feature
-    count = len(features.wanted)
-    both = text_features(pipe.text_encoder, [with_feature] * count + [without] * count)
+    without, with_feature = pair
+    with torch.set_grad_enabled(recipe.enable_grad):
+        ends = text_features(pipe.text_encoder, [with_feature, without])
 
-    def direction(model: Model, grid: Any) -> Model:
-        predict = network(pipe.unet, pipe.unet, both, grid)
+    def direction(model: Model, grid: Any, count: int) -> Model:
+        predict = network(pipe.unet, pipe.unet, ends.repeat_interleave(count, 0), grid)
 
         def moved(x: Tensor, t: int) -> Tensor:
             more, less = predict(x, t).chunk(2)
@@ -143,7 +146,7 @@ def exaggerate(
 
         return moved
 
-    return draw_batches(pipe, features, recipe.seeds(count), recipe, change=direction)
+    return draw_batches(pipe, features, recipe.seeds(len(features.wanted)), recipe, change=direction)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -168,6 +171,8 @@ def _as_end(end: Any) -> tuple[Any, str]:
         return None, end
     if isinstance(end, tuple) and len(end) == 2 and isinstance(end[1], str):
         return end[0], end[1]
+    if end is None:
+        raise LatentDiffError("an end is None: expected a prompt, a picture, or a pair (picture, prompt)")
     return end, ""
 
 

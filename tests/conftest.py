@@ -1,6 +1,7 @@
 """What all tests share: no network, one stream of random numbers, a ruler."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
 torch.set_num_threads(1)  # tensors here are tiny: a second thread gains nothing, and waits for whatever else runs
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()

@@ -59,7 +59,9 @@ def model_card(
     launch = _last_launch(run)
     prompts = launch.get("config", {}).get("validation", {}).get("prompts") or ["a picture"]
     encoder = type(getattr(parts["text_encoder"], "model", parts["text_encoder"])).__name__.removesuffix("Model")
-    text = HEADER.format(licence=licence, title=title, name=title, size=image_size, encoder=encoder, prompt=prompts[0])
+    text = HEADER.format(
+        licence=json.dumps(licence), title=title, name=title, size=image_size, encoder=encoder, prompt=prompts[0]
+    )
     text += "\n## Parts\n\n| part | parameters |\n|---|---|\n"
     for name, part in parts.items():
         text += f"| {name} | {sum(parameter.numel() for parameter in part.parameters()):,} |\n"

@@ -45,13 +45,25 @@ def export_model(
     if single and (variant or max_shard_bytes):
         raise LatentDiffError("a single file has no variant and no shards")
     opened = find_model(source)
-    if opened.resolve() == output.resolve():
+    if opened.resolve() in (output.resolve(), *(output / "model").resolve().parents, (output / "model").resolve()):
         raise LatentDiffError(f"{output}: the model itself lies there; choose another output")
+    if not single and output.is_dir() and any(output.iterdir()):
+        raise LatentDiffError(f"{output}: is not empty; choose another output, or delete it")
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise LatentDiffError(f"shards of {max_shard_bytes} bytes: expected at least 1")
     parts = open_model(source, device=torch.device("cpu"), dtype=torch.float32)
     models = {"vae": parts.vae, "unet": parts.unet, "text_encoder": parts.text_encoder}
     size = (parts.unet.config.sample_size or 32) * parts.vae.config.downsampling
     run = opened.parent if (opened.parent / "run.json").is_file() else None
-    card = model_card(models, parts.process, title=output.stem, image_size=size, run=run, licence=licence, data=data)
+    card = model_card(
+        models,
+        parts.process,
+        title=output.stem if single else output.name,
+        image_size=size,
+        run=run,
+        licence=licence,
+        data=data,
+    )
     if single:
         facts = {"latentdiff.card": card, "modelspec.license": licence}
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def describe(name: str | Path) -> list[str]:
     folder = find_model(name)
     lines = [str(folder)]
     if (folder / INDEX).is_file():
-        lines[0] += f": {read_json(folder / INDEX, '')['_class_name']}"
+        lines[0] += f": {read_json(folder / INDEX, '').get('_class_name')}"
     parts = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     for part in parts:
         lines += _describe_part(part)

@@ -70,6 +70,8 @@ def find_model(name: str | Path) -> Path:
     Raises:
         LatentDiffError: nothing of that name.
     """
+    if not isinstance(name, str | Path) or not str(name) or len(str(name)) > 1000 or "\0" in str(name):
+        raise LatentDiffError(f"model {name!r:.100}: expected a folder, a file, or a name")
     path = Path(name).expanduser()
     if path.suffix in PICKLES:
         raise LatentDiffError(
@@ -106,7 +108,7 @@ def open_folder(folder: Path, *, device: torch.device, dtype: torch.dtype, varia
     process = read_scheduler(read_json(scheduler, "it says how the model denoises"), scheduler)
     vae = VAE.from_pretrained(folder / vae_folder, device=device, dtype=dtype, variant=variant)
     unet = UNet.from_pretrained(folder / "unet", device=device, dtype=dtype, variant=variant)
-    if index.get(text_folder, [None, None])[1] == "LDMBertModel":
+    if "LDMBertModel" in str(index.get(text_folder)):
         from .ldm_bert import load_ldm_bert
 
         encoder = load_ldm_bert(folder / text_folder, folder / "tokenizer", dtype=dtype)

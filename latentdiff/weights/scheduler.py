@@ -10,7 +10,7 @@ import torch
 from ..diffusion import Prediction
 from ..errors import LatentDiffError
 from ..samplers import Spacing
-from ..schedule import Schedule
+from ..schedule import Schedule, rescale_to_zero_terminal_snr
 
 PREDICTIONS: dict[Prediction, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours: diffusers'
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -112,7 +112,8 @@ def read_scheduler(values: Mapping[str, Any], where: object) -> Process:
 
 def _schedule(values: Mapping[str, Any], choice: Any) -> Schedule:
     if values.get("trained_betas") is not None:
-        return Schedule(torch.tensor(values["trained_betas"], dtype=torch.float64))
+        betas = torch.tensor(values["trained_betas"], dtype=torch.float64)
+        return Schedule(rescale_to_zero_terminal_snr(betas) if values.get("rescale_betas_zero_snr") else betas)
     name = choice("beta_schedule", "linear", BETA_SCHEDULES)
     steps = values.get("num_train_timesteps", 1000)
     if isinstance(steps, int) and steps > 1_000_000:

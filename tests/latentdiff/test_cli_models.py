@@ -109,7 +109,7 @@ def test_export_and_open_again(invoke, place, form):
     else:
         with safe_open(place / target, framework="pt") as file:
             card = file.metadata()["latentdiff.card"]
-    for words in ("license: mit", "my own pictures", "seed: 7", "torch 2.13.0", "| train_latent | loss | 0.5 |"):
+    for words in ('license: "mit"', "my own pictures", "seed: 7", "torch 2.13.0", "| train_latent | loss | 0.5 |"):
         assert words in card
     assert "secret" not in card
 
@@ -131,6 +131,9 @@ def test_export_and_open_again(invoke, place, form):
         ("inspect my-pictures", ["neither a model's folder"]),
         ("export runs/mine out --format single", ["out: a single file's name ends in .safetensors"]),
         ("export runs/mine runs/mine/model", ["the model itself lies there"]),
+        ("export runs/mine runs/mine", ["the model itself lies there"]),
+        ("export runs/mine my-pictures", ["is not empty"]),
+        ("export runs/mine out --shard-gb nan", ["--shard-gb nan"]),
         ("export runs/mine out --push nobody/nothing --format single", ["--push uploads a folder"]),
         ("export runs/mine pushed --push nobody/nothing", ["nobody/nothing: cannot be uploaded"]),
     ],

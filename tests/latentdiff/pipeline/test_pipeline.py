@@ -192,6 +192,10 @@ def test_exaggeration(pipe, largest_difference, relative_error):
     # At guidance 1, adding (feature - prompt) once is the feature's own prediction.
     moved = pipe.exaggerate("a red apple", "a green apple", 1.0, guidance_scale=1.0, **FEW)[0]
     assert largest_difference(moved, pipe("a green apple", guidance_scale=1.0, **FEW)[0]) <= 1
+    several = pipe.exaggerate("a red apple", "a green apple", 5.0, num_images=3, batch_size=2, **FEW)
+    assert largest_difference(several[0], more) <= 1
+    with pytest.raises(LatentDiffError, match="feature=3"):
+        pipe.exaggerate("a red apple", 3, 1.0)
     pair = pipe.exaggerate("a blue car", ("a red apple", "a green apple"), 2.0, image=picture(), num_steps=5)
     assert pair[0].size == (32, 32)
 
@@ -246,6 +250,11 @@ def test_device_and_dtype(pipe, tmp_path):
         ("a", {"eta": 0.5}, "only 'ddim' takes an eta"),
         ("a", {"negative_prompt": ["a", "b"]}, "expected one string, or one for each of 1 prompts"),
         ("a", {"negative_prompt": 3}, "negative_prompt=3"),
+        ("a", {"negative_prompt": [None]}, r"negative_prompt=\[None\]"),
+        ("a", {"guidance_interval": 3}, "guidance_interval=3: expected two numbers"),
+        ("a", {"eta": "x"}, "eta='x': expected a number"),
+        ("a", {"seed": True}, "seed=True"),
+        ("a", {"latents": torch.zeros(2, 4, 16, 16)}, "latents are 2 for 1 pictures"),
         ("a", {"num_step": 3}, "unknown setting 'num_step': .*did you mean 'num_steps'"),
         ("a", {"latents": torch.zeros(1, 4, 3, 3)}, r"latents are \(1, 4, 3, 3\); expected \(pictures, 4, 16, 16\)"),
     ],
@@ -269,6 +278,10 @@ def test_bad_strength(pipe, strength):
 def test_bad_pictures(pipe, tmp_path):
     with pytest.raises(LatentDiffError, match="the mask is 16 x 16 pixels and the picture 32 x 32"):
         pipe.inpaint("a", picture(), picture((16, 16)))
+    with pytest.raises(LatentDiffError, match="a NoneType is no picture"):
+        pipe.img2img("a", None)
+    with pytest.raises(LatentDiffError, match="no picture given"):
+        pipe.encode([])
     with pytest.raises(LatentDiffError, match=r"none.png: cannot be read"):
         pipe.img2img("a", tmp_path / "none.png")
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -302,3 +315,28 @@ def test_parts_of_different_models(pipe):
         LatentPipeline(vae=pipe.vae, unet=other, text_encoder=pipe.text_encoder, schedule=pipe.process.schedule)
     with pytest.raises(TextEncoderError, match="not valid Unicode"):
         pipe("\ud800", num_steps=1)
+
+
+def test_masks_of_any_mode(pipe):
+    """Black keeps and white draws, in whatever mode they come; a picture lies as its EXIF says."""
+    from latentdiff.images import load_mask
+
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 16, 32))
+    for mode in ("1", "L", "I", "F", "RGB", "P"):
+        found = load_mask(mask.convert(mode), picture(), (32, 32))
+        assert (float(found[..., 0].mean()), float(found[..., -1].mean())) == (1.0, 0.0), mode
+    turned = picture()
+    exif = turned.getexif()
+    exif[0x0112] = 3
+    turned.info["exif"] = exif.tobytes()
+    assert torch.equal(load_images([turned], (32, 32)).flip(2, 3), load_images([picture()], (32, 32)))
+
+
+def test_casting_keeps_what_overflows_in_float32(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "vae/config.json").read_text()) | {"force_upcast": True}
+    (tmp_path / "vae/config.json").write_text(json.dumps(values))
+    half = LatentPipeline.from_pretrained(tmp_path, device="cpu", dtype=torch.float32).to(dtype=torch.float16)
+    assert half.vae.decoder.conv_in.weight.dtype == torch.float32
+    assert half.unet.conv_in.weight.dtype == torch.float16

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditi
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import BertTokenizerFast, CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
-from latentdiff import LatentDiffError, LatentPipeline
+from latentdiff import LatentDiffError, LatentPipeline, Schedule
 
 PROMPTS = ["a red apple", "a blue car on the road"]
 
@@ -178,7 +178,40 @@ def test_a_scheduler_of_another_model_is_refused(pipe):
     with pytest.raises(LatentDiffError, match=r"prediction_type 'epsilon' and the model 'v_prediction': build it with"):
         pipe("a red apple", sampler=DDIMScheduler())
     with pytest.raises(LatentDiffError, match="other noise levels than the model"):
-        pipe("a red apple", sampler=DDIMScheduler(prediction_type="v_prediction"))
+        pipe("a red apple", sampler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False))
+    with pytest.raises(LatentDiffError, match="clip_sample=True, which cuts latents off"):
+        pipe("a red apple", sampler=DDIMScheduler.from_config({**pipe.scheduler_config, "clip_sample": True}))
+    good = DDIMScheduler.from_config(pipe.scheduler_config)
+    with pytest.raises(LatentDiffError, match="only the sampler 'ddim' takes an eta"):
+        pipe("a red apple", sampler=good, eta=0.5)
+    with pytest.raises(LatentDiffError, match="num_steps=0"):
+        pipe("a red apple", sampler=good, num_steps=0)
+
+
+@pytest.mark.parametrize("kind", ["HeunDiscreteScheduler", "DDIMScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("strength", [0.35, 0.4, 1.0])
+def test_scheduler_objects_start_from_pictures(pipe, tmp_path, open_stock, relative_error, kind, strength):
+    """From stock diffusers' own starting points; schedulers that evaluate twice a step do not start in the middle."""
+    from latentdiff.drawing import Source, draw_batch, last
+    from latentdiff.recipe import Recipe
+
+    if kind.startswith("Heun"):  # it knows no zero terminal SNR
+        pipe = LatentPipeline(vae=pipe.vae, unet=pipe.unet, text_encoder=pipe.text_encoder, schedule=Schedule.named())
+    scheduler = getattr(diffusers, kind).from_config(pipe.scheduler_config)
+    latents = torch.randn(1, 4, 16, 16)
+    recipe = Recipe(num_steps=20, sampler=scheduler, guidance_scale=1.0, guidance_interval=(0.1, 3.0))
+    ours = last(draw_batch(pipe, pipe.features(["a car"], recipe), [3], recipe, Source(latents, strength))).x
+    scheduler.set_timesteps(20)
+    begin = (20 - int(20 * strength)) * scheduler.order
+    times = scheduler.timesteps[begin:]
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    x, context = scheduler.add_noise(latents, noise, times[:1]), pipe.text_encoder(["a car"])
+    with torch.no_grad():
+        for t in times:
+            x = scheduler.step(pipe.unet(scheduler.scale_model_input(x, t), t.view(1), context), t, x).prev_sample
+    assert relative_error(ours, x) < 1e-4
     with pytest.raises(LatentDiffError, match="expected a sampler's name or a diffusers scheduler"):
         pipe("a red apple", sampler=3)
 

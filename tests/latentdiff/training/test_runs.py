@@ -41,8 +41,9 @@ def expected(whole, precision, stage):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("accident", "at"),
-    [("kill at step", 1), ("kill at step", 14), ("kill while saving", 3), ("kill while saving", 19),
-     ("kill at step", 27), ("kill at step", 39), ("kill while saving", 45)],
+    [("kill at step", 14), ("kill while saving", 19), ("kill at step", 27), ("kill while saving", 45),
+     *(pytest.param(*case, marks=pytest.mark.slow)
+       for case in (("kill at step", 1), ("kill at step", 39), ("kill while saving", 3)))],
 )  # fmt: skip
 def test_a_killed_run_continues_bit_for_bit(train, state, whole, precision, accident, at):
     """kill -9 at a step or between two syncs of a save, in either training: every tensor is that of a whole run."""
