@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from .errors import LatentDiffError
@@ -15,10 +18,20 @@ def best_device() -> torch.device:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
+    """Whether the device multiplies bfloat16 in hardware, and faster than float32.
+
+    On CPUs that is so with AMX, and with AVX512-BF16 where it is not Intel's: there, and where a virtual machine hides
+    AMX, it runs at half of float32's rate (measured: 153 against 278 GFLOP/s).
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and multiplies_bf16(torch.cpu.get_capabilities())
+
+
+def multiplies_bf16(cpu: Mapping[str, Any]) -> bool:
+    """The same, from what `torch.cpu.get_capabilities` says of a CPU."""
+    intel = "Intel" in str(cpu.get("cpu_name", ""))
+    return bool(cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and not intel))
 
 
 def as_device(device: torch.device | str | None) -> torch.device:
