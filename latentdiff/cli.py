@@ -12,6 +12,7 @@ import typer
 
 from . import __version__
 from .cli_errors import plain_errors
+from .cli_evaluate import app as evaluate_app
 from .cli_models import app as models_app
 from .config import Config, load_config
 
@@ -24,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 data_app = typer.Typer(no_args_is_help=True, help="Look at pictures before training on them.")
 app.add_typer(data_app, name="data")
 app.add_typer(models_app)
+app.add_typer(evaluate_app)
 
 
 def main() -> None:
@@ -125,10 +127,12 @@ def _tokenizer(config: Config) -> Any:
     from text_encoder import TextEncoder, train_tokenizer
 
     from .data.sources import open_source
+    from .shipped import part_folder
 
     section = config.text_encoder
     if section.pretrained:
-        encoder = TextEncoder.from_pretrained(section.pretrained, max_length=section.max_length)
+        folder = part_folder(section.pretrained, "text_encoder")
+        encoder = TextEncoder.from_pretrained(folder, max_length=section.max_length)
         encoder.tokenizer.model_max_length = section.max_length
         return encoder.tokenizer
     captions = [caption for several in open_source(config.data)[0].all_captions() for caption in several]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import typer
 
 from text_encoder import TextEncoderError
@@ -28,6 +29,11 @@ def plain_errors() -> Iterator[None]:
         raise SystemExit(code) from None
     except BrokenPipeError:  # `latentdiff ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        typer.echo(f"error: {reason}: a smaller train_latent.micro_batch_size, or gradient_checkpointing=true, takes "
+                   "less memory; `latentdiff plan` estimates it", err=True)  # fmt: skip
         raise SystemExit(1) from None
     except OSError as error:  # a full disk, a folder that went away
         typer.echo(f"error: {error}", err=True)

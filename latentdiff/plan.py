@@ -19,7 +19,8 @@ from .config import Config
 from .data.cache import pictures_at_a_time
 from .data.order import BatchPlan
 from .errors import LatentDiffError, check_choice
-from .plan_flops import DEVICES, GIB, Autocast, Counter, Device, Models, measured_cpu, size_of
+from .plan_devices import DEVICES, GIB, USABLE, Device, measured_cpu
+from .plan_flops import Autocast, Counter, Models, size_of
 from .sections import TrainSection
 from .training.discriminator import Discriminator
 from .training.latent import LatentModel
@@ -28,7 +29,6 @@ from .training.structural import StructuralLoss
 from .training.vae import Autoencoder
 
 Work = Callable[[Autocast, int], object]  # passes over some pictures
-USABLE = 0.9  # share of a device's memory; the rest is for libraries, their work space and gaps between tensors
 LARGEST = 4096  # pictures a pass; more is of no use
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of the device's peak. Peers reached 0.24 (MosaicML, SD2 at 32x32 latents, A100) to 0.31 (NVIDIA, MLPerf 4.0, H200). On

@@ -1,4 +1,4 @@
-"""What devices can compute; and what a pass costs, without computing it: the real model on PyTorch's meta device.
+"""What a pass costs, without computing it: the real model on PyTorch's meta device.
 
 Meta tensors have a shape and a dtype and no memory. FLOPs are counted operation by operation (2 a multiply-add), and
 memory by following every tensor from where it is made to where it is freed. Two things differ there from a real
@@ -8,13 +8,11 @@ device and are put right by `Autocast`: autocast does not exist on the meta devi
 from __future__ import annotations
 
 import copy
-import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,70 +24,19 @@ from transformers import BertConfig, BertModel, PretrainedConfig
 
 from text_encoder import TextEncoder
 from text_encoder.files import MODELS
-from unet import UNet
+from unet import UNet, UNetConfig
 from vae import VAE, DiagonalGaussian, VAEConfig
 
 from .config import Config
-from .device import computes_in_bf16
 from .errors import LatentDiffError
+from .shipped import part_folder
 from .training.discriminator import Discriminator, discriminator_loss, generator_loss
 from .training.latent import LatentModel
 from .training.vae import Autoencoder
 from .training.vae_losses import reconstruction_nll
 
-GIB = 2**30
 HALF_PRECISION: tuple[Any, ...] = (F.conv2d, F.linear, F.scaled_dot_product_attention)  # what autocast computes in it
 NORMS: tuple[Any, ...] = (F.group_norm, F.layer_norm)  # float32 under autocast on GPUs
-
-
-@dataclass(frozen=True)
-class Device:
-    """One device: the vendor's figures for dense matrices, or for the CPU what was measured."""
-
-    name: str
-    memory: float  # GiB that programs see
-    half: float  # TFLOP/s in bf16, or fp16 where there is no bf16
-    single: float  # TFLOP/s in float32; TF32 where the GPU has it
-    has_bf16: bool = True
-
-
-DEVICES = {device.name: device for device in (
-    Device("a100-40", 39.4, 312, 156),
-    Device("a100-80", 79.2, 312, 156),
-    Device("h100", 79.2, 989, 494),
-    Device("h200", 139.8, 989, 494),
-    Device("b200", 178.0, 2250, 1125),
-    Device("l4", 22.0, 121, 60),
-    Device("l40s", 44.4, 362, 183),
-    Device("a10", 22.0, 125, 62.5),
-    Device("v100", 15.8, 125, 15.7, has_bf16=False),
-    Device("v100-32", 31.7, 125, 15.7, has_bf16=False),
-    Device("rtx-3090", 23.7, 71, 35.6),
-    Device("rtx-4090", 23.6, 165, 82.6),
-    Device("rtx-5090", 31.4, 209, 104.8),
-    Device("t4", 14.6, 65, 8.1, has_bf16=False),
-)}  # fmt: skip
-
-
-def measured_cpu(num_processes: int) -> Device:
-    """This machine's share for each of some processes; the peak is that of a matrix product of one second."""
-    memory = psutil.virtual_memory().total / GIB / num_processes
-    bf16 = computes_in_bf16(torch.device("cpu"))
-    single = _matmul_speed(torch.float32) / num_processes
-    half = _matmul_speed(torch.bfloat16) / num_processes if bf16 else single
-    return Device("cpu", memory, half, single, bf16)
-
-
-def _matmul_speed(dtype: torch.dtype) -> float:
-    """TFLOP/s."""
-    size, count = 1024, 0
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    torch.mm(a, b)  # the first one prepares
-    start = time.perf_counter()
-    while (seconds := time.perf_counter() - start) < 1 or not count:
-        torch.mm(a, b)
-        count += 1
-    return 2 * size**3 * count / seconds / 1e12
 
 
 class Autocast(TorchFunctionMode):
@@ -228,24 +175,25 @@ def build_models(config: Config) -> Models:
     """The models that a config describes; of pretrained ones the configs are read, and nothing else.
 
     Raises:
-        LatentDiffError, VAEError, UNetError: the sizes do not fit, or a named VAE is not there.
+        LatentDiffError, VAEError, UNetError: the sizes do not fit, or a named model is not there.
     """
     notes: list[str] = []
     with torch.device("meta"):
-        named = config.vae.pretrained
-        vae = VAE(_read_vae_config(named) if named else config.vae.build(config.data.image_size))
+        named = _values("vae", config.vae.pretrained)
+        vae = VAE(VAEConfig.from_diffusers(named) if named else config.vae.build(config.data.image_size))
         text = _text_encoder(config, notes)
         if config.data.image_size % (factor := vae.config.downsampling):
             raise LatentDiffError(f"data.image_size={config.data.image_size}: expected a multiple of {factor}")
         size = config.data.image_size // factor
-        unet = UNet(config.unet.build(vae.config.latent_channels, text.context_dim, size))
+        named, channels = _values("unet", config.unet.pretrained), vae.config.latent_channels
+        unet = UNet(UNetConfig.from_diffusers(named) if named else config.unet.build(channels, text.context_dim, size))
     return Models(vae, text, unet, config.data.image_size, tuple(notes))
 
 
-def _read_vae_config(folder: str) -> VAEConfig:
-    if not (path := Path(folder) / "config.json").is_file():
-        raise LatentDiffError(f"vae.pretrained={folder}: {path} is not there")
-    return VAEConfig.from_diffusers(PretrainedConfig._dict_from_json_file(path))
+def _values(part: str, named: str | None) -> Any:
+    if named and not (path := Path(part_folder(named, part)) / "config.json").is_file():
+        raise LatentDiffError(f"{part}.pretrained={named}: {path} is not there")
+    return PretrainedConfig._dict_from_json_file(path) if named else None
 
 
 def _text_encoder(config: Config, notes: list[str]) -> TextEncoder:
@@ -254,7 +202,8 @@ def _text_encoder(config: Config, notes: list[str]) -> TextEncoder:
         notes.append(f"text_encoder.vocab_size={section.vocab_size} is the most; captions may give fewer entries")
         return TextEncoder.new(section.build(), Vocabulary(section.vocab_size, section.max_length))
     try:  # a folder, or what was downloaded before: the network is not asked
-        values, _ = PretrainedConfig.get_config_dict(section.pretrained, local_files_only=True)
+        folder = part_folder(section.pretrained, "text_encoder")
+        values, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
         kind: Any = MODELS[str(values.get("model_type"))]
         sizes = kind.config_class.from_dict(values.get("text_config", values))
     except (OSError, KeyError):

@@ -74,7 +74,7 @@ class VAESection(Section):
     """Shape of the autoencoder (see vae/config.py); f = 2 ** (levels - 1)."""
 
     pretrained: str | None = None
-    """Folder of a trained VAE to use as it is; then the sizes below are not used and train_vae is skipped."""
+    """Folder of a trained VAE to use as it is, or `builtin:emoji-64`; then train_vae and the sizes do not count."""
     block_out_channels: tuple[Positive, ...] = (128, 256, 512, 512)
     layers_per_block: Positive = 2
     latent_channels: Positive = 4
@@ -92,7 +92,7 @@ class TextEncoderSection(Section):
     """The text encoder: a new BERT with a vocabulary learnt from the captions, or one that exists."""
 
     pretrained: str | None = None
-    """Folder or hub name of a BERT; then only `train` and `max_length` below are used."""
+    """Folder or hub name of a BERT, or `builtin:emoji-64`; then only `train` and `max_length` below are used."""
     train: bool = True
     """Train it with the UNet; a frozen one lets its features be cached."""
     width: Positive = 256
@@ -111,6 +111,8 @@ class TextEncoderSection(Section):
 class UNetSection(Section):
     """Shape of the UNet (see unet/config.py); channels and context width follow from the VAE and the text encoder."""
 
+    pretrained: str | None = None
+    """Folder of a trained UNet to start from, or `builtin:emoji-64`; then the sizes below are not used."""
     block_out_channels: tuple[Positive, ...] = (320, 640, 1280, 1280)
     layers_per_block: Positive = 2
     attention_levels: tuple[Count, ...] = (0, 1, 2)
@@ -122,7 +124,8 @@ class UNetSection(Section):
 
     def build(self, latent_channels: int, context_dim: int, sample_size: int) -> UNetConfig:
         """The UNet's own config."""
-        return UNetConfig(**self.model_dump(), in_channels=latent_channels, out_channels=latent_channels,
+        sizes = self.model_dump(exclude={"pretrained"})
+        return UNetConfig(**sizes, in_channels=latent_channels, out_channels=latent_channels,
                           context_dim=context_dim, sample_size=sample_size)  # fmt: skip
 
 
@@ -185,6 +188,8 @@ class TrainSection(Section):
     keep_checkpoints: Positive = 2
     validate_every: Positive = 1000
     """Steps between validations and pictures to look at."""
+    validate_first: bool = False
+    """Validate before the first step, too: to compare with, and to see at once that it works."""
 
 
 class TrainVAESection(TrainSection):

@@ -6,7 +6,6 @@ import glob
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,8 @@ from datasets.utils.logging import (  # type: ignore[import-untyped]
     is_progress_bar_enabled,
 )
 
-from ..errors import LatentDiffError, check_choice
+from ..errors import LatentDiffError
+from ..shipped import pictures_folder
 from .folders import find_metadata, open_metadata, open_text_folder
 from .readers import Rows
 from .splits import split_of_file
@@ -26,7 +26,6 @@ from .tars import open_tars
 if TYPE_CHECKING:
     from ..sections import DataConfig
 
-BUILTIN = "builtin:"
 SHARDS = (".parquet", ".tar")
 
 
@@ -47,7 +46,7 @@ def open_splits(config: DataConfig) -> dict[str, Rows]:
 
 def _open(config: DataConfig) -> dict[str, Rows]:
     source = config.source
-    path = Path(_builtin(source) if source.startswith(BUILTIN) else source).expanduser()
+    path = Path(pictures_folder(source)).expanduser()
     asked = (config.train_split, config.validation_split)
     if "://" not in source and path.is_dir():
         return _open_folder(path.absolute(), config, asked)
@@ -92,14 +91,6 @@ def _open_shards(root: Path, shards: Sequence[Path], config: DataConfig, asked: 
         return {split: open_tars(root, files, config.caption_columns) for split, files in splits.items()}
     return {split: open_parquet(root, files, config.image_column, config.caption_columns)
             for split, files in splits.items()}  # fmt: skip
-
-
-def _builtin(source: str) -> str:
-    """Folder of a data set that comes with the package."""
-    assets = Path(str(resources.files("latentdiff"))) / "assets"
-    known = sorted(folder.name for folder in assets.iterdir() if folder.is_dir())
-    check_choice("built-in data set", source.removeprefix(BUILTIN), known)
-    return str(assets / source.removeprefix(BUILTIN))
 
 
 @contextmanager

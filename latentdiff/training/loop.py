@@ -20,8 +20,8 @@ from .record import Record
 from .signals import StopFlag
 
 # Settings that may change between a run and its continuation: they do not decide what a step computes.
-FREE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "validate_every", "max_skipped", "compile",
-        "micro_batch_size", "gradient_checkpointing", "max_broken"}  # fmt: skip
+FREE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "validate_every", "validate_first", "max_skipped",
+        "compile", "micro_batch_size", "gradient_checkpointing", "max_broken"}  # fmt: skip
 
 
 class Task(Protocol):
@@ -93,6 +93,9 @@ def run_training(task: Task, run: Launch, folder: Path) -> None:
     section = task.section
     broken = _read_broken(folder, run)
     record = Record(run, folder, task.name, first, section.steps, section.batch_size)
+    if first == 0 and section.validate_first:
+        with record.aside():
+            record.write(0, task.validate(0))
     batches = task.batches(first, section.steps)
     with StopFlag(run.parent) as flag:
         for step in range(first + 1, section.steps + 1):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..data.order import BatchPlan
 from ..data.shards import Shards, differences, remove_others
 from ..data.sources import Source, open_source
 from ..errors import LatentDiffError
+from ..shipped import part_folder
 from ..weights.model_folder import save_model
 from ..weights.scheduler import scheduler_config
 from .latent import LatentTraining
@@ -120,7 +122,8 @@ def preflight(run: Launch) -> None:
     check_batches(run)
     scheduler_config(config.diffusion.process())
     encoder = open_text_encoder(run, open_source(config.data)[0])
-    vae = VAE.from_pretrained(config.vae.pretrained) if config.vae.pretrained else None
+    named = config.vae.pretrained
+    vae = VAE.from_pretrained(part_folder(named, "vae")) if named else None
     with torch.device("meta"):
         new_unet(config, vae or VAE(config.vae.build(config.data.image_size)), encoder)
 
@@ -145,7 +148,7 @@ def open_vae(run: Launch) -> VAE:
         LatentDiffError: there is none yet, or it does not fit the pictures.
     """
     named = run.config.vae.pretrained
-    folder = Path(named) if named else run.folder / "vae"
+    folder = Path(part_folder(named, "vae")) if named else run.folder / "vae"
     if not named and not (folder / "done.json").is_file():
         raise LatentDiffError(
             f"{folder}: no finished VAE; run train_vae.py with the same config first, "
@@ -164,7 +167,8 @@ def open_text_encoder(run: Launch, source: Source) -> TextEncoder:
     """The text encoder that the config names, or a new one with a vocabulary learnt from the captions."""
     section = run.config.text_encoder
     if section.pretrained:
-        encoder = TextEncoder.from_pretrained(section.pretrained, max_length=section.max_length)
+        folder = part_folder(section.pretrained, "text_encoder")
+        encoder = TextEncoder.from_pretrained(folder, max_length=section.max_length)
     else:
         captions = (caption for several in source.all_captions() for caption in several)
         tokenizer = train_tokenizer(captions, vocab_size=section.vocab_size, max_length=section.max_length)
@@ -173,9 +177,23 @@ def open_text_encoder(run: Launch, source: Source) -> TextEncoder:
 
 
 def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
-    """The UNet that the config describes, for this VAE and this text encoder, with random weights."""
-    size = config.data.image_size // vae.config.downsampling
-    return UNet(config.unet.build(vae.config.latent_channels, text_encoder.context_dim, size))
+    """The UNet that the config describes or names, for this VAE and this text encoder.
+
+    Raises:
+        LatentDiffError, UNetError: the one it names is not there, or does not fit them.
+    """
+    named, size = config.unet.pretrained, config.data.image_size // vae.config.downsampling
+    fitting = config.unet.build(vae.config.latent_channels, text_encoder.context_dim, size)
+    if not named:
+        return UNet(fitting)
+    unet = UNet.from_pretrained(part_folder(named, "unet"))
+    for what in ("in_channels", "out_channels", "context_dim"):
+        found, expected = getattr(unet.config, what), getattr(fitting, what)
+        if found != expected:
+            raise LatentDiffError(f"unet.pretrained={named}: its {what} is {found}; this VAE and this text encoder "
+                                  f"need {expected}")  # fmt: skip
+    unet.config = replace(unet.config, sample_size=size)
+    return unet
 
 
 def make_caches(run: Launch, sources: tuple[Source, Source], vae: VAE, encoder: TextEncoder) -> tuple[Caches, Caches]:

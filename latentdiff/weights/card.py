@@ -78,16 +78,21 @@ def model_card(
 
 def _training(launch: Mapping[str, Any]) -> str:
     """Recipe, seed and versions; paths and host names of the machine stay there."""
-    config = {key: value for key, value in launch["config"].items() if key not in ("output", "trackers", "workers")}
-    source = str(config.get("data", {}).get("source", ""))
-    if source.startswith(("/", "~", ".")):
-        config["data"] = {**config["data"], "source": Path(source).name, "quarantine": None}
+    config = {key: _without_folders(value) for key, value in launch["config"].items()
+              if key not in ("output", "trackers", "workers")}  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in launch.get("versions", {}).items())
     recipe = yaml.safe_dump(config, sort_keys=False, width=110)
     return (
         f"\n## Training\n\nSeed {config.get('seed')}, {config.get('precision')} precision; "
         f"{versions or 'versions unknown'}. The whole configuration:\n\n```yaml\n{recipe}```\n"
     )
+
+
+def _without_folders(value: Any) -> Any:
+    """Paths, wherever they are in a config, as their last part."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
 
 def _figures(run: Path | None) -> str:

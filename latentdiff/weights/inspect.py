@@ -11,7 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import LatentDiffError
-from .open_model import INDEX, find_model, read_json
+from ..shipped import INDEX
+from .open_model import find_model, read_json
 
 # Keys of the configs that say most, by part.
 TELLING = (

@@ -13,11 +13,10 @@ from unet import UNet
 from vae import VAE
 
 from ..errors import LatentDiffError
+from ..shipped import ASSETS, INDEX, shipped_models
 from .scheduler import Process, read_scheduler
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DEFAULT = "emoji-64"
-INDEX = "model_index.json"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # Pipelines whose parts these are, and the folders of VAE and text encoder in each.
 FOLDERS = {
@@ -35,11 +34,6 @@ class Parts(NamedTuple):
     unet: UNet
     text_encoder: TextEncoder
     process: Process
-
-
-def shipped_models() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(path.parent.name for path in ASSETS.glob(f"*/{INDEX}"))
 
 
 def open_model(
@@ -80,6 +74,10 @@ def find_model(name: str | Path) -> Path:
         )
     if path.is_dir():
         inner = path / "model"  # of a training's output
+        if not (path / INDEX).is_file() and (path / "run.json").is_file() and not (inner / INDEX).is_file():
+            raise LatentDiffError(
+                f"{path}: no finished model there; give the training's command again to go on with it"
+            )
         return inner if not (path / INDEX).is_file() and (inner / INDEX).is_file() else path
     if path.is_file():
         if path.suffix != ".safetensors":

@@ -36,7 +36,8 @@ def place(tmp_path_factory) -> Path:
     )
     pipe.save_pretrained(place / "runs/mine/model")
     (place / "runs/mine/run.json").write_text(json.dumps({"launches": [{
-        "config": {"seed": 7, "precision": "fp32", "output": "/secret/place", "data": {"source": "/secret/pictures"}},
+        "config": {"seed": 7, "precision": "fp32", "output": "/secret/place", "data": {"source": "/secret/pictures"},
+                   "vae": {"pretrained": "/secret/vae"}},
         "versions": {"torch": "2.13.0"},
     }]}))  # fmt: skip
     (place / "runs/mine/train_latent").mkdir()
@@ -82,6 +83,37 @@ def test_prompts_from_standard_input_and_file(invoke, place):
     (place / "prompts.txt").write_text("a car\n")
     assert invoke("sample one --file prompts.txt -m runs/mine --steps 1 --output both").exit_code == 0
     assert len(list((place / "both").iterdir())) == 3
+
+
+def test_evaluate(invoke, place):
+    """The report of a model that learnt nothing, and its VAE's figures against the VAE itself."""
+    from latentdiff.data.cache import read_pixels, to_pixels
+    from latentdiff.data.sources import open_source
+    from latentdiff.evaluation.reconstruction import psnr
+    from latentdiff.sections import DataConfig
+
+    line = (
+        "evaluate -m runs/mine --data my-pictures -o report --concepts 5 -n 3 --steps 2 --precision fp32 --guidance 1"
+    )
+    result = invoke(line)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((place / "report/evaluation.json").read_text())
+    concepts = facts["concepts"]
+    assert (concepts["concepts"], concepts["pictures"]) == (5, 15)
+    assert concepts["agreements"][0]["chance"] == pytest.approx(1 / concepts["gallery"])
+    assert all(0 <= found["top1"] <= 1 for found in concepts["agreements"])
+    with Image.open(place / "report/concepts.png") as sheet:
+        assert sheet.width > 500
+    data = DataConfig(source="my-pictures", image_size=32)
+    train, held_out = open_source(data)
+    assert (len(train), len(held_out)) == (concepts["gallery"], facts["vae"]["num_pictures"])
+    pixels = torch.cat([to_pixels(torch.from_numpy(read_pixels(held_out, place, data))[None])
+                        for place in range(len(held_out))])  # fmt: skip
+    vae = VAE.from_pretrained(place / "runs/mine/model/vae")
+    with torch.no_grad():
+        again = vae.decode(vae.encode(pixels))
+    assert facts["vae"]["psnr"] == pytest.approx(float(psnr(pixels, again).mean()), abs=1e-3)
+    assert "held-out pictures: PSNR" in result.output
 
 
 def test_inspect(invoke):
@@ -133,6 +165,8 @@ def test_export_and_open_again(invoke, place, form):
         ("export runs/mine runs/mine/model", ["the model itself lies there"]),
         ("export runs/mine runs/mine", ["the model itself lies there"]),
         ("export runs/mine my-pictures", ["is not empty"]),
+        ("evaluate -m runs/mine --data nothing", ["data.source='nothing': no such file or folder"]),
+        ("evaluate -m runs/mine --data my-pictures --style (", ["style '(': not a regular expression"]),
         ("export runs/mine out --shard-gb nan", ["--shard-gb nan"]),
         ("export runs/mine out --push nobody/nothing --format single", ["--push uploads a folder"]),
         ("export runs/mine pushed --push nobody/nothing", ["nobody/nothing: cannot be uploaded"]),
@@ -172,6 +206,7 @@ def examples() -> dict[str, str]:
         "inspect",
         "export",
         "plan",
+        "evaluate",
     ):
         text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", CliRunner().invoke(app, [*name.split(), "--help"]).output).split())
         (example,) = re.findall(r"Example: latentdiff (.*?) (?:Arguments|Options)", text)
@@ -179,7 +214,7 @@ def examples() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("command", ["data check", "schema", "sample", "inspect", "export", "plan"])
+@pytest.mark.parametrize("command", ["data check", "schema", "sample", "inspect", "export", "plan", "evaluate"])
 def test_the_examples_of_the_help(invoke, command):
     result = invoke(examples()[command])
     assert result.exit_code == 0, result.output

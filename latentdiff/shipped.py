@@ -1,0 +1,51 @@
+"""What comes with the package, by name: models and pictures. In a config `builtin:NAME` means one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import check_choice
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+BUILTIN = "builtin:"
+INDEX = "model_index.json"  # a model's folder has one
+
+
+def shipped_models() -> list[str]:
+    """Names of the models."""
+    return sorted(path.parent.name for path in ASSETS.glob(f"*/{INDEX}"))
+
+
+def shipped_pictures() -> list[str]:
+    """Names of the captioned pictures."""
+    return sorted({path.parent.name for path in ASSETS.glob("*/*.parquet")})
+
+
+def pictures_folder(source: str) -> str:
+    """The folder that a `data.source` means: one that ships, or what it says.
+
+    Raises:
+        LatentDiffError: none of that name ships.
+    """
+    if not source.startswith(BUILTIN):
+        return source
+    name = source.removeprefix(BUILTIN)
+    check_choice("built-in data set", name, shipped_pictures())
+    return str(ASSETS / name)
+
+
+def part_folder(pretrained: str, part: str) -> str:
+    """The folder that a `pretrained` means: a part of a model that ships, or what it says.
+
+    Args:
+        pretrained: `builtin:NAME`, or anything else.
+        part: `vae`, `unet` or `text_encoder`.
+
+    Raises:
+        LatentDiffError: none of that name ships.
+    """
+    if not pretrained.startswith(BUILTIN):
+        return pretrained
+    name = pretrained.removeprefix(BUILTIN)
+    check_choice("built-in model", name, shipped_models())
+    return str(ASSETS / name / part)

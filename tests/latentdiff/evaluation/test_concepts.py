@@ -1,0 +1,56 @@
+"""Does it draw what is asked: against counting by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff import LatentDiffError
+from latentdiff.evaluation.concepts import agreement, choose, concepts_of, ranks
+
+
+def test_ranks_are_counted():
+    random = np.random.default_rng(0)
+    queries, gallery = random.normal(size=(7, 5)), random.normal(size=(40, 5))
+    asked, shown = random.integers(0, 4, 7), random.integers(0, 4, 40)
+    same = torch.tensor(asked[:, None] == shown[None])
+    expected = []
+    for query, concept in zip(queries, asked, strict=True):
+        order = np.argsort(((gallery - query) ** 2).sum(1))
+        expected.append(list(shown[order] == concept).index(True))
+    assert ranks(torch.tensor(queries), torch.tensor(gallery), same).tolist() == expected
+
+
+def test_agreement_of_copies_and_of_others():
+    """Copies of the gallery agree always, and never with each other's prompts; opposite ones never."""
+    gallery = torch.eye(6)
+    names = ["a", "a", "b", "b", "c", "c"]
+    found = agreement("x", gallery + 0.1, gallery, names, names)
+    assert (found.top1, found.median_rank, found.shuffled) == (1.0, 0.0, 0.0)
+    assert found.chance == pytest.approx(1 / 3)
+    swapped = agreement("x", gallery[[2, 3, 4, 5, 0, 1]], gallery, names, names)
+    assert swapped.top1 == 0.0
+    assert swapped.median_rank > 0
+
+
+class Captions:
+    def __init__(self, *captions):
+        self.captions = captions
+
+    def all_captions(self):
+        return iter(self.captions)
+
+
+def test_concepts_are_captions_without_their_style():
+    source = Captions(["a 3d emoji of a cat", "x"], ["a noto emoji of a cat"], [], ["a 3d emoji of an owl"])
+    assert concepts_of(source, r"^an? (3d|noto) emoji of ") == ["a cat", "a cat", "", "an owl"]
+    assert concepts_of(source)[0] == "a 3d emoji of a cat"
+    with pytest.raises(LatentDiffError, match=r"style '\(': not a regular expression"):
+        concepts_of(source, "(")
+
+
+def test_the_choice_is_of_distinct_concepts_and_the_seeds():
+    concepts = [f"c{number // 3}" for number in range(90)] + [""]
+    chosen = choose(concepts, 20, seed=1)
+    assert len({concepts[place] for place in chosen}) == 20
+    assert chosen == choose(concepts, 20, seed=1) != choose(concepts, 20, seed=2)
+    assert len(choose(concepts, 64, seed=1)) == 30  # all there are, and none without a caption

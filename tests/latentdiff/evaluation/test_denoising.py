@@ -1,0 +1,39 @@
+"""The error of denoised latents, where it is known in closed form."""
+
+import pytest
+import torch
+
+from latentdiff import LatentPipeline, Schedule
+from latentdiff.evaluation.denoising import denoising_errors
+from text_encoder import TextEncoder, TextEncoderConfig, train_tokenizer
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [True, False])
+def test_a_model_that_predicts_zero_errs_by_sigma_squared(zero_terminal_snr):
+    """v = 0 guesses x0 = alpha x_t, which is off by alpha sigma eps - sigma^2 x0: sigma^2 for latents of variance 1."""
+    tokenizer = train_tokenizer(["a red apple"] * 5, vocab_size=40, max_length=8)
+    schedule = Schedule.named(zero_terminal_snr=zero_terminal_snr)
+    pipe = LatentPipeline(
+        vae=VAE(VAEConfig(block_out_channels=(8, 16), latent_channels=4, norm_groups=4, layers_per_block=1)),
+        unet=UNet(
+            UNetConfig(
+                block_out_channels=(32, 64),
+                attention_levels=(0, 1),
+                num_heads=1,
+                context_dim=32,
+                norm_groups=8,
+                layers_per_block=1,
+            )
+        ),
+        text_encoder=TextEncoder.new(TextEncoderConfig(width=32, num_layers=1), tokenizer),
+        schedule=schedule,
+    )
+    latents = torch.randn(100, 4, 16, 16)
+    found = denoising_errors(pipe, latents, ["a red apple"] * 100, levels=(0.5, 1.0, 4.0, 8.0))
+    for error, asked in zip(found, (0.5, 1.0, 4.0, 8.0), strict=True):
+        assert error.level == pytest.approx(asked, rel=0.02)
+        sigma_squared = error.level**2 / (1 + error.level**2)
+        assert error.error == pytest.approx(sigma_squared, rel=0.02)
+        assert error.without_caption == error.error
