@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -42,11 +43,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "v, no zero-terminal SNR": ("diffusion.zero_terminal_snr=false",),
     "eps, no zero-terminal SNR": ("diffusion.zero_terminal_snr=false", "diffusion.prediction=eps"),
     "caption dropout 0": ("diffusion.caption_dropout=0",),
-    "EMA 0.05": ("train_latent.ema_sigma_rel=0.05",),
-    "EMA 0.2": ("train_latent.ema_sigma_rel=0.2",),
     "learning rate 2e-3": ("train_latent.learning_rate=2e-3",),
     "no attention at 8x8": ("unet.attention_levels=[1,2]",),
     "frozen pretrained BERT": ("text_encoder.pretrained={bert}", "text_encoder.train=false"),
+    "EMA 0.05": ("train_latent.ema_sigma_rel=0.05",),
+    "EMA 0.2": ("train_latent.ema_sigma_rel=0.2",),
+    "learning rate 5e-4": ("train_latent.learning_rate=5e-4",),
 }
 EVALUATE = """
 import json, sys, torch
@@ -122,10 +124,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", help="regular expression of the variants to run; all by default")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0])
     arguments = parser.parse_args()
     data = make_data(arguments.output / "data", arguments.concepts)
     names = [name for name in VARIANTS if arguments.bert or "BERT" not in name or name.startswith("base")]
+    names = [name for name in names if re.search(arguments.only or "", name)]
     tasks = [(name, seed) for seed in range(arguments.seeds) for name in names]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(lambda task: run(*task, arguments, data), tasks))

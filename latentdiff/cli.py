@@ -40,10 +40,10 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-def run_stage(stage: Callable[[Config], Any]) -> None:
-    """A script with `--config` and overrides that runs one stage."""
+def run_stage(stage: Callable[[Config], Any], recipe: str = "emoji-64") -> None:
+    """A script with `--config` (`recipe` without it) and overrides that runs one stage."""
 
-    def command(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
+    def command(overrides: Overrides = None, config: ConfigFile = recipe) -> None:
         with plain_errors():
             stage(load_config(config, overrides or ()))
 
@@ -90,7 +90,7 @@ def _encode(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> Non
 
 
 @app.command("train-latent")
-def _train_latent(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
+def _train_latent(overrides: Overrides = None, config: ConfigFile = "demo") -> None:
     """Train the UNet on the cached latents.
 
     Example: latentdiff train-latent --config emoji-64 data.source=my-pictures output=runs/mine

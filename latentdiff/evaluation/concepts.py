@@ -146,7 +146,7 @@ def draw_concepts(
     num_concepts: int = 64,
     num_images: int = 2,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> ConceptReport:
     """Draw the captions of some training concepts, and find the nearest training pictures.
@@ -159,7 +159,7 @@ def draw_concepts(
         num_concepts: drawn at random from `seed`; the prompt is the caption of a picture of each, drawn likewise.
         num_images: pictures a prompt, with seeds 0, 1, ...
         seed: of the choice.
-        progress: told what is going on.
+        say: told what is going on.
         options: as in a call of the pipeline.
 
     Raises:
@@ -169,11 +169,11 @@ def draw_concepts(
     if len(chosen) < 2:
         raise LatentDiffError(f"{len(chosen)} concepts: two at least are needed to tell them apart")
     prompts = [source.captions(place)[0] for place in chosen]
-    progress(f"drawing {len(prompts) * num_images} pictures")
+    say(f"drawing {len(prompts) * num_images} pictures")
     seeds = [number for _ in prompts for number in range(num_images)]
     images = pipe(prompts, num_images=num_images, seed=seeds, **options)
     drawn = _features(pipe, (np.asarray(image) for image in images))
-    progress(f"embedding {len(source)} training pictures")
+    say(f"embedding {len(source)} training pictures")
     gallery = _features(pipe, (read_pixels(source, place, data) for place in range(len(source))))
     asked = [concepts[place] for place in chosen for _ in range(num_images)]
     found = tuple(agreement(name, drawn[name], gallery[name], asked, concepts) for name in drawn)

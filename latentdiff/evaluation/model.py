@@ -112,7 +112,7 @@ def evaluate(
     say("denoising held-out pictures")
     captions = [(held_out.captions(place) or [""])[0] for place in range(len(held_out))]
     errors = denoising_errors(pipe, latents, captions)
-    report = Evaluation(vae, errors, draw_concepts(pipe, train, data, concepts, progress=say, **options))
+    report = Evaluation(vae, errors, draw_concepts(pipe, train, data, concepts, say=say, **options))
     report.write(folder)
     return report
 
