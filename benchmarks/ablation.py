@@ -62,7 +62,7 @@ pipe = LatentPipeline.from_pretrained(folder, dtype=torch.float32)
 facts = {}
 for scale in scales:
     evaluate(pipe, DataConfig(source=data), folder / f"evaluation-{scale:g}", style=style, guidance_scale=scale,
-             num_steps=15, progress=False)
+             num_images=2, num_steps=15, progress=False)
     facts[str(scale)] = json.loads((folder / f"evaluation-{scale:g}/evaluation.json").read_text())
 (folder / "result.json").write_text(json.dumps(facts))
 """
@@ -83,9 +83,11 @@ def make_data(folder: Path, concepts: int) -> Path:
 def run(name: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict[str, dict]:
     """Train and measure one variant; {guidance scale: figures}."""
     changes = [change.format(bert=arguments.bert) for change in VARIANTS[name]]
-    folder = arguments.output / f"{list(VARIANTS).index(name):02}-{seed}"
+    settings = f"{arguments.concepts}-{arguments.steps}"  # results of others are not taken for these
+    folder = arguments.output / settings / f"{list(VARIANTS).index(name):02}-{seed}"
     result = folder / "result.json"
-    if not result.is_file():
+    known = json.loads(result.read_text()) if result.is_file() else {}
+    if not {str(scale) for scale in arguments.guidance} <= set(known):
         train = [sys.executable, "-m", "latentdiff", "train-latent", "--config", "emoji-64", *BASE, *changes]
         train += [f"vae.pretrained={arguments.vae}", f"data.source={data}", f"seed={seed}", f"output={folder}",
                   f"train_latent.steps={arguments.steps}"]  # fmt: skip

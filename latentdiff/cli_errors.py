@@ -32,8 +32,9 @@ def plain_errors() -> Iterator[None]:
         raise SystemExit(1) from None
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        typer.echo(f"error: {reason}: a smaller train_latent.micro_batch_size, or gradient_checkpointing=true, takes "
-                   "less memory; `latentdiff plan` estimates it", err=True)  # fmt: skip
+        typer.echo(f"error: {reason}. A training takes less with train_latent.micro_batch_size=1 (or train_vae...) and "
+                   "train_latent.gradient_checkpointing=true (`latentdiff plan` estimates it); drawing with a smaller "
+                   "size, or --precision bf16", err=True)  # fmt: skip
         raise SystemExit(1) from None
     except OSError as error:  # a full disk, a folder that went away
         typer.echo(f"error: {error}", err=True)

@@ -71,7 +71,8 @@ class Config(Section):
                 raise ValueError(f"data.image_size={self.data.image_size}: expected a multiple of {factor}, "
                                  "the VAE's downsampling")  # fmt: skip
             self.text_encoder.build()
-            self.unet.build(vae.latent_channels, self.text_encoder.width, max(1, self.data.image_size // factor))
+            if not self.unet.pretrained:
+                self.unet.build(vae.latent_channels, self.text_encoder.width, max(1, self.data.image_size // factor))
             check_prediction(self.diffusion.prediction, self.diffusion.build())
         except VAEError as error:
             raise ValueError(f"vae: {error}") from None
@@ -122,9 +123,18 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise LatentDiffError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise LatentDiffError(f"{where}: holds a {type(values).__name__}; expected sections such as `data:`")
+    return parse_config(with_overrides(values, overrides), f"{where} and the command line" if overrides else where)
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The same dictionary, changed by `section.key=value`, the value as YAML.
+
+    Raises:
+        LatentDiffError: not of that form.
+    """
     for override in overrides:
         _override(values, override)
-    return parse_config(values, f"{where} and the command line" if overrides else where)
+    return values
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:

@@ -25,7 +25,9 @@ def computes_in_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and multiplies_bf16(torch.cpu.get_capabilities())
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot say
+        return False
+    return multiplies_bf16(torch.cpu.get_capabilities())
 
 
 def multiplies_bf16(cpu: Mapping[str, Any]) -> bool:

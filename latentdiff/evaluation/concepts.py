@@ -7,29 +7,29 @@ RGB. It measures learning, not invention: a model that copies its training pictu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..data.cache import read_pixels, to_pixels
+from ..data.cache import read_pixels
 from ..data.sources import Source
+from ..drawing import Features, draw_batches
 from ..errors import LatentDiffError
+from ..recipe import Options, Recipe
 from ..sections import DataConfig
+from .gallery import LATENTS, Gallery, embed
 from .grid import picture_grid
 
 if TYPE_CHECKING:
     from ..pipeline import LatentPipeline
 
-BATCH = 64  # pictures embedded at a time
-THUMBNAIL = 32  # pixels a side
-LATENTS, RGB = "latents", f"{THUMBNAIL}x{THUMBNAIL} RGB"
 SHOWN, COLUMNS = 64, 8  # of the grid
+QUERIES = 256  # compared with the gallery at a time
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,28 @@ class Agreement:
 
     features: str
     top1: float  # share of the drawn pictures
-    median_rank: float  # pictures of other concepts nearer than the first of the right one; 0 is best
+    median_rank: float  # pictures of other concepts at least as near as the first of the right one; 0 is best
     chance: float  # top1 of picking a training picture at random
     shuffled: float  # top1 when every picture is held against the prompt of another
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Pictures of some training concepts."""
+
+    prompts: list[str]  # of each picture
+    concepts: list[str]  # of each picture
+    images: list[Image.Image]
+
+
+@dataclass(frozen=True)
 class ConceptReport:
-    """What `draw_concepts` found."""
+    """How the drawn pictures compare with a gallery."""
 
     agreements: tuple[Agreement, ...]
     num_concepts: int
     num_pictures: int  # drawn
     num_gallery: int  # training pictures to be nearest
-    settings: dict[str, Any]
     grid: Image.Image  # drawn above its nearest training picture by latents
 
     def lines(self) -> Iterator[str]:
@@ -72,45 +80,8 @@ class ConceptReport:
             "concepts": self.num_concepts,
             "pictures": self.num_pictures,
             "gallery": self.num_gallery,
-            "settings": self.settings,
             "agreements": [asdict(found) for found in self.agreements],
         }
-
-
-def ranks(queries: Tensor, gallery: Tensor, same: Tensor) -> Tensor:
-    """How many gallery pictures of other concepts are nearer to each query than the first of its own, (Q,) int64.
-
-    Args:
-        queries: (Q, D) features.
-        gallery: (N, D) features.
-        same: (Q, N) bool, True where both show the same concept; one True a row at least.
-    """
-    distances = torch.cdist(queries.double(), gallery.double())
-    own = distances.masked_fill(~same, torch.inf).amin(1, keepdim=True)
-    return ((distances < own) & ~same).sum(1)
-
-
-def agreement(name: str, queries: Tensor, gallery: Tensor, asked: Sequence[str], shown: Sequence[str]) -> Agreement:
-    """`Agreement` of drawn pictures with their prompts.
-
-    Args:
-        name: of the features.
-        queries: (Q, D) features of the drawn pictures.
-        gallery: (N, D) features of the training pictures.
-        asked: concept of each drawn picture.
-        shown: concept of each training picture.
-    """
-    same = torch.tensor(np.array(asked)[:, None] == np.array(shown)[None, :])
-    place = ranks(queries, gallery, same)
-    others = [(index + len(asked) // 2) % len(asked) for index in range(len(asked))]  # of another concept, each once
-    control = ranks(queries, gallery, same[others])
-    return Agreement(
-        features=name,
-        top1=float((place == 0).double().mean()),
-        median_rank=float(place.double().quantile(0.5)),
-        chance=float(same.double().mean()),
-        shuffled=float((control == 0).double().mean()),
-    )
 
 
 def concepts_of(source: Source, style: str = "") -> list[str]:
@@ -127,9 +98,15 @@ def concepts_of(source: Source, style: str = "") -> list[str]:
 
 
 def choose(concepts: Sequence[str], count: int, seed: int) -> list[int]:
-    """A training picture of each of `count` concepts, both drawn at random from `seed`."""
+    """A training picture of each of `count` concepts, both drawn at random from `seed`.
+
+    Raises:
+        LatentDiffError: there are fewer than two concepts, which cannot be told apart.
+    """
     random = np.random.default_rng(seed)
     names = sorted(set(concepts) - {""})
+    if min(len(names), count) < 2:
+        raise LatentDiffError(f"{len(names)} concepts, {count} asked for: two at least are needed to tell them apart")
     chosen = random.permutation(len(names))[:count]
     places: dict[str, list[int]] = {}
     for place, concept in enumerate(concepts):
@@ -137,51 +114,100 @@ def choose(concepts: Sequence[str], count: int, seed: int) -> list[int]:
     return [int(random.choice(places[names[index]])) for index in chosen]
 
 
+@torch.no_grad()
 def draw_concepts(
-    pipe: LatentPipeline,
-    source: Source,
-    data: DataConfig,
-    concepts: Sequence[str],
-    *,
-    num_concepts: int = 64,
-    num_images: int = 2,
-    seed: int = 0,
-    say: Callable[[str], None] = lambda _: None,
-    **options: Any,
-) -> ConceptReport:
-    """Draw the captions of some training concepts, and find the nearest training pictures.
+    pipe: LatentPipeline, source: Source, concepts: Sequence[str], chosen: Sequence[int], **options: Unpack[Options]
+) -> Drawn:
+    """Draw the first captions of some training pictures, each `num_images` times with seeds 0, 1, ...
+
+    Captions are taken as they are, as in training: brackets weight nothing.
 
     Args:
         pipe: the model.
-        source: its training pictures, all of which are the gallery.
-        data: how they become pixels, at the model's size.
-        concepts: what each shows, from `concepts_of`.
-        num_concepts: drawn at random from `seed`; the prompt is the caption of a picture of each, drawn likewise.
-        num_images: pictures a prompt, with seeds 0, 1, ...
-        seed: of the choice.
-        say: told what is going on.
+        source: its training pictures.
+        concepts: what each of them shows.
+        chosen: places in the source.
         options: as in a call of the pipeline.
 
     Raises:
-        LatentDiffError: fewer than two concepts, or a setting is out of range.
+        LatentDiffError: a setting is out of range.
     """
-    chosen = choose(concepts, num_concepts, seed)
-    if len(chosen) < 2:
-        raise LatentDiffError(f"{len(chosen)} concepts: two at least are needed to tell them apart")
-    prompts = [source.captions(place)[0] for place in chosen]
-    say(f"drawing {len(prompts) * num_images} pictures")
-    seeds = [number for _ in prompts for number in range(num_images)]
-    images = pipe(prompts, num_images=num_images, seed=seeds, **options)
-    drawn = _features(pipe, (np.asarray(image) for image in images))
-    say(f"embedding {len(source)} training pictures")
-    gallery = _features(pipe, (read_pixels(source, place, data) for place in range(len(source))))
-    asked = [concepts[place] for place in chosen for _ in range(num_images)]
-    found = tuple(agreement(name, drawn[name], gallery[name], asked, concepts) for name in drawn)
-    nearest = torch.cdist(drawn[LATENTS], gallery[LATENTS]).argmin(1).tolist()
-    captions = [caption for caption in prompts for _ in range(num_images)]
-    beside = [Image.fromarray(read_pixels(source, place, data)) for place in nearest[:SHOWN]]
-    return ConceptReport(found, len(chosen), len(images), len(source), {"seed": seed, **options},
-                         _grid(images[:SHOWN], captions, beside, [concepts[place] for place in nearest]))  # fmt: skip
+    recipe = Recipe.of(options)
+    captions = [source.captions(place)[0] for place in chosen]
+    wanted = pipe.text_encoder(captions).repeat_interleave(recipe.num_images, 0)
+    unwanted = None if recipe.guidance_scale == 1 else pipe.text_encoder.null_context(len(wanted))
+    seeds = [number for _ in captions for number in range(recipe.num_images)]
+    images = draw_batches(pipe, Features(wanted, unwanted), seeds, recipe)
+    return Drawn([caption for caption in captions for _ in range(recipe.num_images)],
+                 [concepts[place] for place in chosen for _ in range(recipe.num_images)], images)  # fmt: skip
+
+
+def ranks(queries: Tensor, gallery: Tensor, asked: Tensor, shown: Tensor) -> Tensor:
+    """How many pictures of other concepts are at least as near to each query as the first of its own, (Q,) int64.
+
+    Args:
+        queries: (Q, D) features.
+        gallery: (N, D) features.
+        asked: (Q,) number of each query's concept, one that the gallery has.
+        shown: (N,) number of each gallery picture's concept.
+
+    Raises:
+        LatentDiffError: features are not finite.
+    """
+    if not bool(queries.isfinite().all() and gallery.isfinite().all()):
+        raise LatentDiffError("features that are not finite cannot be compared")
+    found = []
+    for start in range(0, len(queries), QUERIES):
+        distances = torch.cdist(queries[start : start + QUERIES].double(), gallery.double())
+        same = asked[start : start + QUERIES, None] == shown[None, :]
+        own = distances.masked_fill(~same, torch.inf).amin(1, keepdim=True)
+        found.append(((distances <= own) & ~same).sum(1))
+    return torch.cat(found)
+
+
+def agreement(name: str, queries: Tensor, gallery: Tensor, asked: Sequence[str], shown: Sequence[str]) -> Agreement:
+    """`Agreement` of drawn pictures with their prompts.
+
+    Args:
+        name: of the features.
+        queries: (Q, D) features of the drawn pictures.
+        gallery: (N, D) features of the training pictures.
+        asked: concept of each drawn picture.
+        shown: concept of each training picture.
+
+    Raises:
+        LatentDiffError: features are not finite.
+    """
+    number = {concept: index for index, concept in enumerate(dict.fromkeys([*shown, *asked]))}
+    wanted, there = (torch.tensor([number[concept] for concept in names]) for names in (asked, shown))
+    place = ranks(queries, gallery, wanted, there)
+    control = ranks(queries, gallery, wanted.roll(len(wanted) // 2), there)  # the prompt of another concept
+    return Agreement(
+        features=name,
+        top1=float((place == 0).double().mean()),
+        median_rank=float(place.double().quantile(0.5)),
+        chance=float((wanted[:, None] == there[None, :]).double().mean()),
+        shuffled=float((control == 0).double().mean()),
+    )
+
+
+def compare(
+    pipe: LatentPipeline, drawn: Drawn, gallery: Gallery, source: Source, data: DataConfig, concepts: Sequence[str]
+) -> ConceptReport:
+    """Hold drawn pictures against training pictures.
+
+    Raises:
+        LatentDiffError: features are not finite.
+    """
+    pictures = ((place, np.asarray(image)) for place, image in enumerate(drawn.images))
+    queries = embed(pipe.vae, pictures, pipe.image_size).features()
+    shown = [concepts[place] for place in gallery.places]
+    features = gallery.features()
+    found = tuple(agreement(name, queries[name], features[name], drawn.concepts, shown) for name in queries)
+    nearest = torch.cdist(queries[LATENTS][:SHOWN], features[LATENTS]).argmin(1).tolist()
+    beside = [Image.fromarray(read_pixels(source, gallery.places[place], data)) for place in nearest]
+    grid = _grid(drawn.images[:SHOWN], drawn.prompts[:SHOWN], beside, [shown[place] for place in nearest])
+    return ConceptReport(found, len(set(drawn.concepts)), len(drawn.images), len(shown), grid)
 
 
 def _grid(images: list[Image.Image], asked: list[str], nearest: list[Image.Image], shown: list[str]) -> Image.Image:
@@ -190,28 +216,5 @@ def _grid(images: list[Image.Image], asked: list[str], nearest: list[Image.Image
     for start in range(0, len(images), COLUMNS):
         part = slice(start, start + COLUMNS)
         rows += [images[part], nearest[part]]
-        captions += [asked[part], [f"nearest: {text}" for text in shown[part][: len(nearest[part])]]]
+        captions += [asked[part], [f"nearest: {text}" for text in shown[part]]]
     return picture_grid(rows, captions=captions)
-
-
-@torch.no_grad()
-def _features(pipe: LatentPipeline, pictures: Iterator[Any]) -> dict[str, Tensor]:
-    """Latents of the VAE, and 32 x 32 RGB, of uint8 pictures (H, W, 3): (N, D) each."""
-    latents, thumbnails = [], []
-    weights = next(pipe.vae.parameters())
-    for batch in _batched(pictures, BATCH):
-        pixels = to_pixels(torch.from_numpy(np.stack(batch)))
-        latents.append(pipe.vae.encode(pixels.to(weights)).float().flatten(1).cpu())
-        thumbnails.append(F.interpolate(pixels, size=(THUMBNAIL, THUMBNAIL), mode="area").flatten(1))
-    return {LATENTS: torch.cat(latents), RGB: torch.cat(thumbnails)}
-
-
-def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -6,7 +6,7 @@ VAE compare: the mean squared error of x0 per dimension, at fixed noise levels s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,8 @@ def denoising_errors(
     schedule = pipe.process.schedule
     ratios = schedule.sigma / schedule.alpha  # inf where the signal is gone
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    contexts = [torch.cat([pipe.text_encoder(list(part)) for part in _parts(captions)]),
+                pipe.text_encoder.null_context(len(latents))]  # fmt: skip
     found = []
     for level in levels:
         t = int((ratios.log() - torch.tensor(level).log()).abs().argmin())
@@ -57,10 +59,14 @@ def denoising_errors(
             x0, eps = latents[part].float(), noise[part]
             times = torch.full((len(x0),), t)
             x = add_noise(x0, eps, times, schedule).to(pipe.device)
-            for place, prompts in enumerate((list(captions[part]), [""] * len(x0))):
-                model = network(pipe.unet, pipe.forward, pipe.text_encoder(prompts), [t])
+            for place, context in enumerate(contexts):
+                model = network(pipe.unet, pipe.forward, context[part], [t])
                 guess = to_x0(model(x, t).cpu(), x.cpu(), times, pipe.process.prediction, schedule)
                 sums[place] += (guess - x0).double().square().mean((1, 2, 3)).sum()
         with_caption, without = (sums / len(latents)).tolist()
         found.append(DenoisingError(float(ratios[t]), with_caption, without))
     return found
+
+
+def _parts(captions: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (captions[start : start + BATCH] for start in range(0, len(captions), BATCH))

@@ -6,28 +6,20 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
-import torch
-
-from vae.statistics import LatentStatistics
-
-from ..data.cache import read_pixels, to_pixels
-from ..data.sources import Source, open_source
-from ..errors import LatentDiffError
+from ..data.sources import open_source
+from ..recipe import Options
 from ..sections import DataConfig
-from .concepts import ConceptReport, concepts_of, draw_concepts
+from .concepts import ConceptReport, choose, compare, concepts_of, draw_concepts
 from .denoising import DenoisingError, denoising_errors
-from .grid import comparison_grid
-from .reconstruction import psnr, ssim
+from .gallery import embed, readable
 
 if TYPE_CHECKING:
     from ..pipeline import LatentPipeline
 
 Say = Callable[[str], None]
-BATCH = 64
-SHOWN = 8  # reconstructions
+MOST_TRAINING, MOST_HELD_OUT = 20_000, 1_000  # pictures that are looked at
 
 
 @dataclass(frozen=True)
@@ -45,12 +37,16 @@ class VAEReport:
 class Evaluation:
     """The whole report."""
 
+    settings: dict[str, Any]  # source, seed, guidance and so on
+    broken: list[str]  # pictures that could not be read
     vae: VAEReport
     denoising: list[DenoisingError]
     concepts: ConceptReport
 
     def lines(self) -> Iterator[str]:
         """For a terminal."""
+        if self.broken:
+            yield f"{len(self.broken)} pictures cannot be read and are left out, the first: {self.broken[0]}"
         vae = self.vae
         yield f"VAE on {vae.num_pictures} held-out pictures: PSNR {vae.psnr:.2f} dB, SSIM {vae.ssim:.3f}"
         mean = max(vae.latent_mean, key=abs)
@@ -72,10 +68,11 @@ class Evaluation:
         Raises:
             OSError: the folder cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = {"vae": asdict(self.vae), "denoising": [asdict(found) for found in self.denoising],
+        facts = {"settings": self.settings, "broken": self.broken, "vae": asdict(self.vae),
+                 "denoising": [asdict(found) for found in self.denoising],
                  "concepts": self.concepts.facts()}  # fmt: skip
-        (folder / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(facts, indent=2, allow_nan=False)
+        (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         self.concepts.grid.save(folder / "concepts.png")
 
 
@@ -85,19 +82,23 @@ def evaluate(
     folder: Path,
     *,
     style: str = "",
+    num_concepts: int = 64,
+    choice: int = 0,
     say: Say = lambda _: None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Evaluation:
     """Measure a model on the pictures it was trained on and on those held out.
 
     Args:
         pipe: the model.
         data: source, splits and transform; the size is the model's.
-        folder: where the report and two sheets of pictures go.
+        folder: where the report and a sheet of pictures go.
         style: regular expression of what to leave out of a caption, such as `a (3d|noto) emoji of `; pictures show the
             same concept where the rest is the same.
+        num_concepts: training concepts to draw, at most as many as there are.
+        choice: seed of their choice.
         say: told what is going on.
-        options: `num_concepts`, `num_images`, `seed`, and as in a call of the pipeline.
+        options: as in a call of the pipeline; `num_images` of each concept.
 
     Raises:
         LatentDiffError: the data cannot be opened, or a setting is out of range.
@@ -106,39 +107,22 @@ def evaluate(
     data = data.model_copy(update={"image_size": pipe.image_size, "min_size": data.min_size or 1})
     train, held_out = open_source(data)
     concepts = concepts_of(train, style)
+    chosen = choose(concepts, num_concepts, choice)
     folder.mkdir(parents=True, exist_ok=True)
-    say(f"VAE: {len(held_out)} held-out and {len(train)} training pictures")
-    vae, latents = _evaluate_vae(pipe, train, held_out, data, folder)
-    say("denoising held-out pictures")
-    captions = [(held_out.captions(place) or [""])[0] for place in range(len(held_out))]
-    errors = denoising_errors(pipe, latents, captions)
-    report = Evaluation(vae, errors, draw_concepts(pipe, train, data, concepts, say=say, **options))
+    say(f"drawing {len(chosen) * options.get('num_images', 1)} pictures")  # first: a wrong setting shows at once
+    drawn = draw_concepts(pipe, train, concepts, chosen, **options)
+    broken: list[str] = []
+    say(f"encoding {len(train)} training pictures and {len(held_out)} held out")
+    gallery = embed(pipe.vae, readable(train, data, MOST_TRAINING, broken), pipe.image_size)
+    others = embed(pipe.vae, readable(held_out, data, MOST_HELD_OUT, broken), pipe.image_size, reconstruct=True)
+    mean_psnr, mean_ssim = others.quality.mean(1).tolist()
+    statistics = gallery.statistics
+    vae = VAEReport(mean_psnr, mean_ssim, len(others.places), statistics.mean.tolist(), statistics.std.tolist())
+    say("denoising the pictures held out")
+    captioned = [(place, caption) for place, index in enumerate(others.places)
+                 for caption in held_out.captions(index)[:1]]  # fmt: skip
+    errors = denoising_errors(pipe, others.latents[[place for place, _ in captioned]], [text for _, text in captioned])
+    settings = {"source": Path(data.source).name, "style": style, "choice": choice, **options}
+    report = Evaluation(settings, broken, vae, errors, compare(pipe, drawn, gallery, train, data, concepts))
     report.write(folder)
     return report
-
-
-@torch.no_grad()
-def _evaluate_vae(
-    pipe: LatentPipeline, train: Source, held_out: Source, data: DataConfig, folder: Path
-) -> tuple[VAEReport, torch.Tensor]:
-    statistics = LatentStatistics(pipe.vae.config.latent_channels)
-    for pixels in _pixels(train, data):
-        statistics.add(pipe.vae.latent_posterior(pixels.to(next(pipe.vae.parameters()))))
-    quality, latents = [], []
-    for number, pixels in enumerate(_pixels(held_out, data)):
-        latents.append(pipe.vae.encode(pixels.to(next(pipe.vae.parameters()))).float().cpu())
-        again = pipe.vae.decode(latents[-1].to(next(pipe.vae.parameters()))).float().cpu()
-        quality.append(torch.stack([psnr(pixels, again), ssim(pixels, again)]))
-        if number == 0:
-            comparison_grid(pixels[:SHOWN], again[:SHOWN]).save(folder / "reconstructions.png")
-    if not quality:
-        raise LatentDiffError(f"{data.source}: no held-out pictures")
-    means = torch.cat(quality, 1).mean(1).tolist()
-    report = VAEReport(means[0], means[1], len(held_out), statistics.mean.tolist(), statistics.std.tolist())
-    return report, torch.cat(latents)
-
-
-def _pixels(source: Source, data: DataConfig) -> Iterator[torch.Tensor]:
-    for start in range(0, len(source), BATCH):
-        places = range(start, min(start + BATCH, len(source)))
-        yield to_pixels(torch.from_numpy(np.stack([read_pixels(source, place, data) for place in places])))

@@ -181,12 +181,16 @@ def run_facts(run: Launch, *sections: str) -> dict[str, Any]:
     return {**values, "precision": run.precision}
 
 
-def first_difference(section: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """The dotted name of the first setting that differs, and its two values."""
+def first_difference(section: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """The dotted name of the first setting that differs, and its two values; None where none does.
+
+    A setting that an older version did not know counts as None.
+    """
     if isinstance(now, dict) and isinstance(before, dict):
-        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
-        return f"{section}.{key}", before.get(key), now.get(key)
-    return section, before, now
+        differ = (key for key in {**before, **now} if before.get(key) != now.get(key))
+        key = next(differ, None)
+        return None if key is None else (f"{section}.{key}", before.get(key), now.get(key))
+    return None if before == now else (section, before, now)
 
 
 def _check_same_step(checkpoint: Checkpoint | None, run: Launch) -> None:
@@ -200,12 +204,12 @@ def _check_same_step(checkpoint: Checkpoint | None, run: Launch) -> None:
 
 def _check_same_run(checkpoint: Checkpoint, task: Task) -> None:
     for section, now in task.facts.items():
-        before = checkpoint.facts.get(section)
-        if now == before:
+        difference = first_difference(section, checkpoint.facts.get(section), now)
+        if difference is None:
             continue
-        section, before, now = first_difference(section, before, now)
+        name, former, new = difference
         raise LatentDiffError(
-            f"{checkpoint.path}: this run began with {section}={before!r} and now it is {now!r}; "
+            f"{checkpoint.path}: this run began with {name}={former!r} and now it is {new!r}; "
             "choose another `output`, or delete the checkpoints to begin again"
         )
 

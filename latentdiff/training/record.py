@@ -29,7 +29,7 @@ class Record:
         self._since = time.perf_counter()
         run.accelerator.init_trackers(name, config={"config": run.config.model_dump_json()})
         if run.is_main:
-            _drop_lines_after(folder / "log.jsonl", first_step)
+            _drop_lines_after(folder / "log.jsonl", first_step or -1)  # a new run begins an empty one
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from text_encoder import TextEncoder, train_tokenizer
+from text_encoder import TextEncoder, TextEncoderError, train_tokenizer
 from unet import UNet
 from vae import VAE
 
@@ -30,7 +30,8 @@ from ..data.sources import Source, open_source
 from ..errors import LatentDiffError
 from ..shipped import part_folder
 from ..weights.model_folder import save_model
-from ..weights.scheduler import scheduler_config
+from ..weights.open_model import read_json
+from ..weights.scheduler import read_scheduler, scheduler_config
 from .latent import LatentTraining
 from .launch import Launch, launch
 from .loop import first_difference, run_facts, run_training
@@ -168,7 +169,11 @@ def open_text_encoder(run: Launch, source: Source) -> TextEncoder:
     section = run.config.text_encoder
     if section.pretrained:
         folder = part_folder(section.pretrained, "text_encoder")
-        encoder = TextEncoder.from_pretrained(folder, max_length=section.max_length)
+        try:
+            encoder = TextEncoder.from_pretrained(folder, max_length=section.max_length)
+        except TextEncoderError as error:
+            raise LatentDiffError(f"text_encoder.pretrained={section.pretrained}: text_encoder.{error}"
+                                  if str(error).startswith("max_length") else str(error)) from None  # fmt: skip
     else:
         captions = (caption for several in source.all_captions() for caption in several)
         tokenizer = train_tokenizer(captions, vocab_size=section.vocab_size, max_length=section.max_length)
@@ -183,15 +188,21 @@ def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
         LatentDiffError, UNetError: the one it names is not there, or does not fit them.
     """
     named, size = config.unet.pretrained, config.data.image_size // vae.config.downsampling
-    fitting = config.unet.build(vae.config.latent_channels, text_encoder.context_dim, size)
+    channels, width = vae.config.latent_channels, text_encoder.context_dim
     if not named:
-        return UNet(fitting)
-    unet = UNet.from_pretrained(part_folder(named, "unet"))
-    for what in ("in_channels", "out_channels", "context_dim"):
-        found, expected = getattr(unet.config, what), getattr(fitting, what)
-        if found != expected:
+        return UNet(config.unet.build(channels, width, size))
+    folder = Path(part_folder(named, "unet"))
+    unet = UNet.from_pretrained(folder)
+    for what, needed in (("in_channels", channels), ("out_channels", channels), ("context_dim", width)):
+        if (found := getattr(unet.config, what)) != needed:
             raise LatentDiffError(f"unet.pretrained={named}: its {what} is {found}; this VAE and this text encoder "
-                                  f"need {expected}")  # fmt: skip
+                                  f"need {needed}")  # fmt: skip
+    scheduler = folder.parent / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        learnt = read_scheduler(read_json(scheduler, ""), scheduler).prediction
+        if learnt != config.diffusion.prediction:
+            raise LatentDiffError(f"unet.pretrained={named}: it predicts {learnt}, and diffusion.prediction="
+                                  f"{config.diffusion.prediction}; set that to {learnt}")  # fmt: skip
     unet.config = replace(unet.config, sample_size=size)
     return unet
 
@@ -242,8 +253,9 @@ def _is_done(folder: Path, facts: dict[str, Any], steps: int, run: Launch, *, qu
     except (OSError, ValueError, KeyError):
         return False
     for name, now in facts.items():
-        if name != "precision" and before.get(name) != now:
-            section, former, new = first_difference(name, before.get(name), now)
+        difference = None if name == "precision" else first_difference(name, before.get(name), now)
+        if difference is not None:
+            section, former, new = difference
             raise LatentDiffError(
                 f"{folder}: was made with {section}={former!r} and now it is {new!r}; choose another `output`, "
                 "or delete the folder and its training to make it again"

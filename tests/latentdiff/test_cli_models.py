@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from typer.testing import CliRunner
 from latentdiff import LatentPipeline
 from latentdiff.cli import app
 from latentdiff.config import load_config
+from latentdiff.data.cache import read_pixels, to_pixels
+from latentdiff.data.sources import open_source
+from latentdiff.evaluation.reconstruction import psnr
+from latentdiff.sections import DataConfig
 from text_encoder import TextEncoder, train_tokenizer
 from unet import UNet
 from vae import VAE
@@ -44,6 +49,7 @@ def place(tmp_path_factory) -> Path:
     (place / "runs/mine/train_latent/log.jsonl").write_text(
         '{"step": 5, "loss": 1}\n{"step": 9, "validation_loss": 0.5}\n'
     )
+    shutil.copytree(place / "runs/mine/model", place / "model-only")
     (place / "my-pictures").mkdir()
     for number in range(40):
         Image.effect_noise((64, 64), 50).convert("RGB").save(place / f"my-pictures/{number}.png")
@@ -86,15 +92,10 @@ def test_prompts_from_standard_input_and_file(invoke, place):
 
 
 def test_evaluate(invoke, place):
-    """The report of a model that learnt nothing, and its VAE's figures against the VAE itself."""
-    from latentdiff.data.cache import read_pixels, to_pixels
-    from latentdiff.data.sources import open_source
-    from latentdiff.evaluation.reconstruction import psnr
-    from latentdiff.sections import DataConfig
-
-    line = (
-        "evaluate -m runs/mine --data my-pictures -o report --concepts 5 -n 3 --steps 2 --precision fp32 --guidance 1"
-    )
+    """The report of a model that learnt nothing, without a broken picture; the VAE's figures against the VAE itself."""
+    shutil.copytree(place / "my-pictures", place / "measured")
+    (place / "measured/7.png").write_bytes(b"no picture")
+    line = "evaluate data.source=measured -m runs/mine -o report --concepts 5 -n 3 --steps 2 --precision fp32"
     result = invoke(line)
     assert result.exit_code == 0, result.output
     facts = json.loads((place / "report/evaluation.json").read_text())
@@ -104,16 +105,26 @@ def test_evaluate(invoke, place):
     assert all(0 <= found["top1"] <= 1 for found in concepts["agreements"])
     with Image.open(place / "report/concepts.png") as sheet:
         assert sheet.width > 500
-    data = DataConfig(source="my-pictures", image_size=32)
+    data = DataConfig(source="measured", image_size=32)
     train, held_out = open_source(data)
-    assert (len(train), len(held_out)) == (concepts["gallery"], facts["vae"]["num_pictures"])
+    assert facts["broken"] == ["7.png"]
+    assert "1 pictures cannot be read" in result.output
+    assert concepts["gallery"] + facts["vae"]["num_pictures"] == len(train) + len(held_out) - 1 == 39
     pixels = torch.cat([to_pixels(torch.from_numpy(read_pixels(held_out, place, data))[None])
-                        for place in range(len(held_out))])  # fmt: skip
+                        for place in range(len(held_out)) if held_out.name(place) != "7.png"])  # fmt: skip
     vae = VAE.from_pretrained(place / "runs/mine/model/vae")
     with torch.no_grad():
         again = vae.decode(vae.encode(pixels))
     assert facts["vae"]["psnr"] == pytest.approx(float(psnr(pixels, again).mean()), abs=1e-3)
-    assert "held-out pictures: PSNR" in result.output
+
+
+def test_evaluate_takes_captions_as_they_are(invoke, place):
+    """Brackets in a caption weight nothing, as in training."""
+    shutil.copytree(place / "my-pictures", place / "brackets")
+    for path in (place / "brackets").glob("*.txt"):
+        path.write_text(f"poster (year: 1999) {path.stem}")
+    result = invoke("evaluate data.source=brackets -m runs/mine -o brackets-report --concepts 2 -n 1 --steps 1")
+    assert result.exit_code == 0, result.output
 
 
 def test_inspect(invoke):
@@ -165,8 +176,13 @@ def test_export_and_open_again(invoke, place, form):
         ("export runs/mine runs/mine/model", ["the model itself lies there"]),
         ("export runs/mine runs/mine", ["the model itself lies there"]),
         ("export runs/mine my-pictures", ["is not empty"]),
-        ("evaluate -m runs/mine --data nothing", ["data.source='nothing': no such file or folder"]),
-        ("evaluate -m runs/mine --data my-pictures --style (", ["style '(': not a regular expression"]),
+        ("evaluate data.source=nothing -m runs/mine", ["data.source='nothing': no such file or folder"]),
+        ("evaluate data.source=my-pictures -m runs/mine --style (", ["style '(': not a regular expression"]),
+        ("evaluate data.source=my-pictures -m runs/mine --concepts 1", ["1 asked for: two at least"]),
+        ("evaluate data.source=my-pictures -m runs/mine --steps 0", ["num_steps=0"]),
+        ("evaluate data.sauce=my-pictures -m runs/mine", ["unknown key 'data.sauce'; did you mean 'source'"]),
+        ("evaluate seed=1 -m runs/mine", ["only data.key=value counts here"]),
+        ("evaluate -m model-only", ["model-only: does not say what it was trained on; give data.source=FOLDER"]),
         ("export runs/mine out --shard-gb nan", ["--shard-gb nan"]),
         ("export runs/mine out --push nobody/nothing --format single", ["--push uploads a folder"]),
         ("export runs/mine pushed --push nobody/nothing", ["nobody/nothing: cannot be uploaded"]),
@@ -180,8 +196,6 @@ def test_mistakes(invoke, line, words):
 
 
 def test_a_damaged_model(invoke, place):
-    import shutil
-
     shutil.copytree(place / "runs/mine/model", place / "damaged")
     weights = place / "damaged/unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -10,14 +10,21 @@ from latentdiff.evaluation.concepts import agreement, choose, concepts_of, ranks
 
 def test_ranks_are_counted():
     random = np.random.default_rng(0)
-    queries, gallery = random.normal(size=(7, 5)), random.normal(size=(40, 5))
-    asked, shown = random.integers(0, 4, 7), random.integers(0, 4, 40)
-    same = torch.tensor(asked[:, None] == shown[None])
+    queries, gallery = random.normal(size=(300, 5)), random.normal(size=(40, 5))
+    asked, shown = random.integers(0, 4, 300), random.integers(0, 4, 40)
     expected = []
     for query, concept in zip(queries, asked, strict=True):
         order = np.argsort(((gallery - query) ** 2).sum(1))
         expected.append(list(shown[order] == concept).index(True))
-    assert ranks(torch.tensor(queries), torch.tensor(gallery), same).tolist() == expected
+    assert ranks(*map(torch.tensor, (queries, gallery, asked, shown))).tolist() == expected
+
+
+def test_a_collapsed_encoder_agrees_with_nothing():
+    """Where all features are equal, a picture of another concept is as near: that does not count as right."""
+    names = ["a", "b", "c", "d"]
+    assert agreement("x", torch.ones(4, 3), torch.ones(4, 3), names, names).top1 == 0.0
+    with pytest.raises(LatentDiffError, match="not finite"):
+        agreement("x", torch.full((4, 3), torch.nan), torch.ones(4, 3), names, names)
 
 
 def test_agreement_of_copies_and_of_others():
@@ -54,3 +61,5 @@ def test_the_choice_is_of_distinct_concepts_and_the_seeds():
     assert len({concepts[place] for place in chosen}) == 20
     assert chosen == choose(concepts, 20, seed=1) != choose(concepts, 20, seed=2)
     assert len(choose(concepts, 64, seed=1)) == 30  # all there are, and none without a caption
+    with pytest.raises(LatentDiffError, match="1 concepts, 64 asked for"):
+        choose(["a", "a", ""], 64, seed=1)

@@ -31,9 +31,25 @@ def test_a_model_that_predicts_zero_errs_by_sigma_squared(zero_terminal_snr):
         schedule=schedule,
     )
     latents = torch.randn(100, 4, 16, 16)
-    found = denoising_errors(pipe, latents, ["a red apple"] * 100, levels=(0.5, 1.0, 4.0, 8.0))
+    captions = ["a red apple"] * 100
+    found = denoising_errors(pipe, latents, captions, levels=(0.5, 1.0, 4.0, 8.0))
     for error, asked in zip(found, (0.5, 1.0, 4.0, 8.0), strict=True):
         assert error.level == pytest.approx(asked, rel=0.02)
         sigma_squared = error.level**2 / (1 + error.level**2)
         assert error.error == pytest.approx(sigma_squared, rel=0.02)
-        assert error.without_caption == error.error
+        assert error.error == pytest.approx(error.without_caption)
+    # A network that gives the right v where it sees the caption, at one level, and nothing else otherwise.
+    caption_keys = pipe.unet.project_context(pipe.text_encoder(["a red apple"]))[0][0]
+    t = int((schedule.sigma / schedule.alpha - 4.0).abs().argmin())
+    alpha, sigma = float(schedule.alpha[t]), float(schedule.sigma[t])
+    place = iter((slice(0, 64), slice(0, 64), slice(64, 100), slice(64, 100)))  # with the caption, then without
+
+    def forward(x, shifts, keys):
+        x0 = latents[next(place)]
+        sees = torch.allclose(keys[0][0][:1], caption_keys, atol=1e-5)
+        return (alpha * x - x0) / sigma if sees else torch.zeros_like(x)
+
+    pipe.forward = forward
+    (error,) = denoising_errors(pipe, latents, captions, levels=(4.0,))
+    assert error.error < 1e-6
+    assert error.without_caption == pytest.approx(sigma**2, rel=0.02)

@@ -1,5 +1,7 @@
 """Starting from a model that is there, and a look at it before the first step."""
 
+import json
+
 import torch
 
 
@@ -20,11 +22,30 @@ def test_training_goes_on_from_a_finished_model(train, weights, log, said, tmp_p
     assert second[0] == first[20]  # the same weights, pictures, noise and timesteps
 
 
+def test_a_run_of_an_older_version_goes_on(train, said, tmp_path):
+    """Settings that it did not know are as if it had left them out; step 0 is logged once."""
+    assert train("run", "train_latent.validate_first=true", accident="kill at step", at=23) == -9  # latent step 3
+    assert train("run", "train_latent.validate_first=true") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/train_latent/log.jsonl").read_text().splitlines()]
+    assert sum(line["step"] == 0 for line in lines) == 1
+    done = tmp_path / "run/model/done.json"
+    facts = json.loads(done.read_text())
+    assert facts["facts"]["unet"].pop("pretrained", "") is None
+    done.write_text(json.dumps(facts))
+    assert train("run", "train_latent.validate_first=true") == 0
+    assert "done already" in said("run")
+    assert train("run", "unet.layers_per_block=2") == 1
+    assert "was made with unet.layers_per_block=1 and now it is 2" in said("run")
+
+
 def test_parts_that_do_not_fit(train, said, tmp_path):
     assert train("first") == 0
     folder = tmp_path / "first/model/unet"
     assert train("second", f"vae.pretrained={tmp_path / 'first/vae'}", f"unet.pretrained={folder}",
                  "text_encoder.width=64") == 1  # fmt: skip
     assert f"unet.pretrained={folder}: its context_dim is 32; this VAE and this text encoder need 64" in said("second")
+    assert train("other", f"vae.pretrained={tmp_path / 'first/vae'}", f"unet.pretrained={folder}",
+                 "diffusion.prediction=x0") == 1  # fmt: skip
+    assert f"unet.pretrained={folder}: it predicts v, and diffusion.prediction=x0; set that to v" in said("other")
     assert train("third", "vae.pretrained=builtin:emoji-46") == 1
     assert "unknown built-in model 'emoji-46'" in said("third")
