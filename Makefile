@@ -34,9 +34,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/data_scale.py
 
-# Pushes a 1-D mixture into noise and draws it back with a small learned chain, as one picture.
+# The shipped model draws sixteen prompts, then one is trained from random weights on the shipped pictures.
 demo: $(STAMP)
-	$(BIN)/python examples/one_dimension.py --output outputs/one_dimension.png
+	$(BIN)/python examples/demo.py --output outputs/demo
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs

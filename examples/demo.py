@@ -1,0 +1,106 @@
+"""What `make demo` shows: the model that ships draws prompts; then one is trained before your eyes.
+
+    python examples/demo.py --output outputs/demo
+
+Every command is printed before it runs, so that you can run it again by hand. A training that is finished is not done
+again; delete the folder for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from latentdiff.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = load_config("demo").validation.prompts  # the last two are compositions that no training picture shows
+HEADING = 22  # pixels
+
+
+def run(*command: str | Path) -> None:
+    """Show a command and run it; its failure is ours."""
+    words = [str(word) for word in command]
+    print(f"\n$ {shlex.join(words)}", flush=True)
+    program = Path(sys.executable).with_name(words[0])  # of this environment, whatever the PATH says
+    child = subprocess.Popen([str(program), *words[1:]], cwd=ROOT)
+    while child.poll() is None:
+        try:
+            child.wait()
+        except KeyboardInterrupt:  # the child was told, too, and saves
+            print("\nstopping; the same command goes on from here", flush=True)
+    if child.returncode:
+        raise SystemExit(child.returncode)
+
+
+def draw(folder: Path) -> Path:
+    """The grid of the model that ships."""
+    run("latentdiff", "sample", *PROMPTS, "--seed", "0", "--guidance", "3", "--output", folder)
+    return folder / "grid.png"
+
+
+def train(folder: Path) -> tuple[dict[int, float], Path]:
+    """Train the recipe `demo`; returns validation losses by step, and before and after side by side."""
+    run("accelerate", "launch", "--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "train_latent.py", "--config", "demo", f"output={folder}")  # fmt: skip
+    lines = map(json.loads, (folder / "train_latent/log.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    samples = folder / "train_latent/samples"
+    first, last = min(losses), max(losses)
+    sheet = beside(
+        {f"before: loss {losses[first]:.3f}": samples / f"step-{first:08d}.png",
+         f"after {last} steps: loss {losses[last]:.3f}": samples / f"step-{last:08d}.png"})  # fmt: skip
+    sheet.save(folder / "before-and-after.png")
+    return losses, folder / "before-and-after.png"
+
+
+def beside(pictures: dict[str, Path]) -> Image.Image:
+    """Pictures in a row, each under its heading."""
+    opened = [Image.open(path) for path in pictures.values()]
+    width, height = max(image.width for image in opened), max(image.height for image in opened)
+    sheet = Image.new("RGB", (width * len(opened), height + HEADING), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for number, (heading, image) in enumerate(zip(pictures, opened, strict=True)):
+        pen.text((number * width + 4, 3), heading, "black", font)
+        sheet.paste(image, (number * width, HEADING))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
+    output = parser.parse_args().output.resolve()
+    start = time.perf_counter()
+    print("1. The model that ships with the package draws sixteen prompts.")
+    grid = draw(output / "drawn")
+    drawn = time.perf_counter()
+    print(f"\n   {grid} ({drawn - start:.0f} s)")
+    print("\n2. The main job: UNet and BERT from random weights, on 2,496 captioned pictures. A few minutes.")
+    losses, sheet = train(output / "training")
+    trained = time.perf_counter()
+    first, last = min(losses), max(losses)
+    print(f"""
+Done in {trained - start:.0f} s. (Another run does not train again; delete {output} for that.)
+
+  drawn by the model that ships   {grid}
+  training, before and after      {sheet}
+  loss on held-out pictures       {losses[first]:.3f} before, {losses[last]:.3f} after {last} steps
+  the model just trained          {output / "training/model"}
+
+Next:
+  source .venv/bin/activate
+  latentdiff sample "a 3d emoji of a red heart" --model {output / "training"}
+  latentdiff data check my-pictures                 # a folder: pictures, and a .txt with the caption beside each
+  latentdiff train --config emoji-64 data.source=my-pictures output=runs/mine
+""")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""After the installation no request leaves the machine: commands run where every connection is refused and noted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SPY = """
+import os, socket
+
+def refuse(*args, **kwargs):
+    with open(os.environ["SPY_LOG"], "a") as log:
+        print(args, file=log)
+    raise OSError("the network was asked for")
+
+original = socket.socket.connect
+
+def connect(self, address):
+    return original(self, address) if self.family == socket.AF_UNIX else refuse(address)
+
+socket.socket.connect = socket.socket.connect_ex = connect
+socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refuse
+"""
+
+
+@pytest.fixture
+def offline(tmp_path):
+    """Run a command of this environment without a network; returns the addresses that it asked for, and its output."""
+    (tmp_path / "spy").mkdir()
+    (tmp_path / "spy/sitecustomize.py").write_text(SPY)
+    log = tmp_path / "asked"
+    hidden = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")  # as on a user's machine
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    environment |= {"PYTHONPATH": f"{tmp_path / 'spy'}:{ROOT}", "SPY_LOG": str(log), "HF_HOME": str(tmp_path / "hf"),
+                    "HF_DATASETS_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "1"}  # fmt: skip
+
+    def run(program, *arguments):
+        command = [str(Path(sys.executable).with_name(program)), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return (log.read_text() if log.is_file() else ""), done.stdout + done.stderr
+
+    return run
+
+
+def test_the_spy_sees(offline, tmp_path):
+    """A test of the test: a name on the hub is asked for, and said to be out of reach."""
+    with pytest.raises(AssertionError, match="cannot be fetched from the hub"):
+        offline("latentdiff", "sample", "a red apple", "--model", "nobody/nothing")
+    assert (tmp_path / "asked").read_text()
+
+
+def test_drawing_with_the_model_that_ships(offline, tmp_path):
+    asked, _ = offline("latentdiff", "sample", "a 3d emoji of a red apple", "--steps", "2", "--output", "out")
+    assert not asked
+    assert (tmp_path / "out/grid.png").is_file()
+
+
+@pytest.mark.slow
+def test_training_and_evaluating(offline, tmp_path):
+    """`accelerate launch train_latent.py` without a config: the embedded recipe on the embedded pictures."""
+    asked, said = offline(
+        "accelerate", "launch", ROOT / "train_latent.py", "train_latent.steps=4", "train_latent.warmup_steps=1"
+    )
+    assert not asked
+    assert (tmp_path / "runs/demo/model/model_index.json").is_file(), said
+    asked, said = offline(
+        "latentdiff", "evaluate", "--model", "runs/demo", "--concepts", "2", "-n", "1", "--steps", "2"
+    )
+    assert not asked
+    assert "PSNR" in said
