@@ -33,7 +33,7 @@ def small(line: str, name: str) -> str:
     line = re.sub(r"--config [\w.-]+", "--config debug", line.replace("--num_processes 8", "--num_processes 2"))
     line = re.sub(r" (output|data\.source|train_latent\.\w+)=\S+", "", line)
     line += f" data.source=my-pictures output=runs/line-{name} {shlex.join(SMALL)}"
-    if re.search(r"train.latent|encode", line) and "vae.pretrained" not in line:
+    if re.search(r"train_latent\.py|train-latent|encode", line) and "vae.pretrained" not in line:
         line += " vae.pretrained=runs/mine/vae"
     return line
 
