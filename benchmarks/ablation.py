@@ -21,8 +21,9 @@ from pathlib import Path
 
 from datasets import Image, load_dataset
 
-ASSETS = Path(__file__).resolve().parents[1] / "latentdiff/assets/emoji-mini"
-STYLE = r"^an? (3d|noto) emoji of "
+from latentdiff.shipped import EMOJI_STYLE, pictures_folder
+
+PICTURES = Path(pictures_folder("builtin:emoji-mini"))
 BASE = (
     "unet.block_out_channels=[64,128,192]",
     "train_latent.batch_size=32",
@@ -71,12 +72,12 @@ for scale in scales:
 def make_data(folder: Path, concepts: int) -> Path:
     """The first pictures of the shipped set, and all held-out ones, as Parquet."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = load_dataset("parquet", data_files={"train": str(ASSETS / "train.parquet")}, split="train")
+    data = load_dataset("parquet", data_files={"train": str(PICTURES / "train.parquet")}, split="train")
     names = list(dict.fromkeys(data["name"]))
     kept = set(names[:: max(1, len(names) // concepts)][:concepts])
     part = data.filter(lambda name: name in kept, input_columns="name").cast_column("image", Image(decode=False))
     part.to_parquet(folder / "train.parquet")
-    (folder / "validation.parquet").write_bytes((ASSETS / "validation.parquet").read_bytes())
+    (folder / "validation.parquet").write_bytes((PICTURES / "validation.parquet").read_bytes())
     return folder
 
 
@@ -91,7 +92,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict
         train = [sys.executable, "-m", "latentdiff", "train-latent", "--config", "emoji-64", *BASE, *changes]
         train += [f"vae.pretrained={arguments.vae}", f"data.source={data}", f"seed={seed}", f"output={folder}",
                   f"train_latent.steps={arguments.steps}"]  # fmt: skip
-        evaluate = [sys.executable, "-c", EVALUATE, folder, data, STYLE, json.dumps(arguments.guidance)]
+        evaluate = [sys.executable, "-c", EVALUATE, folder, data, EMOJI_STYLE, json.dumps(arguments.guidance)]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "output.log").open("w") as log:
             for command in (train, evaluate):
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--bert", help="folder of a pretrained BERT; without it that variant is left out")
     parser.add_argument("--vae", default="builtin:emoji-64")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--concepts", type=int, default=312)
+    parser.add_argument("--concepts", type=int, default=104)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2)

@@ -23,6 +23,7 @@ from latentdiff.config import load_config
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = load_config("demo").validation.prompts  # the last two are compositions that no training picture shows
 HEADING = 22  # pixels
+LAUNCH = ("accelerate", "launch", "--quiet", "--config_file", "examples/one_process.yaml", "train_latent.py")
 
 
 def run(*command: str | Path) -> None:
@@ -48,8 +49,7 @@ def draw(folder: Path) -> Path:
 
 def train(folder: Path) -> tuple[dict[int, float], Path]:
     """Train the recipe `demo`; returns validation losses by step, and before and after side by side."""
-    run("accelerate", "launch", "--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "train_latent.py", "--config", "demo", f"output={folder}")  # fmt: skip
+    run(*LAUNCH, "--config", "demo", f"output={folder}")
     lines = map(json.loads, (folder / "train_latent/log.jsonl").read_text(encoding="utf-8").splitlines())
     losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     samples = folder / "train_latent/samples"

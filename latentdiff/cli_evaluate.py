@@ -11,6 +11,7 @@ import typer
 from .cli_errors import plain_errors
 from .cli_models import Device, Model, Precision
 from .errors import LatentDiffError
+from .shipped import EMOJI_STYLE, shipped_models
 
 if TYPE_CHECKING:
     from .sections import DataConfig
@@ -29,7 +30,7 @@ def _evaluate(
     ),
     style: Annotated[
         str, typer.Option(help="Regular expression to leave out of captions; equal rests are one concept.")
-    ] = r"^an? (3d|noto) emoji of ",
+    ] = EMOJI_STYLE,
     num_concepts: Annotated[int, typer.Option("--concepts", help="Training concepts to draw.")] = 64,
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="Pictures of each.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of concepts.")] = 0,
@@ -72,7 +73,6 @@ def _data_of(model: str | None, overrides: Sequence[str]) -> DataConfig:
         LatentDiffError: neither is known, and `data.source` is not given; or an override is wrong.
     """
     from .config import load_config, parse_config, with_overrides
-    from .shipped import shipped_models
     from .weights.open_model import DEFAULT, find_model, read_json
 
     if stray := [override for override in overrides if not override.startswith("data.")]:

@@ -9,6 +9,7 @@ from .errors import check_choice
 ASSETS = Path(__file__).resolve().parent / "assets"
 BUILTIN = "builtin:"
 INDEX = "model_index.json"  # a model's folder has one
+EMOJI_STYLE = r"^an? (3d|noto) emoji of "  # what the captions of the shipped pictures begin with; the rest is a concept
 
 
 def shipped_models() -> list[str]:
@@ -27,11 +28,7 @@ def pictures_folder(source: str) -> str:
     Raises:
         LatentDiffError: none of that name ships.
     """
-    if not source.startswith(BUILTIN):
-        return source
-    name = source.removeprefix(BUILTIN)
-    check_choice("built-in data set", name, shipped_pictures())
-    return str(ASSETS / name)
+    return _folder("data set", source, shipped_pictures())
 
 
 def part_folder(pretrained: str, part: str) -> str:
@@ -44,8 +41,12 @@ def part_folder(pretrained: str, part: str) -> str:
     Raises:
         LatentDiffError: none of that name ships.
     """
-    if not pretrained.startswith(BUILTIN):
-        return pretrained
-    name = pretrained.removeprefix(BUILTIN)
-    check_choice("built-in model", name, shipped_models())
+    return _folder("model", pretrained, shipped_models(), part)
+
+
+def _folder(kind: str, said: str, names: list[str], part: str = "") -> str:
+    if not said.startswith(BUILTIN):
+        return said
+    name = said.removeprefix(BUILTIN)
+    check_choice(f"built-in {kind}", name, names)
     return str(ASSETS / name / part)

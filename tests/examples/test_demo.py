@@ -40,6 +40,20 @@ def test_a_command_that_fails_ends_the_demo(demo, capfd):
     assert "no such folder or file" in captured.err
 
 
+def test_the_users_own_accelerate_config_does_not_count(demo, monkeypatch, tmp_path, capfd):
+    """Someone who set accelerate up for DeepSpeed on eight GPUs has the demo all the same."""
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate/default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_processes: 8\nnum_machines: 1\n"
+        "deepspeed_config: {zero_stage: 2}\nmixed_precision: bf16\nuse_cpu: false\n"
+    )
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    demo.run(*demo.LAUNCH, "--help")
+    assert "--config" in capfd.readouterr().out
+    with pytest.raises(SystemExit):  # it would have counted
+        demo.run("accelerate", "launch", "--quiet", "train_latent.py", "--help")
+
+
 @pytest.mark.slow
 def test_the_whole_demo_twice(tmp_path):
     """It learns, it leaves what it says, and the second time nothing is done again."""
