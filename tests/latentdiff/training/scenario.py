@@ -23,7 +23,7 @@ def run(overrides, stage="train", accident=None, at=0, environment=None, recipe=
     sys.stderr = sys.stdout = Path(f"{output}.{os.environ.get('RANK', '0')}.log").open("a", buffering=1)  # noqa: SIM115
     if accident:
         {"kill at step": kill_at_step, "kill while saving": kill_while_saving, "full disk": full_disk,
-         "terminate": terminate, "not finite": not_finite}[accident](at)  # fmt: skip
+         "terminate": terminate, "not finite": not_finite, "float64": float64}[accident](at)  # fmt: skip
     with plain_errors():
         getattr(stages, stage)(load_config(recipe, overrides))
     sys.stderr.write(f"peak memory in KiB: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\n")
@@ -60,6 +60,21 @@ def not_finite(at):
             return original(self, batches, step, record)
 
         task.learn = learn
+
+
+def float64(_):
+    """Whatever is float32 elsewhere in float64, to tell rounding from mistakes."""
+    single, fused = torch.float32, torch._fused_adamw_
+
+    def fused_adamw(parameters, gradients, first, second, largest, steps, *, grad_scale, found_inf, **settings):
+        """The kernel takes its counters and its scale in float32 only."""
+        assert not found_inf
+        torch._foreach_div_(gradients, grad_scale)
+        taken = [step.to(single) for step in steps]
+        fused(parameters, gradients, first, second, largest, taken, grad_scale=None, found_inf=None, **settings)
+
+    torch.set_default_dtype(torch.float64)
+    torch.float32, torch.Tensor.float, torch._fused_adamw_ = torch.float64, torch.Tensor.double, fused_adamw
 
 
 def before(places, name, at, act):

@@ -82,17 +82,23 @@ def test_sigterm_saves_within_a_step(train, state, said, processes):
     assert "Traceback" not in said("run")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_processes_train_what_one_does(train, log, whole, precision, tmp_path):
+EVERY_STEP = ("train_vae.log_every=1", "train_latent.log_every=1", "train_vae.micro_batch_size=null",
+              "train_latent.micro_batch_size=null")  # fmt: skip
+
+
+def worst(one, two):
+    """The largest relative difference between the values of two runs."""
+    assert one.keys() == two.keys()
+    return max(abs(two[step] / one[step] - 1) for step in one)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-3)])
+def test_two_processes_train_what_one_does(train, log, whole, precision, tolerance, tmp_path):
     """The same samples and the same noise; losses equal to rounding, in either training.
 
-    Where the discriminator takes part, from step 11 on, the two players amplify rounding: in float32 to 9e-5 after 20
-    steps on one of two CPUs tried, in bf16, measured without it here, to 5e-3.
+    Without the discriminator here: where it takes part, the two players amplify rounding. See the next test.
     """
-    tolerance = {"fp32": 1e-5, "bf16": 2e-3}[precision]
-    settings = [f"precision={precision}", "train_vae.log_every=1", "train_latent.log_every=1",
-                "train_vae.micro_batch_size=null", "train_latent.micro_batch_size=null"]  # fmt: skip
-    settings += ["train_vae.adversarial_weight=0"] if precision == "bf16" else []
+    settings = [f"precision={precision}", "train_vae.adversarial_weight=0", *EVERY_STEP]
     assert train("one", *settings) == 0
     (tmp_path / "two").mkdir()
     assert train("two", *settings, stage="train_vae", processes=2) == 0
@@ -101,10 +107,21 @@ def test_two_processes_train_what_one_does(train, log, whole, precision, tmp_pat
     assert train("two", *settings, stage="train_latent", processes=2) == 0
     for stage in STAGES:
         one, two = log("one", stage=stage), log("two", stage=stage)
-        assert one.keys() == two.keys() == set(range(1, 21))
-        for step in one:
-            played = stage == "train_vae" and precision == "fp32" and step >= 11
-            assert abs(two[step] / one[step] - 1) < (1e-4 if played else tolerance), (stage, step)
+        assert set(one) == set(range(1, 21))
+        assert worst(one, two) < tolerance, stage
+
+
+def test_two_processes_play_against_the_discriminator_as_one_does(train, log):
+    """In float64, where what remains is no rounding but a mistake.
+
+    In float32 the losses are 1e-5 to 1e-4 apart after 20 steps, by the CPU: the hinge loss does not see a shift of all
+    logits, so the gradient of the discriminator's last bias is rounding alone, which AdamW makes a step of full size.
+    """
+    for name, processes in (("one", 1), ("two", 2)):
+        assert train(name, *EVERY_STEP, stage="train_vae", processes=processes, accident="float64") == 0
+    assert len(log("one", "critic_loss", stage="train_vae")) == 10  # it takes part
+    for value in ("loss", "norm", "adaptive_weight", "critic_loss"):
+        assert worst(*(log(name, value, stage="train_vae") for name in ("one", "two"))) < 1e-12, value
 
 
 def test_fsdp_trains_saves_and_continues(train, state, log, weights, whole, tmp_path):
