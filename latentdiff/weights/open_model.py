@@ -25,6 +25,7 @@ FOLDERS = {
     "StableDiffusionInpaintPipeline": ("vae", "text_encoder"),
     "LDMTextToImagePipeline": ("vqvae", "bert"),
 }
+NEEDED = ("scheduler", "tokenizer", "unet", *dict.fromkeys(folder for pair in FOLDERS.values() for folder in pair))
 
 
 class Parts(NamedTuple):
@@ -49,7 +50,7 @@ def open_model(
     Raises:
         LatentDiffError, VAEError, UNetError, TextEncoderError: what is not there, damaged, or not supported.
     """
-    place = find_model(DEFAULT if name is None else name)
+    place = find_model(DEFAULT if name is None else name, variant)
     if place.is_dir():
         return open_folder(place, device=device, dtype=dtype, variant=variant)
     from .single_file import read_single_file
@@ -58,8 +59,8 @@ def open_model(
     return Parts(_upcast(vae, dtype), unet, text_encoder, read_scheduler(scheduler, place))
 
 
-def find_model(name: str | Path) -> Path:
-    """The folder or single file that a name means; from the hub it is downloaded.
+def find_model(name: str | Path, variant: str | None = None) -> Path:
+    """The folder or single file that a name means; from the hub it is downloaded, with the weights of a variant.
 
     Raises:
         LatentDiffError: nothing of that name.
@@ -86,7 +87,7 @@ def find_model(name: str | Path) -> Path:
     if str(name) in shipped_models():
         return ASSETS / str(name)
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _from_hub(name)
+        return _from_hub(name, variant)
     known = ", ".join(shipped_models()) or "none"
     raise LatentDiffError(f"{name}: no such folder or file; the models that come with the package: {known}")
 
@@ -145,12 +146,18 @@ def _upcast(vae: VAE, dtype: torch.dtype) -> VAE:
     return vae.float() if dtype == torch.float16 and vae.config.force_upcast else vae
 
 
-def _from_hub(name: str) -> Path:
-    """A model's folder, downloaded or in the cache; no pickles, no code."""
+def _from_hub(name: str, variant: str | None) -> Path:
+    """A model's folder, downloaded or in the cache: what its parts need of it; no pickles, no code."""
     from huggingface_hub import snapshot_download
 
+    texts = [INDEX, *(f"{folder}/*.{ending}" for folder in NEEDED for ending in ("json", "txt"))]
+    weights = ["*/*.safetensors"] if variant is None else [f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"]
+    kept = texts + [pattern.replace("*", folder, 1) for pattern in weights for folder in NEEDED]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        folder = snapshot_download(name, allow_patterns=kept, ignore_patterns=None if variant else "*.*.safetensors")
+        if not any(Path(folder, "unet").glob("*.safetensors")):  # no plain ones: its only variant is opened
+            folder = snapshot_download(name, allow_patterns=kept)
+        return Path(folder)
     except Exception as error:  # the hub's own, the network's, the disk's: all mean that it is not there
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LatentDiffError(f"{name}: no such folder, and it cannot be fetched from the hub ({reason})") from None
