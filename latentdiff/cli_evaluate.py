@@ -11,7 +11,7 @@ import typer
 from .cli_errors import plain_errors
 from .cli_models import Device, Model, Precision
 from .errors import LatentDiffError
-from .shipped import EMOJI_STYLE, shipped_models
+from .shipped import ASSETS, EMOJI_STYLE
 
 if TYPE_CHECKING:
     from .sections import DataConfig
@@ -73,16 +73,16 @@ def _data_of(model: str | None, overrides: Sequence[str]) -> DataConfig:
         LatentDiffError: neither is known, and `data.source` is not given; or an override is wrong.
     """
     from .config import load_config, parse_config, with_overrides
-    from .weights.open_model import DEFAULT, find_model, read_json
+    from .weights.open_model import find_model, read_json
 
     if stray := [override for override in overrides if not override.startswith("data.")]:
         raise LatentDiffError(f"{stray[0]!r}: only data.key=value counts here")
-    name = DEFAULT if model is None else model
-    if name in shipped_models():
-        return load_config(name, overrides).data
-    record = find_model(name).parent / "run.json"
+    folder = find_model(model)
+    if folder.parent == ASSETS:
+        return load_config(folder.name, overrides).data
+    record = folder.parent / "run.json"
     if not record.is_file() and not any(override.startswith("data.source=") for override in overrides):
-        raise LatentDiffError(f"{name}: does not say what it was trained on; give data.source=FOLDER")
+        raise LatentDiffError(f"{model}: does not say what it was trained on; give data.source=FOLDER")
     values = {}
     if record.is_file():
         values = {"data": read_json(record, "")["launches"][-1]["config"]["data"]}

@@ -29,7 +29,7 @@ def small(line: str, name: str) -> str:
     """The same command, hours shorter: the recipe `debug`, an output of its own, two processes instead of eight."""
     line = line.replace("latentdiff evaluate", "latentdiff evaluate --concepts 4")
     if not re.search(TRAININGS, line):
-        return line
+        return line.replace("runs/emoji-64", "runs/mine")
     line = re.sub(r"--config [\w.-]+", "--config debug", line.replace("--num_processes 8", "--num_processes 2"))
     line = re.sub(r" (output|data\.source|train_latent\.\w+)=\S+", "", line)
     line += f" data.source=my-pictures output=runs/line-{name} {shlex.join(SMALL)}"

@@ -50,7 +50,7 @@ def open_model(
     Raises:
         LatentDiffError, VAEError, UNetError, TextEncoderError: what is not there, damaged, or not supported.
     """
-    place = find_model(DEFAULT if name is None else name, variant)
+    place = find_model(name, variant)
     if place.is_dir():
         return open_folder(place, device=device, dtype=dtype, variant=variant)
     from .single_file import read_single_file
@@ -59,12 +59,16 @@ def open_model(
     return Parts(_upcast(vae, dtype), unet, text_encoder, read_scheduler(scheduler, place))
 
 
-def find_model(name: str | Path, variant: str | None = None) -> Path:
+def find_model(name: str | Path | None, variant: str | None = None) -> Path:
     """The folder or single file that a name means; from the hub it is downloaded, with the weights of a variant.
+
+    None is the model that ships, also where a folder of its name is at hand.
 
     Raises:
         LatentDiffError: nothing of that name.
     """
+    if name is None:
+        return ASSETS / DEFAULT
     if not isinstance(name, str | Path) or not str(name) or len(str(name)) > 1000 or "\0" in str(name):
         raise LatentDiffError(f"model {name!r:.100}: expected a folder, a file, or a name")
     path = Path(name).expanduser()

@@ -1,10 +1,13 @@
 """What comes with the package, by name."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from latentdiff import LatentDiffError, LatentPipeline
-from latentdiff.shipped import part_folder, pictures_folder, shipped_models, shipped_pictures
+from latentdiff.shipped import ASSETS, part_folder, pictures_folder, shipped_models, shipped_pictures
+from latentdiff.weights.open_model import find_model
 
 
 def test_names():
@@ -27,8 +30,14 @@ def test_the_default_model_draws():
     assert np.abs(alone - np.asarray(apple)).max() <= 2  # of 255: a batch rounds otherwise
 
 
-def test_it_fits_in_a_wheel():
-    from latentdiff.shipped import ASSETS
+def test_no_name_is_what_ships_whatever_lies_around(tmp_path, monkeypatch):
+    """Where someone exported a model of their own into ./emoji-64, that name is theirs, and no name is ours."""
+    (tmp_path / "emoji-64").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_model(None) == ASSETS / "emoji-64"
+    assert find_model("emoji-64") == Path("emoji-64")
 
+
+def test_it_fits_in_a_wheel():
     size = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
     assert size <= (64 + 8) * 2**20  # the model and the pictures
