@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from text_encoder import TextEncoderConfig
 from unet import UNetConfig
@@ -70,7 +70,23 @@ class DataConfig(Section):
     """Share of broken pictures above which the run stops."""
 
 
-class VAESection(Section):
+class ModelSection(Section):
+    """A new model of some shape, or one that exists: then the shape is its own, and none is recorded."""
+
+    pretrained: str | None = None
+    also_counts: ClassVar[tuple[str, ...]] = ()  # where one is named
+
+    def sizes(self) -> dict[str, Any]:
+        """All settings but its name."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "pretrained"}
+
+    @model_serializer(mode="wrap")
+    def _what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        kept = set(type(self).model_fields) if self.pretrained is None else {"pretrained", *self.also_counts}
+        return {name: value for name, value in serialize(self).items() if name in kept}
+
+
+class VAESection(ModelSection):
     """Shape of the autoencoder (see vae/config.py); f = 2 ** (levels - 1)."""
 
     pretrained: str | None = None
@@ -84,15 +100,15 @@ class VAESection(Section):
 
     def build(self, image_size: int) -> VAEConfig:
         """The VAE's own config."""
-        sizes = self.model_dump(exclude={"pretrained"})
-        return VAEConfig(**sizes, scale_factor=1.0, sample_size=image_size)
+        return VAEConfig(**self.sizes(), scale_factor=1.0, sample_size=image_size)
 
 
-class TextEncoderSection(Section):
+class TextEncoderSection(ModelSection):
     """The text encoder: a new BERT with a vocabulary learnt from the captions, or one that exists."""
 
     pretrained: str | None = None
     """Folder or hub name of a BERT, or `builtin:emoji-64`; then only `train` and `max_length` below are used."""
+    also_counts: ClassVar[tuple[str, ...]] = ("train", "max_length")
     train: bool = True
     """Train it with the UNet; a frozen one lets its features be cached."""
     width: Positive = 256
@@ -108,7 +124,7 @@ class TextEncoderSection(Section):
         return TextEncoderConfig(self.width, self.num_layers, self.num_heads)
 
 
-class UNetSection(Section):
+class UNetSection(ModelSection):
     """Shape of the UNet (see unet/config.py); channels and context width follow from the VAE and the text encoder."""
 
     pretrained: str | None = None
@@ -124,8 +140,7 @@ class UNetSection(Section):
 
     def build(self, latent_channels: int, context_dim: int, sample_size: int) -> UNetConfig:
         """The UNet's own config."""
-        sizes = self.model_dump(exclude={"pretrained"})
-        return UNetConfig(**sizes, in_channels=latent_channels, out_channels=latent_channels,
+        return UNetConfig(**self.sizes(), in_channels=latent_channels, out_channels=latent_channels,
                           context_dim=context_dim, sample_size=sample_size)  # fmt: skip
 
 

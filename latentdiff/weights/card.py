@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -92,7 +93,8 @@ def _without_folders(value: Any) -> Any:
     """Paths, wherever they are in a config, as their last part."""
     if isinstance(value, Mapping):
         return {key: _without_folders(inner) for key, inner in value.items()}
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
+    is_path = isinstance(value, str) and re.match(r"[/~.\\]|[A-Za-z]:[/\\]", value)
+    return PureWindowsPath(value).name if is_path else value
 
 
 def _figures(run: Path | None) -> str:

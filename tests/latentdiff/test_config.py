@@ -122,6 +122,15 @@ def test_json_there_and_back():
     assert parse_config(json.loads(config.model_dump_json())) == config
 
 
+def test_a_model_that_exists_has_its_own_shape():
+    """What does not count is neither recorded in a run nor printed on its card."""
+    names = [f"{part}.pretrained=builtin:emoji-64" for part in ("vae", "unet", "text_encoder")]
+    values = load_config("emoji-64", names).model_dump(mode="json")
+    assert values["vae"] == values["unet"] == {"pretrained": "builtin:emoji-64"}
+    assert values["text_encoder"] == {"pretrained": "builtin:emoji-64", "train": True, "max_length": 24}
+    assert load_config("emoji-64").model_dump()["unet"]["block_out_channels"] == (96, 192, 256)
+
+
 def test_the_schema_explains_every_setting():
     schema = Config.model_json_schema()
     fields = schema["$defs"]["TrainLatentSection"]["properties"]
