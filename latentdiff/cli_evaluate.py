@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,11 +31,11 @@ def _evaluate(
     style: Annotated[
         str, typer.Option(help="Regular expression to leave out of captions; equal rests are one concept.")
     ] = EMOJI_STYLE,
-    num_concepts: Annotated[int, typer.Option("--concepts", help="Training concepts to draw.")] = 64,
-    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Pictures of each.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of concepts.")] = 0,
-    guidance_scale: Annotated[float, typer.Option("--guidance", help="1 is off.")] = 5.0,
-    num_steps: Annotated[int, typer.Option("--steps", help="Network evaluations.")] = 25,
+    num_concepts: Annotated[int, typer.Option("--concepts", min=2, help="Training concepts to draw.")] = 64,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Pictures of each.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the concepts; of the first picture, then counting up.")] = 0,
+    guidance_scale: Annotated[float, typer.Option("--guidance", min=0, help="1 is off.")] = 5.0,
+    num_steps: Annotated[int, typer.Option("--steps", min=1, help="Network evaluations.")] = 25,
     device: Device = None,
     precision: Annotated[Precision | None, typer.Option(help="By default bf16 where that is fast.")] = None,
 ) -> None:
@@ -47,22 +47,16 @@ def _evaluate(
         data = _data_of(model, overrides or ())
         from .evaluation.model import evaluate
         from .pipeline import LatentPipeline
+        from .recipe import Recipe
 
+        output.mkdir(parents=True, exist_ok=True)  # refused now where it cannot be made
         pipe = LatentPipeline.from_pretrained(model, device=device, dtype=precision.dtype() if precision else None)
-        report = evaluate(
-            pipe,
-            data,
-            output,
-            style=style,
-            num_concepts=num_concepts,
-            choice=seed,
-            say=lambda line: typer.echo(line, err=True),
-            num_images=num_images,
-            guidance_scale=guidance_scale,
-            num_steps=num_steps,
-        )
+        recipe = Recipe(num_images=num_images, guidance_scale=guidance_scale, num_steps=num_steps, seed=seed)
+        report = evaluate(pipe, data, recipe, style=style, num_concepts=num_concepts,
+                          say=lambda line: typer.echo(line, err=True))  # fmt: skip
         for line in report.lines():
             typer.echo(line)
+        report.write(output)
         typer.echo(f"report and pictures in {output}")
 
 
@@ -77,13 +71,17 @@ def _data_of(model: str | None, overrides: Sequence[str]) -> DataConfig:
 
     if stray := [override for override in overrides if not override.startswith("data.")]:
         raise LatentDiffError(f"{stray[0]!r}: only data.key=value counts here")
-    folder = find_model(model)
+    if sizes := [override for override in overrides if override.startswith("data.image_size=")]:
+        raise LatentDiffError(f"{sizes[0]!r}: pictures are measured at the size that the model has")
+    folder = find_model(model).resolve()
     if folder.parent == ASSETS:
         return load_config(folder.name, overrides).data
     record = folder.parent / "run.json"
-    if not record.is_file() and not any(override.startswith("data.source=") for override in overrides):
-        raise LatentDiffError(f"{model}: does not say what it was trained on; give data.source=FOLDER")
-    values = {}
-    if record.is_file():
-        values = {"data": read_json(record, "")["launches"][-1]["config"]["data"]}
+    values: dict[str, Any] = {"data": {}}
+    try:
+        values["data"] |= read_json(record, "")["launches"][-1]["config"]["data"]
+    except (LatentDiffError, LookupError, TypeError):
+        if not any(override.startswith("data.source=") for override in overrides):
+            raise LatentDiffError(f"{model}: does not say what it was trained on; give data.source=FOLDER") from None
+    values["data"].pop("image_size", None)  # it would have to suit the default VAE
     return parse_config(with_overrides(values, overrides), str(record)).data

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..data.cache import read_pixels
 from ..data.sources import Source
 from ..drawing import Features, draw_batches
 from ..errors import LatentDiffError
-from ..recipe import Options, Recipe
+from ..recipe import Recipe
 from ..sections import DataConfig
 from .gallery import LATENTS, Gallery, embed
 from .grid import picture_grid
@@ -38,6 +38,7 @@ class Agreement:
 
     features: str
     top1: float  # share of the drawn pictures
+    standard_error: float  # of top1, for other concepts of this kind; the pictures of one are one observation
     median_rank: float  # pictures of other concepts at least as near as the first of the right one; 0 is best
     chance: float  # top1 of picking a training picture at random
     shuffled: float  # top1 when every picture is held against the prompt of another
@@ -49,6 +50,7 @@ class Drawn:
 
     prompts: list[str]  # of each picture
     concepts: list[str]  # of each picture
+    seeds: list[int]
     images: list[Image.Image]
 
 
@@ -60,6 +62,7 @@ class ConceptReport:
     num_concepts: int
     num_pictures: int  # drawn
     num_gallery: int  # training pictures to be nearest
+    rows: list[dict[str, Any]]  # of each drawn picture: prompt, seed, and by both features rank and nearest concept
     grid: Image.Image  # drawn above its nearest training picture by latents
 
     def lines(self) -> Iterator[str]:
@@ -70,8 +73,8 @@ class ConceptReport:
         )
         for found in self.agreements:
             yield (
-                f"  by {found.features}: {found.top1:.1%} (chance {found.chance:.2%}, prompts shuffled "
-                f"{found.shuffled:.1%}; median rank {found.median_rank:g})"
+                f"  by {found.features}: {found.top1:.1%} ± {found.standard_error:.1%} (chance {found.chance:.2%}, "
+                f"prompts shuffled {found.shuffled:.1%}; median rank {found.median_rank:g})"
             )
 
     def facts(self) -> dict[str, Any]:
@@ -97,8 +100,8 @@ def concepts_of(source: Source, style: str = "") -> list[str]:
     return [pattern.sub("", (captions or [""])[0], count=1) for captions in source.all_captions()]
 
 
-def choose(concepts: Sequence[str], count: int, seed: int) -> list[int]:
-    """A training picture of each of `count` concepts, both drawn at random from `seed`.
+def choose(concepts: Sequence[str], count: int, seed: int | Sequence[int] | None) -> list[int]:
+    """The place of one picture of each of `count` concepts, or of all where there are fewer, at random from `seed`.
 
     Raises:
         LatentDiffError: there are fewer than two concepts, which cannot be told apart.
@@ -116,9 +119,9 @@ def choose(concepts: Sequence[str], count: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def draw_concepts(
-    pipe: LatentPipeline, source: Source, concepts: Sequence[str], chosen: Sequence[int], **options: Unpack[Options]
+    pipe: LatentPipeline, source: Source, concepts: Sequence[str], chosen: Sequence[int], recipe: Recipe
 ) -> Drawn:
-    """Draw the first captions of some training pictures, each `num_images` times with seeds 0, 1, ...
+    """Draw the first captions of some training pictures, each `num_images` times, every picture with its own seed.
 
     Captions are taken as they are, as in training: brackets weight nothing.
 
@@ -127,23 +130,22 @@ def draw_concepts(
         source: its training pictures.
         concepts: what each of them shows.
         chosen: places in the source.
-        options: as in a call of the pipeline.
+        recipe: how to draw.
 
     Raises:
         LatentDiffError: a setting is out of range.
     """
-    recipe = Recipe.of(options)
     captions = [source.captions(place)[0] for place in chosen]
     wanted = pipe.text_encoder(captions).repeat_interleave(recipe.num_images, 0)
     unwanted = None if recipe.guidance_scale == 1 else pipe.text_encoder.null_context(len(wanted))
-    seeds = [number for _ in captions for number in range(recipe.num_images)]
+    seeds = recipe.seeds(len(wanted))
     images = draw_batches(pipe, Features(wanted, unwanted), seeds, recipe)
     return Drawn([caption for caption in captions for _ in range(recipe.num_images)],
-                 [concepts[place] for place in chosen for _ in range(recipe.num_images)], images)  # fmt: skip
+                 [concepts[place] for place in chosen for _ in range(recipe.num_images)], seeds, images)  # fmt: skip
 
 
-def ranks(queries: Tensor, gallery: Tensor, asked: Tensor, shown: Tensor) -> Tensor:
-    """How many pictures of other concepts are at least as near to each query as the first of its own, (Q,) int64.
+def ranks(queries: Tensor, gallery: Tensor, asked: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """How many pictures of other concepts are at least as near to each query as the first of its own.
 
     Args:
         queries: (Q, D) features.
@@ -151,44 +153,58 @@ def ranks(queries: Tensor, gallery: Tensor, asked: Tensor, shown: Tensor) -> Ten
         asked: (Q,) number of each query's concept, one that the gallery has.
         shown: (N,) number of each gallery picture's concept.
 
+    Returns:
+        The ranks, (Q,) int64, and the place in the gallery of the picture nearest to each query, (Q,) int64.
+
     Raises:
         LatentDiffError: features are not finite.
     """
     if not bool(queries.isfinite().all() and gallery.isfinite().all()):
         raise LatentDiffError("features that are not finite cannot be compared")
-    found = []
+    gallery = gallery.double()
+    found, nearest = [], []
     for start in range(0, len(queries), QUERIES):
-        distances = torch.cdist(queries[start : start + QUERIES].double(), gallery.double())
+        distances = torch.cdist(queries[start : start + QUERIES].double(), gallery)
         same = asked[start : start + QUERIES, None] == shown[None, :]
         own = distances.masked_fill(~same, torch.inf).amin(1, keepdim=True)
         found.append(((distances <= own) & ~same).sum(1))
-    return torch.cat(found)
+        nearest.append(distances.argmin(1))
+    return torch.cat(found), torch.cat(nearest)
 
 
-def agreement(name: str, queries: Tensor, gallery: Tensor, asked: Sequence[str], shown: Sequence[str]) -> Agreement:
+def agreement(
+    name: str, queries: Tensor, gallery: Tensor, asked: Sequence[str], shown: Sequence[str]
+) -> tuple[Agreement, Tensor, Tensor]:
     """`Agreement` of drawn pictures with their prompts.
 
     Args:
         name: of the features.
         queries: (Q, D) features of the drawn pictures.
         gallery: (N, D) features of the training pictures.
-        asked: concept of each drawn picture.
+        asked: concept of each drawn picture; the gallery has them all.
         shown: concept of each training picture.
+
+    Returns:
+        The agreement; and, as `ranks`, the rank of each drawn picture and the place of its nearest one.
 
     Raises:
         LatentDiffError: features are not finite.
     """
-    number = {concept: index for index, concept in enumerate(dict.fromkeys([*shown, *asked]))}
+    number = {concept: index for index, concept in enumerate(dict.fromkeys(shown))}
     wanted, there = (torch.tensor([number[concept] for concept in names]) for names in (asked, shown))
-    place = ranks(queries, gallery, wanted, there)
-    control = ranks(queries, gallery, wanted.roll(len(wanted) // 2), there)  # the prompt of another concept
-    return Agreement(
+    rank, nearest = ranks(queries, gallery, wanted, there)
+    control, _ = ranks(queries, gallery, wanted.roll(len(wanted) // 2), there)  # the prompt of another concept
+    right = (rank == 0).double()
+    shares = torch.stack([right[wanted == concept].mean() for concept in set(wanted.tolist())])
+    found = Agreement(
         features=name,
-        top1=float((place == 0).double().mean()),
-        median_rank=float(place.double().quantile(0.5)),
+        top1=float(right.mean()),
+        standard_error=float(shares.std() / len(shares) ** 0.5),
+        median_rank=float(rank.double().quantile(0.5)),
         chance=float((wanted[:, None] == there[None, :]).double().mean()),
         shuffled=float((control == 0).double().mean()),
     )
+    return found, rank, nearest
 
 
 def compare(
@@ -201,13 +217,21 @@ def compare(
     """
     pictures = ((place, np.asarray(image)) for place, image in enumerate(drawn.images))
     queries = embed(pipe.vae, pictures, pipe.image_size).features()
-    shown = [concepts[place] for place in gallery.places]
-    features = gallery.features()
-    found = tuple(agreement(name, queries[name], features[name], drawn.concepts, shown) for name in queries)
-    nearest = torch.cdist(queries[LATENTS][:SHOWN], features[LATENTS]).argmin(1).tolist()
-    beside = [Image.fromarray(read_pixels(source, gallery.places[place], data)) for place in nearest]
-    grid = _grid(drawn.images[:SHOWN], drawn.prompts[:SHOWN], beside, [shown[place] for place in nearest])
-    return ConceptReport(found, len(set(drawn.concepts)), len(drawn.images), len(shown), grid)
+    shown, features = [concepts[place] for place in gallery.places], gallery.features()
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "seed": seed} for prompt, seed in zip(drawn.prompts, drawn.seeds, strict=True)
+    ]
+    found, places = {}, {}
+    for name, there in features.items():
+        found[name], rank, nearest = agreement(name, queries[name], there, drawn.concepts, shown)
+        places[name] = [gallery.places[number] for number in nearest.tolist()]
+        for row, ahead, place in zip(rows, rank.tolist(), places[name], strict=True):
+            row[name] = {"rank": ahead, "nearest": concepts[place], "picture": source.name(place)}
+    beside = [Image.fromarray(read_pixels(source, place, data)) for place in places[LATENTS][:SHOWN]]
+    names = [concepts[place] for place in places[LATENTS][:SHOWN]]
+    grid = _grid(drawn.images[:SHOWN], drawn.prompts[:SHOWN], beside, names)
+    return ConceptReport(tuple(found.values()), len(set(drawn.concepts)), len(drawn.images), len(set(gallery.places)),
+                         rows, grid)  # fmt: skip
 
 
 def _grid(images: list[Image.Image], asked: list[str], nearest: list[Image.Image], shown: list[str]) -> Image.Image:

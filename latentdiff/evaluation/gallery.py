@@ -32,7 +32,7 @@ Pictures = Iterable[tuple[int, NDArray[np.uint8]]]  # places, and uint8 (H, W, 3
 class Gallery:
     """Some pictures' features."""
 
-    places: list[int]  # in the source
+    places: list[int]  # in the source; twice where a picture is there in the mirror, too
     latents: Tensor  # (N, c, h, w) float32 on the CPU, the posterior's mode, scaled
     thumbnails: Tensor  # (N, 3, 32, 32) in [-1, 1]
     statistics: LatentStatistics
@@ -43,14 +43,26 @@ class Gallery:
         return {LATENTS: self.latents.flatten(1), RGB: self.thumbnails.flatten(1)}
 
 
-def readable(source: Source, data: DataConfig, most: int, broken: list[str]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """At most so many pictures, spread over the source; the names of those that cannot be read go to `broken`."""
+def readable(source: Source, data: DataConfig, most: int, broken: list[str], *, flip: bool = False) -> Pictures:
+    """At most so many pictures, spread over the source; the names of those that cannot be read go to `broken`.
+
+    Args:
+        source: the pictures.
+        data: how they become pixels.
+        most: pictures that are read.
+        broken: is added to.
+        flip: give each in the mirror, too, at the same place.
+    """
     places = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int))
     for place in places.tolist():
         try:
-            yield place, read_pixels(source, place, data)
+            picture = read_pixels(source, place, data)
         except PictureError:
             broken.append(source.name(place))
+            continue
+        yield place, picture
+        if flip:
+            yield place, picture[:, ::-1]
 
 
 @torch.no_grad()

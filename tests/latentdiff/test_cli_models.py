@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from latentdiff import LatentPipeline
+from latentdiff import LatentDiffError, LatentPipeline
 from latentdiff.cli import app
+from latentdiff.cli_evaluate import _data_of
 from latentdiff.config import load_config
 from latentdiff.data.cache import read_pixels, to_pixels
 from latentdiff.data.sources import open_source
@@ -102,7 +103,11 @@ def test_evaluate(invoke, place):
     concepts = facts["concepts"]
     assert (concepts["concepts"], concepts["pictures"]) == (5, 15)
     assert concepts["agreements"][0]["chance"] == pytest.approx(1 / concepts["gallery"])
-    assert all(0 <= found["top1"] <= 1 for found in concepts["agreements"])
+    rows = [json.loads(line) for line in (place / "report/drawn.jsonl").read_text().splitlines()]
+    assert len(rows) == 15
+    for found in concepts["agreements"]:
+        right = [row[found["features"]]["nearest"] == row["prompt"] for row in rows]
+        assert found["top1"] == sum(right) / 15
     with Image.open(place / "report/concepts.png") as sheet:
         assert sheet.width > 500
     data = DataConfig(source="measured", image_size=32)
@@ -125,6 +130,34 @@ def test_evaluate_takes_captions_as_they_are(invoke, place):
         path.write_text(f"poster (year: 1999) {path.stem}")
     result = invoke("evaluate data.source=brackets -m runs/mine -o brackets-report --concepts 2 -n 1 --steps 1")
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("option", ["--concepts 1", "--steps 0", "--num-images 0", "--guidance -1"])
+def test_evaluate_refuses_numbers_out_of_range(invoke, option):
+    result = invoke(f"evaluate data.source=my-pictures -m runs/mine {option}")
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option.split()[0]}'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("record", "known"),
+    [({"launches": [{"config": {"data": {"source": "kept", "image_size": 36, "flip": False}}}]}, True),
+     ({"launches": [{"config": {"data": {"source": "kept", "image_size": 16}}}]}, True),
+     ({}, False), ({"launches": []}, False), ({"launches": 3}, False), ([], False)],
+)  # fmt: skip
+def test_what_a_run_says_of_its_pictures(place, tmp_path, monkeypatch, record, known):
+    """Whatever the size of the pictures and the VAE; and a record that says nothing is no accident."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "runs/mine/model", tmp_path / "run/model")
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    if known:
+        assert _data_of("run", []).source == "kept"
+        monkeypatch.chdir(tmp_path / "run/model")
+        assert _data_of(".", []).source == "kept"
+    else:
+        with pytest.raises(LatentDiffError, match=r"run: does not say what it was trained on; give data.source"):
+            _data_of("run", [])
+        assert _data_of("run", ["data.source=mine", "data.flip=false"]).source == "mine"
 
 
 def test_inspect(invoke):
@@ -178,8 +211,7 @@ def test_export_and_open_again(invoke, place, form):
         ("export runs/mine my-pictures", ["is not empty"]),
         ("evaluate data.source=nothing -m runs/mine", ["data.source='nothing': no such file or folder"]),
         ("evaluate data.source=my-pictures -m runs/mine --style (", ["style '(': not a regular expression"]),
-        ("evaluate data.source=my-pictures -m runs/mine --concepts 1", ["1 asked for: two at least"]),
-        ("evaluate data.source=my-pictures -m runs/mine --steps 0", ["num_steps=0"]),
+        ("evaluate data.image_size=32 -m runs/mine", ["'data.image_size=32': pictures are measured at the size"]),
         ("evaluate data.sauce=my-pictures -m runs/mine", ["unknown key 'data.sauce'; did you mean 'source'"]),
         ("evaluate seed=1 -m runs/mine", ["only data.key=value counts here"]),
         ("evaluate -m model-only", ["model-only: does not say what it was trained on; give data.source=FOLDER"]),

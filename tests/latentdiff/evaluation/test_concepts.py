@@ -12,17 +12,20 @@ def test_ranks_are_counted():
     random = np.random.default_rng(0)
     queries, gallery = random.normal(size=(300, 5)), random.normal(size=(40, 5))
     asked, shown = random.integers(0, 4, 300), random.integers(0, 4, 40)
-    expected = []
+    expected, first = [], []
     for query, concept in zip(queries, asked, strict=True):
         order = np.argsort(((gallery - query) ** 2).sum(1))
         expected.append(list(shown[order] == concept).index(True))
-    assert ranks(*map(torch.tensor, (queries, gallery, asked, shown))).tolist() == expected
+        first.append(order[0])
+    found, nearest = ranks(*map(torch.tensor, (queries, gallery, asked, shown)))
+    assert found.tolist() == expected
+    assert nearest.tolist() == first
 
 
 def test_a_collapsed_encoder_agrees_with_nothing():
     """Where all features are equal, a picture of another concept is as near: that does not count as right."""
     names = ["a", "b", "c", "d"]
-    assert agreement("x", torch.ones(4, 3), torch.ones(4, 3), names, names).top1 == 0.0
+    assert agreement("x", torch.ones(4, 3), torch.ones(4, 3), names, names)[0].top1 == 0.0
     with pytest.raises(LatentDiffError, match="not finite"):
         agreement("x", torch.full((4, 3), torch.nan), torch.ones(4, 3), names, names)
 
@@ -31,12 +34,25 @@ def test_agreement_of_copies_and_of_others():
     """Copies of the gallery agree always, and never with each other's prompts; opposite ones never."""
     gallery = torch.eye(6)
     names = ["a", "a", "b", "b", "c", "c"]
-    found = agreement("x", gallery + 0.1, gallery, names, names)
+    found, _, nearest = agreement("x", gallery + 0.1, gallery, names, names)
+    assert nearest.tolist() == list(range(6))
     assert (found.top1, found.median_rank, found.shuffled) == (1.0, 0.0, 0.0)
     assert found.chance == pytest.approx(1 / 3)
-    swapped = agreement("x", gallery[[2, 3, 4, 5, 0, 1]], gallery, names, names)
+    swapped, _, _ = agreement("x", gallery[[2, 3, 4, 5, 0, 1]], gallery, names, names)
     assert swapped.top1 == 0.0
     assert swapped.median_rank > 0
+
+
+def test_the_standard_error_counts_concepts():
+    """Eight pictures of each of 40 concepts, all right or all wrong: 40 observations, not 320."""
+    gallery, names = torch.eye(40), [f"c{number}" for number in range(40)]
+    asked = [name for name in names for _ in range(8)]
+    places = torch.arange(40).repeat_interleave(8)
+    wrong = places < 10
+    queries = gallery[torch.where(wrong, (places + 1) % 40, places)]
+    found, _, _ = agreement("x", queries, gallery, asked, names)
+    assert found.top1 == 0.75
+    assert found.standard_error == pytest.approx((0.75 * 0.25 / 39) ** 0.5)
 
 
 class Captions:
