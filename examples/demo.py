@@ -32,13 +32,15 @@ def run(*command: str | Path) -> None:
     print(f"\n$ {shlex.join(words)}", flush=True)
     program = Path(sys.executable).with_name(words[0])  # of this environment, whatever the PATH says
     child = subprocess.Popen([str(program), *words[1:]], cwd=ROOT)
+    interrupted = False
     while child.poll() is None:
         try:
             child.wait()
         except KeyboardInterrupt:  # the child was told, too, and saves
+            interrupted = True
             print("\nstopping; the same command goes on from here", flush=True)
     if child.returncode:
-        raise SystemExit(child.returncode)
+        raise SystemExit(130 if interrupted else child.returncode)
 
 
 def draw(folder: Path) -> Path:
@@ -49,7 +51,7 @@ def draw(folder: Path) -> Path:
 
 def train(folder: Path) -> tuple[dict[int, float], Path]:
     """Train the recipe `demo`; returns validation losses by step, and before and after side by side."""
-    run(*LAUNCH, "--config", "demo", f"output={folder}")
+    run(*LAUNCH, "--config", "demo", f"output={json.dumps(str(folder))}")
     lines = map(json.loads, (folder / "train_latent/log.jsonl").read_text(encoding="utf-8").splitlines())
     losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     samples = folder / "train_latent/samples"

@@ -90,7 +90,7 @@ def _encode(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> Non
 
 
 @app.command("train-latent")
-def _train_latent(overrides: Overrides = None, config: ConfigFile = "demo") -> None:
+def _train_latent(overrides: Overrides = None, config: ConfigFile = "emoji-64") -> None:
     """Train the UNet on the cached latents.
 
     Example: latentdiff train-latent --config emoji-64 data.source=my-pictures output=runs/mine

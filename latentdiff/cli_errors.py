@@ -30,8 +30,11 @@ def plain_errors() -> Iterator[None]:
     except BrokenPipeError:  # `latentdiff ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
+    except RuntimeError as error:
+        on_cpu = str(error).find("DefaultCPUAllocator")  # which has no error class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and on_cpu < 0:
+            raise
+        reason = str(error)[max(0, on_cpu) :].split(". ")[0]
         typer.echo(f"error: {reason}. A training takes less with train_latent.micro_batch_size=1 (or train_vae...) and "
                    "train_latent.gradient_checkpointing=true (`latentdiff plan` estimates it); drawing with a smaller "
                    "size, or --precision bf16", err=True)  # fmt: skip

@@ -184,12 +184,12 @@ def run_facts(run: Launch, *sections: str) -> dict[str, Any]:
 def first_difference(section: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
     """The dotted name of the first setting that differs, and its two values; None where none does.
 
-    A setting that an older version did not know counts as None.
+    A setting that an older version did not know counts as None; one that is not recorded now does not count.
     """
     if isinstance(now, dict) and isinstance(before, dict):
-        differ = (key for key in {**before, **now} if before.get(key) != now.get(key))
+        differ = (key for key in now if before.get(key) != now[key])
         key = next(differ, None)
-        return None if key is None else (f"{section}.{key}", before.get(key), now.get(key))
+        return None if key is None else (f"{section}.{key}", before.get(key), now[key])
     return None if before == now else (section, before, now)
 
 

@@ -93,6 +93,8 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     torch.manual_seed(config.seed)
     text_encoder = open_text_encoder(run, sources[0])
     unet = new_unet(config, vae, text_encoder)
+    if config.unet.pretrained and not config.text_encoder.pretrained:
+        run.report("warning: unet.pretrained with a new text encoder, of whose features that UNet knows nothing")
     caches = make_caches(run, sources, vae, text_encoder)
     task = LatentTraining(run, run.folder / "train_latent", sources, vae, unet, text_encoder, caches)
     run_training(task, run, run.folder / "train_latent")

@@ -159,7 +159,8 @@ def _from_hub(name: str, variant: str | None) -> Path:
     kept = texts + [pattern.replace("*", folder, 1) for pattern in weights for folder in NEEDED]
     try:
         folder = snapshot_download(name, allow_patterns=kept, ignore_patterns=None if variant else "*.*.safetensors")
-        if not any(Path(folder, "unet").glob("*.safetensors")):  # no plain ones: its only variant is opened
+        parts = [path.parent for path in Path(folder).glob("*/config.json")]
+        if not all(any(part.glob("*.safetensors")) for part in parts):  # no plain one there: its only variant is opened
             folder = snapshot_download(name, allow_patterns=kept)
         return Path(folder)
     except Exception as error:  # the hub's own, the network's, the disk's: all mean that it is not there

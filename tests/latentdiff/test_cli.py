@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from latentdiff.cli import app
+from latentdiff.cli_errors import plain_errors
 
 
 @pytest.fixture
@@ -88,3 +90,13 @@ def test_data_check_writes_what_training_reads(invoke, tmp_path):
                 "train_vae.steps=1", "train_vae.warmup_steps=0", "data.max_broken=0"]  # fmt: skip
     result = invoke("train-vae", *settings, f"data.quarantine={quarantine}")
     assert result.exit_code == 0, result.output
+
+
+def test_out_of_memory_says_what_takes_less(capsys):
+    with pytest.raises(SystemExit), plain_errors():
+        torch.empty(1 << 50)
+    said = capsys.readouterr().err
+    assert said.startswith("error: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496")
+    assert "micro_batch_size" in said
+    with pytest.raises(RuntimeError, match="shape"), plain_errors():  # ours, to be reported
+        torch.zeros(2).view(3)

@@ -20,5 +20,7 @@ def test_multiplies_bf16(cpu, expected):
     assert multiplies_bf16(cpu) is expected
 
 
-def test_this_cpu_is_asked():
-    assert computes_in_bf16(torch.device("cpu")) is multiplies_bf16(torch.cpu.get_capabilities())
+@pytest.mark.parametrize("found", [True, False])
+def test_this_cpu_is_asked(monkeypatch, found):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "Intel Xeon", "amx_bf16": found})
+    assert computes_in_bf16(torch.device("cpu")) is found
