@@ -38,6 +38,7 @@ BASE = (
     "precision=fp32",
     "trackers=[]",
 )
+LEVELS = (1, -2)  # of those measured: little noise, and so much that the prompt decides
 VARIANTS: dict[str, tuple[str, ...]] = {
     "base: v, simple, zero-terminal SNR, dropout 0.1, EMA 0.1, BERT from scratch": (),
     "min-SNR 5": ("diffusion.weighting=min_snr",),
@@ -56,21 +57,24 @@ import json, sys, torch
 from pathlib import Path
 from latentdiff import LatentPipeline
 from latentdiff.evaluation.model import evaluate
+from latentdiff.recipe import Recipe
 from latentdiff.sections import DataConfig
 torch.set_num_threads(1)
 folder, data, style, scales = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-pipe = LatentPipeline.from_pretrained(folder, dtype=torch.float32)
+pipe, data = LatentPipeline.from_pretrained(folder, dtype=torch.float32), DataConfig(source=data, flip=False)
 facts = {}
 for scale in scales:
-    evaluate(pipe, DataConfig(source=data), folder / f"evaluation-{scale:g}", style=style, guidance_scale=scale,
-             num_images=2, num_steps=15, progress=False)
-    facts[str(scale)] = json.loads((folder / f"evaluation-{scale:g}/evaluation.json").read_text())
+    recipe = Recipe(guidance_scale=scale, num_images=2, num_steps=15, seed=0, progress=False)
+    place = folder / f"guidance-{scale:g}"
+    place.mkdir(exist_ok=True)
+    evaluate(pipe, data, recipe, style=style).write(place)
+    facts[str(scale)] = json.loads((place / "evaluation.json").read_text())
 (folder / "result.json").write_text(json.dumps(facts))
 """
 
 
 def make_data(folder: Path, concepts: int) -> Path:
-    """The first pictures of the shipped set, and all held-out ones, as Parquet."""
+    """A part of the shipped pictures, spread over the set, and all held-out ones, as Parquet."""
     folder.mkdir(parents=True, exist_ok=True)
     data = load_dataset("parquet", data_files={"train": str(PICTURES / "train.parquet")}, split="train")
     names = list(dict.fromkeys(data["name"]))
@@ -84,8 +88,7 @@ def make_data(folder: Path, concepts: int) -> Path:
 def run(name: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict[str, dict]:
     """Train and measure one variant; {guidance scale: figures}."""
     changes = [change.format(bert=arguments.bert) for change in VARIANTS[name]]
-    settings = f"{arguments.concepts}-{arguments.steps}"  # results of others are not taken for these
-    folder = arguments.output / settings / f"{list(VARIANTS).index(name):02}-{seed}"
+    folder = arguments.output / f"{re.sub('[^a-z0-9]+', '-', name.lower().partition(':')[0])}-{seed}"
     result = folder / "result.json"
     known = json.loads(result.read_text()) if result.is_file() else {}
     if not {str(scale) for scale in arguments.guidance} <= set(known):
@@ -95,7 +98,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict
         evaluate = [sys.executable, "-c", EVALUATE, folder, data, EMOJI_STYLE, json.dumps(arguments.guidance)]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "output.log").open("w") as log:
-            for command in (train, evaluate):
+            for command in [train] * (not (folder / "model/done.json").is_file()) + [evaluate]:
                 subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=subprocess.STDOUT)
         print(f"done: {name}, seed {seed}", file=sys.stderr, flush=True)
     return json.loads(result.read_text())
@@ -109,12 +112,10 @@ def row(name: str, found: Sequence[dict[str, dict]], guidance: Sequence[float]) 
         return f"{statistics.mean(values):{form}} ± {half:{form}}"
 
     first = [facts[str(guidance[0])] for facts in found]
-    low, high = first[0]["denoising"][1]["level"], first[0]["denoising"][-2]["level"]
-    cells = [cell([facts["denoising"][place]["error"] for facts in first], ".3f") for place in (1, -2)]
+    cells = [cell([facts["denoising"][place]["error"] for facts in first], ".3f") for place in LEVELS]
     for scale in guidance:
         agreements = [facts[str(scale)]["concepts"]["agreements"] for facts in found]
         cells += [" / ".join(cell([100 * entry[place]["top1"] for entry in agreements], ".0f") for place in (0, 1))]
-    assert low < high
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
@@ -130,14 +131,17 @@ def main() -> None:
     parser.add_argument("--only", help="regular expression of the variants to run; all by default")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0])
     arguments = parser.parse_args()
+    arguments.output /= f"{arguments.concepts}-{arguments.steps}"  # results of others are not taken for these
     data = make_data(arguments.output / "data", arguments.concepts)
     names = [name for name in VARIANTS if arguments.bert or "BERT" not in name or name.startswith("base")]
     names = [name for name in names if re.search(arguments.only or "", name)]
     tasks = [(name, seed) for seed in range(arguments.seeds) for name in names]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(lambda task: run(*task, arguments, data), tasks))
+    measured = results[0][str(arguments.guidance[0])]["denoising"]
+    errors = " | ".join(f"error of x0 at sigma/alpha {measured[place]['level']:.2g}" for place in LEVELS)
     scales = " | ".join(f"right concept, guidance {scale:g}, % (latents / RGB)" for scale in arguments.guidance)
-    print(f"| variant | error of x0, sigma/alpha 0.5 | error of x0, 4 | {scales} |")
+    print(f"| variant | {errors} | {scales} |")
     print("|---|---|---" + "|---" * len(arguments.guidance) + "|")
     for name in names:
         print(row(name, [found for task, found in zip(tasks, results, strict=True) if task[0] == name],
