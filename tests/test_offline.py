@@ -1,11 +1,15 @@
 """After the installation no request leaves the machine: commands run where every connection is refused and noted."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from latentdiff.shipped import pictures_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,6 +62,23 @@ def test_drawing_with_the_model_that_ships(offline, tmp_path):
     asked, _ = offline("latentdiff", "sample", "a 3d emoji of a red apple", "--steps", "2", "--output", "out")
     assert not asked
     assert (tmp_path / "out/grid.png").is_file()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_opening_pictures(offline, tmp_path, kind):
+    """datasets counts at a server how often its loaders are used, also for files of this machine: not here."""
+    (tmp_path / "mine").mkdir()
+    if kind == "parquet":
+        shutil.copy(pictures_folder("builtin:emoji-mini") + "/validation.parquet", tmp_path / "mine/train.parquet")
+    else:
+        lines = []
+        for number in range(40):
+            Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"mine/{number}.png")
+            lines.append(f'{{"file_name": "{number}.png", "text": "red {number}"}}\n')
+        (tmp_path / "mine/metadata.jsonl").write_text("".join(lines))
+    asked, said = offline("latentdiff", "data", "check", "mine", "data.image_size=64")
+    assert not asked
+    assert "pictures" in said
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datasets import config as datasets_config  # type: ignore[import-untyped]
 from datasets.utils.logging import (  # type: ignore[import-untyped]
     disable_progress_bar,
     enable_progress_bar,
@@ -36,7 +37,7 @@ def open_splits(config: DataConfig) -> dict[str, Rows]:
         LatentDiffError: nothing there, nothing of use in it, or datasets cannot load it.
     """
     try:
-        with _no_progress_bars():
+        with _quietly():
             return _open(config)
     except LatentDiffError:
         raise
@@ -94,12 +95,15 @@ def _open_shards(root: Path, shards: Sequence[Path], config: DataConfig, asked: 
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = is_progress_bar_enabled()
+def _quietly() -> Iterator[None]:
+    """Without datasets' bars, and without its telling a server which loader is used, local files' too."""
+    shown, counts = is_progress_bar_enabled(), datasets_config.HF_UPDATE_DOWNLOAD_COUNTS
     disable_progress_bar()
+    datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
+        datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         if shown:
             enable_progress_bar()
 
