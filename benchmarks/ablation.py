@@ -33,7 +33,6 @@ BASE = (
     "train_latent.ema_sigma_rel=0.1",
     "train_latent.checkpoint_every=100000",
     "train_latent.validate_every=100000",
-    "diffusion.weighting=simple",
     "threads=1",
     "precision=fp32",
     "trackers=[]",

@@ -153,7 +153,8 @@ class DiffusionSection(Section):
     beta_end: PositiveFloat | None = None
     zero_terminal_snr: bool = True
     prediction: Prediction = "v"
-    weighting: Weighting = "min_snr"
+    weighting: Weighting = "simple"
+    """`min_snr` denoises finer and learns the words later (docs/recipes.md)."""
     min_snr_gamma: PositiveFloat = 5.0
     variance: Variance = "beta"
     """Variance of the reverse step, which the elbo weighting needs."""
