@@ -151,7 +151,8 @@ class DiffusionSection(Section):
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
     beta_start: PositiveFloat | None = None
     beta_end: PositiveFloat | None = None
-    zero_terminal_snr: bool = True
+    zero_terminal_snr: bool = False
+    """Let the last timestep be pure noise (arXiv 2305.08891); the words arrive later then (docs/recipes.md)."""
     prediction: Prediction = "v"
     weighting: Weighting = "simple"
     """`min_snr` denoises finer and learns the words later (docs/recipes.md)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from ..errors import LatentDiffError
 from ..shipped import part_folder
 from ..weights.model_folder import save_model
 from ..weights.open_model import read_json
-from ..weights.scheduler import read_scheduler, scheduler_config
+from ..weights.scheduler import Process, read_scheduler, scheduler_config
 from .latent import LatentTraining
 from .launch import Launch, launch
 from .loop import first_difference, run_facts, run_training
@@ -93,8 +94,8 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     torch.manual_seed(config.seed)
     text_encoder = open_text_encoder(run, sources[0])
     unet = new_unet(config, vae, text_encoder)
-    if config.unet.pretrained and not config.text_encoder.pretrained:
-        run.report("warning: unet.pretrained with a new text encoder, of whose features that UNet knows nothing")
+    for line in _doubts(config):
+        run.report(f"warning: unet.pretrained={config.unet.pretrained}: {line}")
     caches = make_caches(run, sources, vae, text_encoder)
     task = LatentTraining(run, run.folder / "train_latent", sources, vae, unet, text_encoder, caches)
     run_training(task, run, run.folder / "train_latent")
@@ -195,22 +196,33 @@ def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
         return UNet(config.unet.build(channels, width, size))
     folder = Path(part_folder(named, "unet"))
     with torch.device("cpu"):  # also where shapes alone are asked for
-        unet, learnt = UNet.from_pretrained(folder), _prediction(folder.parent)
+        unet, learnt = UNet.from_pretrained(folder), _process(folder.parent)
     for what, needed in (("in_channels", channels), ("out_channels", channels), ("context_dim", width)):
         if (found := getattr(unet.config, what)) != needed:
             raise LatentDiffError(f"unet.pretrained={named}: its {what} is {found}; this VAE and this text encoder "
                                   f"need {needed}")  # fmt: skip
-    if learnt not in (None, config.diffusion.prediction):
-        raise LatentDiffError(f"unet.pretrained={named}: it predicts {learnt}, and diffusion.prediction="
-                              f"{config.diffusion.prediction}; set that to {learnt}")  # fmt: skip
+    if learnt is not None and learnt.prediction != config.diffusion.prediction:
+        raise LatentDiffError(f"unet.pretrained={named}: it predicts {learnt.prediction}, and diffusion.prediction="
+                              f"{config.diffusion.prediction}; set that to {learnt.prediction}")  # fmt: skip
     unet.config = replace(unet.config, sample_size=size)
     return unet
 
 
-def _prediction(model: Path) -> str | None:
-    """What the UNet of a model's folder predicts; None where nothing says it."""
+def _process(model: Path) -> Process | None:
+    """What the UNet of a model's folder predicts, under which schedule; None where nothing says it."""
     path = model / "scheduler" / "scheduler_config.json"
-    return read_scheduler(read_json(path, ""), path).prediction if path.is_file() else None
+    return read_scheduler(read_json(path, ""), path) if path.is_file() else None
+
+
+def _doubts(config: Config) -> Iterator[str]:
+    """What a UNet that exists may know nothing of: it can be meant so, and is mostly a setting forgotten."""
+    if not config.unet.pretrained:
+        return
+    if not config.text_encoder.pretrained:
+        yield "it knows nothing of a new text encoder's features; text_encoder.pretrained names the one that it knows"
+    learnt = _process(Path(part_folder(config.unet.pretrained, "unet")).parent)
+    if learnt is not None and not torch.equal(learnt.schedule.betas, config.diffusion.build().betas):
+        yield "it was trained under another noise schedule than that of `diffusion` here, perhaps zero_terminal_snr"
 
 
 def make_caches(run: Launch, sources: tuple[Source, Source], vae: VAE, encoder: TextEncoder) -> tuple[Caches, Caches]:
