@@ -29,7 +29,7 @@ def test_training_goes_on_from_a_finished_model(train, weights, log, said, tmp_p
     assert train("second", *again) == 0
     assert "second/model: done already" in said("second")
     parts.pop(1)
-    assert train("third", *parts, "diffusion.zero_terminal_snr=true") == 0
+    assert train("third", *parts, "diffusion.zero_terminal_snr=false") == 0
     assert "it knows nothing of a new text encoder's features" in said("third")
     assert "it was trained under another noise schedule" in said("third")
 
