@@ -103,7 +103,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict
     return json.loads(result.read_text())
 
 
-def row(name: str, found: Sequence[dict[str, dict]], guidance: Sequence[float]) -> str:
+def row(variant: str, found: Sequence[dict[str, dict]], guidance: Sequence[float]) -> str:
     """A line of the table: means over the seeds, and the half of their range."""
 
     def cell(values: list[float], form: str) -> str:
@@ -114,8 +114,11 @@ def row(name: str, found: Sequence[dict[str, dict]], guidance: Sequence[float]) 
     cells = [cell([facts["denoising"][place]["error"] for facts in first], ".3f") for place in LEVELS]
     for scale in guidance:
         agreements = [facts[str(scale)]["concepts"]["agreements"] for facts in found]
-        cells += [" / ".join(cell([100 * entry[place]["top1"] for entry in agreements], ".0f") for place in (0, 1))]
-    return f"| {name} | " + " | ".join(cells) + " |"
+        for name, factor in (("top1", 100), ("median_rank", 1)):
+            cells += [
+                " / ".join(cell([factor * found[place][name] for found in agreements], ".0f") for place in (0, 1))
+            ]
+    return f"| {variant} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -139,9 +142,10 @@ def main() -> None:
         results = list(pool.map(lambda task: run(*task, arguments, data), tasks))
     measured = results[0][str(arguments.guidance[0])]["denoising"]
     errors = " | ".join(f"error of x0 at sigma/alpha {measured[place]['level']:.2g}" for place in LEVELS)
-    scales = " | ".join(f"right concept, guidance {scale:g}, % (latents / RGB)" for scale in arguments.guidance)
+    scales = " | ".join(f"right concept at guidance {scale:g}, % (latents / RGB) | its median rank"
+                        for scale in arguments.guidance)  # fmt: skip
     print(f"| variant | {errors} | {scales} |")
-    print("|---|---|---" + "|---" * len(arguments.guidance) + "|")
+    print("|---|---|---" + "|---|---" * len(arguments.guidance) + "|")
     for name in names:
         print(row(name, [found for task, found in zip(tasks, results, strict=True) if task[0] == name],
                   arguments.guidance))  # fmt: skip
