@@ -107,17 +107,16 @@ def row(variant: str, found: Sequence[dict[str, dict]], guidance: Sequence[float
     """A line of the table: means over the seeds, and the half of their range."""
 
     def cell(values: list[float], form: str) -> str:
-        half = (max(values) - min(values)) / 2
-        return f"{statistics.mean(values):{form}} ± {half:{form}}"
+        half = f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{form}}{half}"
 
     first = [facts[str(guidance[0])] for facts in found]
     cells = [cell([facts["denoising"][place]["error"] for facts in first], ".3f") for place in LEVELS]
     for scale in guidance:
         agreements = [facts[str(scale)]["concepts"]["agreements"] for facts in found]
         for name, factor in (("top1", 100), ("median_rank", 1)):
-            cells += [
-                " / ".join(cell([factor * found[place][name] for found in agreements], ".0f") for place in (0, 1))
-            ]
+            values = [[factor * entry[place][name] for entry in agreements] for place in (0, 1)]  # latents, RGB
+            cells.append(" / ".join(cell(several, ".0f") for several in values))
     return f"| {variant} | " + " | ".join(cells) + " |"
 
 
