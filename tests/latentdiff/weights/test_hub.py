@@ -105,6 +105,7 @@ def test_only_what_is_needed_and_then_from_the_cache(hub, drawn):
     assert drawn(HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9") == first  # no hub in reach: from the cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["fp16", ""])
 def test_variants(hub, drawn, variant):
     """The one that is asked for; or, where a part has no other, its only one."""
