@@ -84,7 +84,10 @@ def main() -> None:
     grid = draw(output / "drawn")
     drawn = time.perf_counter()
     print(f"\n   {grid} ({drawn - start:.0f} s)")
-    print("\n2. The main job: UNet and BERT from random weights, on 2,496 captioned pictures. A few minutes.")
+    print(
+        "\n2. The main job: UNet and BERT from random weights, on 2,496 captioned pictures. A few minutes: enough for\n"
+        "   shapes and colours to appear, not for words to be obeyed. The model above took an hour."
+    )
     losses, sheet = train(output / "training")
     trained = time.perf_counter()
     first, last = min(losses), max(losses)

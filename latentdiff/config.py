@@ -37,6 +37,7 @@ from .sections import (
 # train_configs/ of a checkout is latentdiff/recipes/ in an installed package (setup.cfg).
 PACKAGE = Path(__file__).parent
 RECIPES = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "train_configs"
+RECIPE = "recipe "  # how messages name one
 
 
 class Config(Section):
@@ -110,7 +111,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a YAML file, or the recipe of that name that comes with the package, and apply overrides.
 
     Args:
-        path: file, or name of a recipe such as `emoji-64`; None: `emoji-64`.
+        path: file, or name of a recipe such as `emoji-64`; None: `emoji-64`. Its validation prompts are about its own
+            pictures, and do not count where `data.source` names others.
         overrides: `section.key=value`, the value as YAML.
 
     Raises:
@@ -123,6 +125,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise LatentDiffError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise LatentDiffError(f"{where}: holds a {type(values).__name__}; expected sections such as `data:`")
+    if where.startswith(RECIPE) and any(override.startswith("data.source=") for override in overrides):
+        values.get("validation", {}).pop(
+            "prompts", None
+        )  # of the recipe's own pictures; now held-out captions are drawn
     return parse_config(with_overrides(values, overrides), f"{where} and the command line" if overrides else where)
 
 
@@ -162,7 +168,7 @@ def _read(path: str | Path) -> tuple[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise LatentDiffError(f"{file}: cannot be read ({error})") from None
     if str(path) in (names := recipes()):
-        return f"recipe {path}", (RECIPES / f"{path}.yaml").read_text(encoding="utf-8")
+        return f"{RECIPE}{path}", (RECIPES / f"{path}.yaml").read_text(encoding="utf-8")
     near = get_close_matches(file.stem, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise LatentDiffError(f"{path}: no such file; the recipes that come with latentdiff are {', '.join(names)}{hint}")

@@ -28,10 +28,19 @@ A text-to-image latent diffusion model, trained with latentdiff: a KL-VAE, a {en
 cross-attention UNet. It draws pictures of {size} x {size} pixels.
 
 ```python
-from latentdiff import LatentPipeline          # or: from diffusers import DiffusionPipeline
+from latentdiff import LatentPipeline
 
 pipe = LatentPipeline.from_pretrained("{name}")
 pipe("{prompt}")[0].save("picture.png")
+```
+
+or with diffusers alone:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")
+pipe("{prompt}").images[0].save("picture.png")
 ```
 """
 
@@ -58,7 +67,7 @@ def model_card(
         data: what is to be said of the pictures and their licence.
     """
     launch = _last_launch(run)
-    prompts = launch.get("config", {}).get("validation", {}).get("prompts") or ["a picture"]
+    prompts = launch.get("config", {}).get("validation", {}).get("prompts") or ["what to draw"]
     encoder = type(getattr(parts["text_encoder"], "model", parts["text_encoder"])).__name__.removesuffix("Model")
     text = HEADER.format(
         licence=json.dumps(licence), title=title, name=title, size=image_size, encoder=encoder, prompt=prompts[0]

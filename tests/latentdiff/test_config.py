@@ -131,6 +131,15 @@ def test_a_model_that_exists_has_its_own_shape():
     assert load_config("emoji-64").model_dump()["unet"]["block_out_channels"] == (96, 192, 256)
 
 
+def test_prompts_of_a_recipe_are_about_its_own_pictures(tmp_path):
+    """Whoever trains it on others watches captions of theirs; a file's prompts stay, and so do those that are given."""
+    assert len(load_config("emoji-64").validation.prompts) == 16
+    assert load_config("emoji-64", ["data.source=mine"]).validation.prompts == ()
+    assert load_config("emoji-64", ["data.source=mine", "validation.prompts=[a, b]"]).validation.prompts == ("a", "b")
+    (tmp_path / "mine.yaml").write_text("validation: {prompts: [a]}")
+    assert load_config(tmp_path / "mine.yaml", ["data.source=mine"]).validation.prompts == ("a",)
+
+
 def test_the_schema_explains_every_setting():
     schema = Config.model_json_schema()
     fields = schema["$defs"]["TrainLatentSection"]["properties"]
