@@ -97,7 +97,8 @@ def run(name: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict
         evaluate = [sys.executable, "-c", EVALUATE, folder, data, EMOJI_STYLE, json.dumps(arguments.guidance)]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "output.log").open("w") as log:
-            for command in [train] * (not (folder / "model/done.json").is_file()) + [evaluate]:
+            trained = (folder / "model/done.json").is_file()
+            for command in [evaluate] if trained else [train, evaluate]:
                 subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=subprocess.STDOUT)
         print(f"done: {name}, seed {seed}", file=sys.stderr, flush=True)
     return json.loads(result.read_text())

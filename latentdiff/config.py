@@ -112,7 +112,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Args:
         path: file, or name of a recipe such as `emoji-64`; None: `emoji-64`. Its validation prompts are about its own
-            pictures, and do not count where `data.source` names others.
+            pictures, and do not count where an override names `data.source`.
         overrides: `section.key=value`, the value as YAML.
 
     Raises:
@@ -126,9 +126,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if not isinstance(values, dict):
         raise LatentDiffError(f"{where}: holds a {type(values).__name__}; expected sections such as `data:`")
     if where.startswith(RECIPE) and any(override.startswith("data.source=") for override in overrides):
-        values.get("validation", {}).pop(
-            "prompts", None
-        )  # of the recipe's own pictures; now held-out captions are drawn
+        values.get("validation", {}).pop("prompts", None)  # held-out captions are drawn instead
     return parse_config(with_overrides(values, overrides), f"{where} and the command line" if overrides else where)
 
 

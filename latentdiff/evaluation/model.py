@@ -119,9 +119,9 @@ def evaluate(
     gallery = embed(pipe.vae, readable(train, data, MOST_TRAINING, broken, flip=data.flip), pipe.image_size)
     others = embed(pipe.vae, readable(held_out, data, MOST_HELD_OUT, broken), pipe.image_size, reconstruct=True)
     report = None
-    if len({concepts[place] for place in gallery.places} - {""}) > 1:
-        chosen = [gallery.places[number] for number in
-                  choose([concepts[place] for place in gallery.places], num_concepts, recipe.seed)]  # fmt: skip
+    there = [concepts[place] for place in gallery.places]
+    if len(set(there) - {""}) > 1:
+        chosen = [gallery.places[number] for number in choose(there, num_concepts, recipe.seed)]
         say(f"drawing {len(chosen) * recipe.num_images} pictures")
         report = compare(pipe, draw_concepts(pipe, train, concepts, chosen, recipe), gallery, train, data, concepts)
     say("denoising the pictures held out")
@@ -143,7 +143,7 @@ def _settings(pipe: LatentPipeline, data: DataConfig, recipe: Recipe, style: str
     for name in ("prompt", "negative_prompt", "seed"):
         drawing.pop(name, None)
     return {
-        "source": next(part for part in reversed(Path(data.source).parts) if "*" not in part),
+        "source": next((part for part in reversed(Path(data.source).parts) if "*" not in part), data.source),
         "flip": data.flip,
         "style": style,
         "seed": recipe.seed,

@@ -72,6 +72,15 @@ def test_a_perfect_copier_is_always_right(pipe, pictures, copier, monkeypatch, t
     assert str(pictures) not in (tmp_path / "evaluation.json").read_text()
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("/home/me/pictures", "pictures"), ("/home/me/pictures/*.parquet", "pictures"), ("*.parquet", "*.parquet"),
+     ("builtin:emoji-mini", "builtin:emoji-mini")],
+)  # fmt: skip
+def test_the_source_is_named_without_its_folders(pipe, source, said):
+    assert model._settings(pipe, DataConfig(source=source), Recipe(seed=0), "")["source"] == said
+
+
 def test_copies_in_the_mirror_are_wrong_where_training_saw_none(pipe, pictures, copier):
     data = DataConfig(source=str(pictures), image_size=64, flip=False)
     copier(data, mirrored=True)
