@@ -21,7 +21,7 @@ from pathlib import Path
 
 from datasets import Image, load_dataset
 
-from latentdiff.shipped import EMOJI_STYLE, pictures_folder
+from latentdiff.assets import EMOJI_STYLE, pictures_folder
 
 PICTURES = Path(pictures_folder("builtin:emoji-mini"))
 BASE = (
@@ -55,8 +55,8 @@ EVALUATE = """
 import json, sys, torch
 from pathlib import Path
 from latentdiff import LatentPipeline
-from latentdiff.evaluation.model import evaluate
-from latentdiff.recipe import Recipe
+from latentdiff.evaluation.evaluate import evaluate
+from latentdiff.sampling.settings import Recipe
 from latentdiff.sections import DataConfig
 torch.set_num_threads(1)
 folder, data, style, scales = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])

@@ -35,11 +35,11 @@ from latentdiff.config import Config, load_config
 from latentdiff.data.batches import LatentBatch
 from latentdiff.data.cache import read_pixels, to_pixels
 from latentdiff.data.sources import open_source
+from latentdiff.files.scheduler import scheduler_config
 from latentdiff.training.latent import LatentTraining
 from latentdiff.training.launch import Launch, launch
-from latentdiff.training.record import Record
+from latentdiff.training.logging import Record
 from latentdiff.training.stages import make_caches, new_unet, open_text_encoder, open_vae
-from latentdiff.weights.scheduler import scheduler_config
 from text_encoder import TextEncoder, train_tokenizer
 from vae import VAE
 

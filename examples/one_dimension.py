@@ -19,8 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff import Schedule
-from latentdiff.diffusion import add_noise, diffusion_loss, forward_step, from_x0, sample_timesteps, target, to_x0
-from latentdiff.samplers import make_rows, sample
+from latentdiff.diffusion.process import (
+    add_noise,
+    diffusion_loss,
+    forward_step,
+    from_x0,
+    sample_timesteps,
+    target,
+    to_x0,
+)
+from latentdiff.diffusion.samplers import make_rows, sample
 
 try:
     from matplotlib.axes import Axes

@@ -17,9 +17,9 @@ from text_encoder import TextEncoderError
 from unet import UNetError
 from vae import VAEError
 
-from .diffusion import check_prediction
+from .diffusion.process import check_prediction
+from .diffusion.samplers import SAMPLERS
 from .errors import LatentDiffError
-from .samplers import SAMPLERS
 from .sections import (
     Count,
     DataConfig,

@@ -10,9 +10,8 @@ from text_encoder import TextEncoderConfig
 from unet import UNetConfig
 from vae import VAEConfig
 
-from .diffusion import Prediction, Variance, Weighting
-from .schedule import Schedule
-from .weights.scheduler import Process
+from .diffusion.process import Prediction, Process, Variance, Weighting
+from .diffusion.schedule import Schedule
 
 
 def _number(value: object) -> object:

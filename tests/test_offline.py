@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from latentdiff.shipped import pictures_folder
+from latentdiff.assets import pictures_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 

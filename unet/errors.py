@@ -1,5 +1,7 @@
-"""The one exception of this package for a user's mistake."""
+"""The exception of this package for a user's mistake."""
+
+from latentdiff.errors import LatentDiffError
 
 
-class UNetError(ValueError):
-    """A configuration, file or input that the UNet cannot use; the message names it and says what is allowed."""
+class UNetError(LatentDiffError):
+    """A configuration, file or input that cannot be used; the message names it and says what is allowed."""

@@ -6,8 +6,7 @@
 from .config import VAEConfig
 from .distribution import DiagonalGaussian
 from .errors import VAEError
-from .fold import fold_statistics
 from .model import VAE
-from .statistics import LatentStatistics
+from .normalize import LatentStatistics, fold_statistics
 
 __all__ = ["VAE", "DiagonalGaussian", "LatentStatistics", "VAEConfig", "VAEError", "fold_statistics"]

@@ -16,8 +16,8 @@ from datasets.utils.logging import (  # type: ignore[import-untyped]
     is_progress_bar_enabled,
 )
 
+from ..assets import pictures_folder
 from ..errors import LatentDiffError
-from ..shipped import pictures_folder
 from .folders import find_metadata, open_metadata, open_text_folder
 from .readers import Rows
 from .splits import split_of_file

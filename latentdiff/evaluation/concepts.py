@@ -18,15 +18,15 @@ from torch import Tensor
 
 from ..data.cache import read_pixels
 from ..data.sources import Source
-from ..drawing import Features, draw_batches
 from ..errors import LatentDiffError
-from ..recipe import Recipe
+from ..sampling.loop import Features, draw_batches
+from ..sampling.settings import Recipe
 from ..sections import DataConfig
 from .gallery import LATENTS, Gallery, embed
 from .grid import picture_grid
 
 if TYPE_CHECKING:
-    from ..pipeline import LatentPipeline
+    from ..sampling.pipeline import LatentPipeline
 
 SHOWN, COLUMNS = 64, 8  # of the grid
 QUERIES = 256  # compared with the gallery at a time

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..diffusion import add_noise, to_x0
-from ..drawing import network
+from ..diffusion.process import add_noise, to_x0
+from ..sampling.loop import network
 
 if TYPE_CHECKING:
-    from ..pipeline import LatentPipeline
+    from ..sampling.pipeline import LatentPipeline
 
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # sigma / alpha
 BATCH = 64

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vae import VAE
-from vae.statistics import LatentStatistics
+from vae.normalize import LatentStatistics
 
 from ..data.cache import pictures_at_a_time, read_pixels, to_pixels
 from ..data.pictures import PictureError
 from ..data.sources import Source
 from ..errors import LatentDiffError
 from ..sections import DataConfig
-from .reconstruction import psnr, ssim
+from .metrics import psnr, ssim
 
 THUMBNAIL = 32  # pixels a side
 LATENTS, RGB = "latents", f"{THUMBNAIL}x{THUMBNAIL} RGB"

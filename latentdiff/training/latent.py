@@ -18,13 +18,13 @@ from ..data.cache import LatentCache, TextCache, to_pixels, weights_digest
 from ..data.order import BatchPlan
 from ..data.shards import digest
 from ..data.sources import Source
-from ..diffusion import add_noise, diffusion_loss
+from ..diffusion.process import add_noise, diffusion_loss
 from .launch import Launch
+from .logging import Record
 from .loop import run_facts
-from .optimize import Updater, whole
-from .record import Record
+from .optimizer import Updater, whole
+from .parallel import no_sync, sharded
 from .samples import draw_prompts
-from .wrap import no_sync, sharded
 
 
 class LatentModel(nn.Module):

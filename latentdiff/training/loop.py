@@ -15,8 +15,8 @@ from ..errors import LatentDiffError
 from ..sections import TrainSection
 from .checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from .launch import Launch
-from .optimize import Updater
-from .record import Record
+from .logging import Record
+from .optimizer import Updater
 from .signals import StopFlag
 
 # Settings that may change between a run and its continuation: they do not decide what a step computes.

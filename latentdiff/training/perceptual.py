@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from latentdiff.diffusion.schedule import at_least_float32
 from latentdiff.errors import LatentDiffError
-from latentdiff.schedule import at_least_float32
 
 # VGG16 (arXiv 1409.1556): five stages of 3x3 convolutions, each but the first after a 2x2 maximum pooling. The numbers
 # are torchvision's names of the convolutions, `features.0`, `features.2`, ...

@@ -13,11 +13,11 @@ from text_encoder import TextEncoder
 from vae import VAE
 
 from ..data.order import draws
-from ..diffusion import to_x0
+from ..diffusion.guidance import guide
+from ..diffusion.process import to_x0
+from ..diffusion.samplers import make_rows, sample
+from ..diffusion.schedule import Schedule
 from ..evaluation.grid import labelled_grid, to_images
-from ..guidance import guide
-from ..samplers import make_rows, sample
-from ..schedule import Schedule
 from .launch import Launch
 
 

@@ -23,16 +23,17 @@ from text_encoder import TextEncoder, TextEncoderError, train_tokenizer
 from unet import UNet
 from vae import VAE
 
+from ..assets import part_folder
 from ..config import Config
 from ..data.cache import LatentCache, TextCache, pictures_digest
 from ..data.order import BatchPlan
 from ..data.shards import Shards, differences, remove_others
 from ..data.sources import Source, open_source
+from ..diffusion.process import Process
 from ..errors import LatentDiffError
-from ..shipped import part_folder
-from ..weights.model_folder import save_model
-from ..weights.open_model import read_json
-from ..weights.scheduler import Process, read_scheduler, scheduler_config
+from ..files.model_folder import save_model
+from ..files.open import read_json
+from ..files.scheduler import read_scheduler, scheduler_config
 from .latent import LatentTraining
 from .launch import Launch, launch
 from .loop import first_difference, run_facts, run_training

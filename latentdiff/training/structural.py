@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentdiff.diffusion.schedule import at_least_float32
 from latentdiff.errors import LatentDiffError
-from latentdiff.evaluation.reconstruction import ssim_map
-from latentdiff.schedule import at_least_float32
+from latentdiff.evaluation.metrics import ssim_map
 
 WINDOW = 7  # pixels a side
 MAX_SCALES = 5  # as many as MS-SSIM has

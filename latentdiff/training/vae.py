@@ -17,16 +17,16 @@ from ..data.order import BatchPlan
 from ..data.pictures import PictureError
 from ..data.sources import Source
 from ..evaluation.grid import comparison_grid
-from ..evaluation.reconstruction import psnr, ssim
+from ..evaluation.metrics import psnr, ssim
 from ..sections import DataConfig
 from .discriminator import Discriminator, discriminator_loss, generator_loss
 from .launch import Launch
+from .logging import Record
 from .loop import run_facts
-from .optimize import Updater
+from .optimizer import Updater
+from .parallel import distributed, no_sync
 from .perceptual import PerceptualLoss
-from .record import Record
 from .vae_losses import adaptive_weight, load_perceptual, reconstruction_nll
-from .wrap import distributed, no_sync
 
 
 class Autoencoder(nn.Module):

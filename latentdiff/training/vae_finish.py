@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from vae import VAE
-from vae.fold import fold_statistics
-from vae.statistics import LatentStatistics
+from vae.normalize import LatentStatistics, fold_statistics
 
 from ..data.cache import pictures_at_a_time
 from ..data.order import draws

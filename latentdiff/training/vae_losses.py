@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from latentdiff.diffusion.schedule import at_least_float32
 from latentdiff.errors import LatentDiffError, check_choice
-from latentdiff.schedule import at_least_float32
 
 from .perceptual import PerceptualLoss
 from .structural import StructuralLoss

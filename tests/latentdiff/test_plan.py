@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentdiff.config import load_config, recipes
 from latentdiff.errors import LatentDiffError
 from latentdiff.plan import DEVICES, GIB, plan
-from latentdiff.plan_flops import Autocast, Counter, build_models
+from latentdiff.plan.flops import Autocast, Counter, build_models
 from latentdiff.training.checkpoint import newest_checkpoint, save_checkpoint
 from latentdiff.training.discriminator import Discriminator
-from latentdiff.training.optimize import Updater
+from latentdiff.training.optimizer import Updater
 from latentdiff.training.vae import Autoencoder
 from unet import UNet, UNetConfig
 from vae import VAE
@@ -207,7 +207,7 @@ def test_more_share_of_the_peak_takes_less_time():
 def test_the_cpu_is_measured(monkeypatch):
     """No vendor's figure for the CPU; its memory is the machine's."""
     clock = iter(range(1000))
-    monkeypatch.setattr("latentdiff.plan_devices.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("latentdiff.plan.devices.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = plan(load_config("debug"), num_devices=2)
     assert 0 < found.device.single < 100
     assert found.device.memory < 10_000

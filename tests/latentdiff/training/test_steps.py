@@ -12,9 +12,9 @@ from latentdiff.config import load_config
 from latentdiff.data.sources import open_source
 from latentdiff.training import launch as launching
 from latentdiff.training.latent import LatentTraining
+from latentdiff.training.logging import Record
 from latentdiff.training.loop import Skips
-from latentdiff.training.optimize import Updater, learning_rate
-from latentdiff.training.record import Record
+from latentdiff.training.optimizer import Updater, learning_rate
 from latentdiff.training.stages import make_caches, new_unet, open_text_encoder
 from latentdiff.training.vae import VAETraining
 from vae import VAE

@@ -1,0 +1,1 @@
+"""The mathematics: noise schedule, diffusion process, samplers, guidance. No model is imported here."""

@@ -1,0 +1,114 @@
+"""How a model denoises, to and from the `scheduler_config.json` of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..diffusion.process import Prediction, Process
+from ..diffusion.samplers import Spacing
+from ..diffusion.schedule import Schedule, rescale_to_zero_terminal_snr
+from ..errors import LatentDiffError
+
+PREDICTIONS: dict[Prediction, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours: diffusers'
+BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+# Schedulers of this forward process, and what each takes for a missing `timestep_spacing`.
+SPACINGS: dict[str, Spacing] = {
+    "DDIMScheduler": "leading",
+    "DDPMScheduler": "leading",
+    "PNDMScheduler": "leading",
+    "DDIMInverseScheduler": "leading",
+    "DPMSolverMultistepScheduler": "linspace",
+    "DPMSolverSinglestepScheduler": "linspace",
+    "DEISMultistepScheduler": "linspace",
+    "UniPCMultistepScheduler": "linspace",
+    "EulerDiscreteScheduler": "linspace",
+    "EulerAncestralDiscreteScheduler": "linspace",
+    "HeunDiscreteScheduler": "linspace",
+    "KDPM2DiscreteScheduler": "linspace",
+    "LMSDiscreteScheduler": "linspace",
+}
+
+
+def scheduler_config(process: Process) -> dict[str, Any]:
+    """The process as diffusers' DDIMScheduler reads it.
+
+    Raises:
+        LatentDiffError: the prediction is `mean`, which diffusers does not know.
+    """
+    schedule, prediction, spacing, offset, ends_clean = process
+    if prediction not in PREDICTIONS:
+        raise LatentDiffError(
+            f"diffusion.prediction={prediction}: diffusers has no scheduler for it; "
+            f"models with {', '.join(PREDICTIONS)} can be written"
+        )
+    values: dict[str, Any] = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": schedule.num_timesteps,
+        "prediction_type": PREDICTIONS[prediction],
+        "timestep_spacing": spacing,
+        "clip_sample": False,
+        "set_alpha_to_one": ends_clean,
+        "steps_offset": offset if spacing == "leading" else 1,  # not used by the others; diffusers rewrites all but 1
+    }
+    if schedule.name is None:
+        return values | {"trained_betas": schedule.betas.tolist()}
+    return values | {
+        "beta_schedule": BETA_SCHEDULES[schedule.name.name],
+        "beta_start": schedule.name.beta_start,
+        "beta_end": schedule.name.beta_end,
+        "rescale_betas_zero_snr": schedule.name.zero_terminal_snr,
+    }
+
+
+def read_scheduler(values: Mapping[str, Any], where: object) -> Process:
+    """The process that a `scheduler_config.json` of diffusers describes; what is missing has diffusers' defaults.
+
+    Args:
+        values: contents of the file.
+        where: its name, for errors.
+
+    Raises:
+        LatentDiffError: a scheduler of another kind of model, or a value that is not supported.
+    """
+    kind = values.get("_class_name", "DDIMScheduler")
+    if not isinstance(kind, str) or kind not in SPACINGS:
+        raise LatentDiffError(f"{where}: _class_name {kind!r} is not supported; choose one of {', '.join(SPACINGS)}")
+
+    def choice(key: str, default: str, choices: Mapping[Any, str]) -> Any:
+        value = values.get(key, default)
+        for ours, theirs in choices.items():
+            if value == theirs:
+                return ours
+        raise LatentDiffError(f"{where}: {key}={value!r} is not supported; choose one of {', '.join(choices.values())}")
+
+    prediction = choice("prediction_type", "epsilon", PREDICTIONS)
+    spacing = choice("timestep_spacing", SPACINGS[kind], {name: name for name in ("leading", "trailing", "linspace")})
+    clean = values.get("set_alpha_to_one", kind != "PNDMScheduler")
+    offset = values.get("steps_offset", 0)
+    if not isinstance(clean, bool) or not isinstance(offset, int) or isinstance(offset, bool) or offset < 0:
+        raise LatentDiffError(
+            f"{where}: set_alpha_to_one={clean!r}, steps_offset={offset!r}: expected true or false, and a whole number"
+        )
+    try:
+        schedule = _schedule(values, choice)
+    except (LatentDiffError, TypeError, ValueError) as error:
+        text = str(error)
+        raise LatentDiffError(text if text.startswith(str(where)) else f"{where}: {text}") from None
+    return Process(schedule, prediction, spacing, offset if spacing == "leading" else 0, clean)
+
+
+def _schedule(values: Mapping[str, Any], choice: Any) -> Schedule:
+    if values.get("trained_betas") is not None:
+        betas = torch.tensor(values["trained_betas"], dtype=torch.float64)
+        return Schedule(rescale_to_zero_terminal_snr(betas) if values.get("rescale_betas_zero_snr") else betas)
+    name = choice("beta_schedule", "linear", BETA_SCHEDULES)
+    steps = values.get("num_train_timesteps", 1000)
+    if isinstance(steps, int) and steps > 1_000_000:
+        raise LatentDiffError(f"num_train_timesteps={steps}: expected at most 1000000")
+    ends = {} if name == "cosine" else {key: values.get(key, default)
+                                        for key, default in (("beta_start", 1e-4), ("beta_end", 0.02))}  # fmt: skip
+    zero = bool(values.get("rescale_betas_zero_snr", False))
+    return Schedule.named(name, steps, **ends, zero_terminal_snr=zero)

@@ -1,1 +1,0 @@
-"""Reading and writing models in the layouts of other projects."""

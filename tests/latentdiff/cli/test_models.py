@@ -1,0 +1,276 @@
+"""`latentdiff sample`, `inspect`, `export`, and the example of every command's help."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from latentdiff import LatentDiffError, LatentPipeline
+from latentdiff.cli import app
+from latentdiff.cli.evaluate import _data_of
+from latentdiff.config import load_config
+from latentdiff.data.cache import read_pixels, to_pixels
+from latentdiff.data.sources import open_source
+from latentdiff.evaluation.metrics import psnr
+from latentdiff.sections import DataConfig
+from text_encoder import TextEncoder, train_tokenizer
+from unet import UNet
+from vae import VAE
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with `runs/mine/model`, a small model with random weights, and `my-pictures`."""
+    place = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    config = load_config("debug")
+    encoder = TextEncoder.new(
+        config.text_encoder.build(), train_tokenizer(["a red apple", "a blue car"] * 2, vocab_size=99, max_length=16)
+    )
+    pipe = LatentPipeline(
+        vae=VAE(config.vae.build(32)),
+        unet=UNet(config.unet.build(4, encoder.context_dim, 16)),
+        text_encoder=encoder,
+        schedule=config.diffusion.build(),
+    )
+    pipe.save_pretrained(place / "runs/mine/model")
+    (place / "runs/mine/run.json").write_text(json.dumps({"launches": [{
+        "config": {"seed": 7, "precision": "fp32", "output": "/secret/place", "data": {"source": "/secret/pictures"},
+                   "vae": {"pretrained": "/secret/vae"}},
+        "versions": {"torch": "2.13.0"},
+    }]}))  # fmt: skip
+    (place / "runs/mine/train_latent").mkdir()
+    (place / "runs/mine/train_latent/log.jsonl").write_text(
+        '{"step": 5, "loss": 1}\n{"step": 9, "validation_loss": 0.5}\n'
+    )
+    shutil.copytree(place / "runs/mine/model", place / "model-only")
+    (place / "my-pictures").mkdir()
+    for number in range(40):
+        Image.effect_noise((64, 64), 50).convert("RGB").save(place / f"my-pictures/{number}.png")
+        (place / f"my-pictures/{number}.txt").write_text(f"picture number {number}")
+    return place
+
+
+@pytest.fixture
+def invoke(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+    def run(line: str, **options):
+        return CliRunner().invoke(app, shlex.split(line), **options)
+
+    return run
+
+
+def test_sample(invoke, place):
+    line = 'sample "a red apple" "a blue car!" --model runs/mine -n 2 --seed 3 --steps 2 --output out --precision fp32'
+    result = invoke(line)
+    assert result.exit_code == 0, result.output
+    files = sorted(path.name for path in (place / "out").iterdir())
+    assert files == ["0001-a-red-apple.png", "0002-a-red-apple.png", "0003-a-blue-car.png", "0004-a-blue-car.png",
+                     "grid.png"]  # fmt: skip
+    drawn = Image.open(place / "out/0003-a-blue-car.png")
+    facts = json.loads(drawn.info["latentdiff"])
+    assert (facts["prompt"], facts["seed"], facts["num_steps"]) == ("a blue car!", 5, 2)
+    pipe = LatentPipeline.from_pretrained(place / "runs/mine", dtype=torch.float32, device="cpu")
+    again = pipe(facts.pop("prompt"), **facts)[0]
+    assert again.tobytes() == drawn.tobytes()
+
+
+def test_prompts_from_standard_input_and_file(invoke, place):
+    result = invoke("sample --file - -m runs/mine --steps 1 --output stdin", input="a red apple\n\na blue car\n")
+    assert result.exit_code == 0, result.output
+    assert len(list((place / "stdin").iterdir())) == 3
+    (place / "prompts.txt").write_text("a car\n")
+    assert invoke("sample one --file prompts.txt -m runs/mine --steps 1 --output both").exit_code == 0
+    assert len(list((place / "both").iterdir())) == 3
+
+
+def test_evaluate(invoke, place):
+    """The report of a model that learnt nothing, without a broken picture; the VAE's figures against the VAE itself."""
+    shutil.copytree(place / "my-pictures", place / "measured")
+    (place / "measured/7.png").write_bytes(b"no picture")
+    line = "evaluate data.source=measured -m runs/mine -o report --concepts 5 -n 3 --steps 2 --precision fp32"
+    result = invoke(line)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((place / "report/evaluation.json").read_text())
+    concepts = facts["concepts"]
+    assert (concepts["concepts"], concepts["pictures"]) == (5, 15)
+    assert concepts["agreements"][0]["chance"] == pytest.approx(1 / concepts["gallery"])
+    rows = [json.loads(line) for line in (place / "report/drawn.jsonl").read_text().splitlines()]
+    assert len(rows) == 15
+    for found in concepts["agreements"]:
+        right = [row[found["features"]]["nearest"] == row["prompt"] for row in rows]
+        assert found["top1"] == sum(right) / 15
+    with Image.open(place / "report/concepts.png") as sheet:
+        assert sheet.width > 500
+    data = DataConfig(source="measured", image_size=32)
+    train, held_out = open_source(data)
+    assert facts["broken"] == ["7.png"]
+    assert "1 pictures cannot be read" in result.output
+    assert concepts["gallery"] + facts["vae"]["num_pictures"] == len(train) + len(held_out) - 1 == 39
+    pixels = torch.cat([to_pixels(torch.from_numpy(read_pixels(held_out, place, data))[None])
+                        for place in range(len(held_out)) if held_out.name(place) != "7.png"])  # fmt: skip
+    vae = VAE.from_pretrained(place / "runs/mine/model/vae")
+    with torch.no_grad():
+        again = vae.decode(vae.encode(pixels))
+    assert facts["vae"]["psnr"] == pytest.approx(float(psnr(pixels, again).mean()), abs=1e-3)
+
+
+def test_evaluate_takes_captions_as_they_are(invoke, place):
+    """Brackets in a caption weight nothing, as in training."""
+    shutil.copytree(place / "my-pictures", place / "brackets")
+    for path in (place / "brackets").glob("*.txt"):
+        path.write_text(f"poster (year: 1999) {path.stem}")
+    result = invoke("evaluate data.source=brackets -m runs/mine -o brackets-report --concepts 2 -n 1 --steps 1")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("option", ["--concepts 1", "--steps 0", "--num-images 0", "--guidance -1"])
+def test_evaluate_refuses_numbers_out_of_range(invoke, option):
+    result = invoke(f"evaluate data.source=my-pictures -m runs/mine {option}")
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option.split()[0]}'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("record", "known"),
+    [({"launches": [{"config": {"data": {"source": "kept", "image_size": 36, "flip": False}}}]}, True),
+     ({"launches": [{"config": {"data": {"source": "kept", "image_size": 16}}}]}, True),
+     ({}, False), ({"launches": []}, False), ({"launches": 3}, False), ([], False)],
+)  # fmt: skip
+def test_what_a_run_says_of_its_pictures(place, tmp_path, monkeypatch, record, known):
+    """Whatever the size of the pictures and the VAE; and a record that says nothing is no accident."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "runs/mine/model", tmp_path / "run/model")
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    if known:
+        assert _data_of("run", []).source == "kept"
+        monkeypatch.chdir(tmp_path / "run/model")
+        assert _data_of(".", []).source == "kept"
+    else:
+        with pytest.raises(LatentDiffError, match=r"run: does not say what it was trained on; give data.source"):
+            _data_of("run", [])
+        assert _data_of("run", ["data.source=mine", "data.flip=false"]).source == "mine"
+
+
+def test_inspect(invoke):
+    result = invoke("inspect runs/mine")
+    assert result.exit_code == 0
+    for words in ("StableDiffusionPipeline", "v_prediction", "unet/", "F32", "MiB", "cross_attention_dim 32"):
+        assert words in result.output
+    assert "tensors" in invoke("inspect runs/mine/model/vae/diffusion_pytorch_model.safetensors").output
+
+
+@pytest.mark.parametrize("form", ["folder", "single"])
+def test_export_and_open_again(invoke, place, form):
+    target = "exported" if form == "folder" else "exported.safetensors"
+    result = invoke(
+        f"export runs/mine {target} --format {form} --precision fp16 --licence mit --data 'my own pictures'"
+    )
+    assert result.exit_code == 0, result.output
+    before = LatentPipeline.from_pretrained(place / "runs/mine", dtype=torch.float32, device="cpu")
+    after = LatentPipeline.from_pretrained(place / target, dtype=torch.float32, device="cpu")
+    for name, tensor in before.unet.state_dict().items():
+        assert torch.equal(tensor.half().float(), after.unet.state_dict()[name])
+    assert after("a red apple", num_steps=2, seed=0)[0].size == (32, 32)
+    if form == "folder":
+        card = (place / target / "README.md").read_text()
+    else:
+        with safe_open(place / target, framework="pt") as file:
+            card = file.metadata()["latentdiff.card"]
+    for words in ('license: "mit"', "my own pictures", "seed: 7", "torch 2.13.0", "| train_latent | loss | 0.5 |"):
+        assert words in card
+    assert "secret" not in card
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("sample -m runs/mine", ["nothing to draw"]),
+        ("sample a -m nothing", ["nothing: no such folder or file"]),
+        ("sample a -m runs/mine --steps 0", ["num_steps=0"]),
+        ("sample a -m runs/mine --sampler foo", ["unknown sampler 'foo'"]),
+        ("sample a -m runs/mine --guidance nan", ["guidance_scale=nan"]),
+        ("sample a -m runs/mine --height 33", ["height=33: expected a multiple of 2"]),
+        ("sample --file none.txt -m runs/mine", ["none.txt: cannot be read"]),
+        ("sample a -m runs/mine --device warp", ["device='warp'"]),
+        ("sample a -m runs/mine --output /dev/full/x", ["/dev/full"]),
+        ("sample a -m model.ckpt", ["pickled weights are never opened"]),
+        ("inspect nothing", ["nothing: no such folder or file"]),
+        ("inspect my-pictures", ["neither a model's folder"]),
+        ("export runs/mine out --format single", ["out: a single file's name ends in .safetensors"]),
+        ("export runs/mine runs/mine/model", ["the model itself lies there"]),
+        ("export runs/mine runs/mine", ["the model itself lies there"]),
+        ("export runs/mine my-pictures", ["is not empty"]),
+        ("evaluate data.source=nothing -m runs/mine", ["data.source='nothing': no such file or folder"]),
+        ("evaluate data.source=my-pictures -m runs/mine --style (", ["style '(': not a regular expression"]),
+        ("evaluate data.image_size=32 -m runs/mine", ["'data.image_size=32': pictures are measured at the size"]),
+        ("evaluate data.sauce=my-pictures -m runs/mine", ["unknown key 'data.sauce'; did you mean 'source'"]),
+        ("evaluate seed=1 -m runs/mine", ["only data.key=value counts here"]),
+        ("evaluate -m model-only", ["model-only: does not say what it was trained on; give data.source=FOLDER"]),
+        ("export runs/mine out --shard-gb nan", ["--shard-gb nan"]),
+        ("export runs/mine out --push nobody/nothing --format single", ["--push uploads a folder"]),
+        ("export runs/mine pushed --push nobody/nothing", ["nobody/nothing: cannot be uploaded"]),
+    ],
+)
+def test_mistakes(invoke, line, words):
+    result = invoke(line)
+    assert result.exit_code == 1, result.output
+    (message,) = [part for part in result.stderr.splitlines() if part.startswith("error: ")]
+    assert all(word in message for word in words), message
+
+
+def test_a_damaged_model(invoke, place):
+    shutil.copytree(place / "runs/mine/model", place / "damaged")
+    weights = place / "damaged/unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = invoke("sample a -m damaged")
+    assert result.exit_code == 1
+    assert "damaged" in result.stderr
+    weights.unlink()
+    assert "no such file" in invoke("sample a -m damaged").stderr
+
+
+def examples() -> dict[str, str]:
+    """What the help of every command says to type."""
+    found = {}
+    for name in (
+        "train",
+        "train-vae",
+        "encode",
+        "train-latent",
+        "data check",
+        "schema",
+        "sample",
+        "inspect",
+        "export",
+        "plan",
+        "evaluate",
+    ):
+        text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", CliRunner().invoke(app, [*name.split(), "--help"]).output).split())
+        (example,) = re.findall(r"Example: latentdiff (.*?) (?:Arguments|Options)", text)
+        found[name] = example
+    return found
+
+
+@pytest.mark.parametrize("command", ["data check", "schema", "sample", "inspect", "export", "plan", "evaluate"])
+def test_the_examples_of_the_help(invoke, command):
+    result = invoke(examples()[command])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_trainings(invoke, place):
+    """In the order a user goes, with the recipe that takes seconds."""
+    for command in ("train-vae", "encode", "train-latent", "train"):
+        line = examples()[command].replace("emoji-64", "debug").replace("runs/mine", "runs/trained")
+        result = invoke(line + " trackers=[]")
+        assert result.exit_code == 0, result.output
+    assert invoke("sample a --model runs/trained --steps 2").exit_code == 0

@@ -1,0 +1,118 @@
+"""A name on the hub: downloaded by the real client, from a hub of one model that listens on this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from latentdiff.assets import ASSETS
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+SHIPPED = ASSETS / "emoji-64"
+OPEN = """
+import sys, torch
+from latentdiff import LatentPipeline
+variant = sys.argv[1] or None
+pipe = LatentPipeline.from_pretrained("someone/model", variant=variant)
+pipe("a 3d emoji of a red apple", num_steps=1, seed=0)[0].save(sys.argv[2])
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A folder that a hub offers as someone/model, its address, and the files that were asked for."""
+    folder, asked = tmp_path / "offered", []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+            if path == "/api/models/someone/model/revision/main":
+                listing = {"id": "someone/model", "sha": REVISION, "siblings": [{"rfilename": file} for file in files]}
+                return self.answer(json.dumps(listing).encode(), "application/json")
+            if path == f"/api/models/someone/model/tree/{REVISION}":
+                tree = [{"type": "file", "path": file, "size": (folder / file).stat().st_size,
+                         "oid": sha256(file.encode()).hexdigest()[:40]} for file in files]  # fmt: skip
+                return self.answer(json.dumps(tree).encode(), "application/json")
+            file = path.removeprefix(f"/someone/model/resolve/{REVISION}/")
+            if file not in files:
+                return self.send_error(404)
+            asked.append(file)
+            return self.answer((folder / file).read_bytes(), "application/octet-stream")
+
+        do_HEAD = do_GET
+
+        def answer(self, body, kind):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", kind)
+            self.send_header("ETag", f'"{sha256(body).hexdigest()[:40]}"')
+            self.send_header("X-Repo-Commit", REVISION)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    shutil.copytree(SHIPPED, folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def drawn(hub, tmp_path):
+    """What someone/model draws, as PNG, in a process that has never heard of it."""
+
+    def draw(variant="", **more):
+        environment = {**os.environ, "HF_ENDPOINT": hub[1], "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"),
+                       "HF_HUB_DISABLE_XET": "1", **more}  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", OPEN, variant, tmp_path / "drawn.png"], env=environment,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "drawn.png").read_bytes()
+
+    return draw
+
+
+def as_variant(folder, name):
+    """Rename all weights, as a hub's repository has them beside the plain ones or instead."""
+    for file in list(folder.rglob("*.safetensors")):
+        file.rename(file.with_suffix(f".{name}.safetensors"))
+
+
+def test_only_what_is_needed_and_then_from_the_cache(hub, drawn):
+    folder, _, asked = hub
+    unneeded = ["v1-5-pruned.safetensors", "safety_checker/model.safetensors", "unet/diffusion_pytorch_model.bin",
+                "unet/diffusion_pytorch_model.non_ema.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+                "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "unet/run_me.py"]  # fmt: skip
+    for file in unneeded:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(b"not to be fetched")
+    first = drawn()
+    needed = {"model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))}
+    assert needed <= set(asked)
+    assert not set(unneeded) & set(asked)
+    assert drawn(HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9") == first  # no hub in reach: from the cache
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["fp16", ""])
+def test_variants(hub, drawn, variant):
+    """The one that is asked for; or, where a part has no other, its only one."""
+    folder, _, asked = hub
+    as_variant(folder if variant else folder / "text_encoder", "fp16")
+    if variant:
+        (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"not to be fetched")
+    drawn(variant)
+    assert "text_encoder/model.fp16.safetensors" in asked
+    assert "unet/diffusion_pytorch_model.safetensors" not in asked or not variant

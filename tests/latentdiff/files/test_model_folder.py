@@ -1,0 +1,69 @@
+"""A trained model's folder, opened by stock diffusers: the same pictures from the same noise."""
+
+import warnings
+
+import diffusers
+import pytest
+import torch
+
+from latentdiff import LatentDiffError
+from latentdiff.config import load_config
+from latentdiff.diffusion.process import to_x0
+from latentdiff.diffusion.samplers import make_rows, sample
+from latentdiff.files.model_folder import save_model
+from latentdiff.files.scheduler import scheduler_config
+from text_encoder import TextEncoder, train_tokenizer
+from unet import UNet
+from vae import VAE
+
+
+@pytest.fixture
+def parts():
+    config = load_config("debug")
+    tokenizer = train_tokenizer(["a red apple", "a blue car"] * 2, vocab_size=100, max_length=16)
+    encoder = TextEncoder.new(config.text_encoder.build(), tokenizer)
+    unet = UNet(config.unet.build(4, encoder.context_dim, 16))
+    for parameter in unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return {"vae": VAE(config.vae.build(32)).eval(), "unet": unet.eval(), "text_encoder": encoder.eval(),
+            "process": config.diffusion.process()}  # fmt: skip
+
+
+def test_diffusers_draws_what_we_draw(parts, tmp_path, relative_error):
+    """20 DDIM steps under zero terminal SNR, v prediction, guidance 1: the same latents."""
+    save_model(tmp_path, **parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers says that BertModel is not CLIPTextModel
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 16, 16)
+    settings = {"height": 32, "width": 32, "num_inference_steps": 20, "guidance_scale": 1.0, "output_type": "latent"}
+    theirs = pipeline("a red apple", latents=noise.clone(), **settings).images
+    schedule = parts["process"].schedule
+    with torch.no_grad():
+        context = parts["text_encoder"](["a red apple"])
+
+        def denoise(x, t):
+            return to_x0(parts["unet"](x, torch.tensor(t), context), x, torch.tensor(t), "v", schedule)
+
+        for step in sample(denoise, noise, make_rows("ddim", schedule, num_steps=20)):
+            ours = step.x
+    assert relative_error(ours, theirs) < 1e-3
+
+
+def test_what_diffusers_cannot_say_is_refused():
+    settings = load_config("debug").diffusion.model_copy(update={"prediction": "mean"})
+    with pytest.raises(LatentDiffError, match=r"diffusion.prediction=mean: diffusers has no scheduler for it"):
+        scheduler_config(settings.process())
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("zero", [True, False])
+def test_the_schedule_is_the_same_in_diffusers(name, zero):
+    settings = load_config("debug").diffusion.model_copy(update={"schedule": name, "zero_terminal_snr": zero})
+    values = {key: value for key, value in scheduler_config(settings.process()).items() if key != "_class_name"}
+    theirs = diffusers.DDIMScheduler(**values).alphas_cumprod.double()
+    ours = settings.build().alpha_bar
+    assert torch.allclose(ours, theirs, atol=2e-5)

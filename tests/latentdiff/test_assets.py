@@ -1,0 +1,43 @@
+"""What comes with the package, by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentdiff import LatentDiffError, LatentPipeline
+from latentdiff.assets import ASSETS, part_folder, pictures_folder, shipped_models, shipped_pictures
+from latentdiff.files.open import find_model
+
+
+def test_names():
+    assert "emoji-mini" in shipped_pictures()
+    assert "emoji-64" in shipped_models()
+    assert not set(shipped_models()) & set(shipped_pictures())
+    assert pictures_folder("my-pictures") == part_folder("my-pictures", "vae") == "my-pictures"
+    assert pictures_folder("builtin:emoji-mini").endswith("emoji-mini")
+    with pytest.raises(LatentDiffError, match=r"unknown built-in model 'emoji-46': .* did you mean 'emoji-64'"):
+        part_folder("builtin:emoji-46", "unet")
+
+
+def test_the_default_model_draws():
+    """By no name, offline: pictures that differ with the prompt, and are the same again."""
+    pipe = LatentPipeline.from_pretrained(device="cpu")
+    apple, tree = pipe(["a 3d emoji of a red apple", "a noto emoji of a palm tree"], seed=0, num_steps=4)
+    assert apple.size == (64, 64)
+    assert apple.tobytes() != tree.tobytes()
+    alone = np.asarray(pipe("a 3d emoji of a red apple", seed=0, num_steps=4)[0]).astype(int)
+    assert np.abs(alone - np.asarray(apple)).max() <= 2  # of 255: a batch rounds otherwise
+
+
+def test_no_name_is_what_ships_whatever_lies_around(tmp_path, monkeypatch):
+    """Where someone exported a model of their own into ./emoji-64, that name is theirs, and no name is ours."""
+    (tmp_path / "emoji-64").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_model(None) == ASSETS / "emoji-64"
+    assert find_model("emoji-64") == Path("emoji-64")
+
+
+def test_it_fits_in_a_wheel():
+    size = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
+    assert size <= (64 + 8) * 2**20  # the model and the pictures
