@@ -1,7 +1,6 @@
 """Train the autoencoder: `accelerate launch train_vae.py --config emoji-64 [section.key=value ...]`."""
 
 from latentdiff.cli import run_stage
-from latentdiff.training.stages import train_vae
 
 if __name__ == "__main__":
-    run_stage(train_vae)
+    run_stage("train-vae")

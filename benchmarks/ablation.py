@@ -56,17 +56,17 @@ import json, sys, torch
 from pathlib import Path
 from latentdiff import LatentPipeline
 from latentdiff.evaluation.evaluate import evaluate
-from latentdiff.sampling.settings import Recipe
+from latentdiff.sampling.settings import SamplingSettings
 from latentdiff.sections import DataConfig
 torch.set_num_threads(1)
 folder, data, style, scales = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 pipe, data = LatentPipeline.from_pretrained(folder, dtype=torch.float32), DataConfig(source=data, flip=False)
 facts = {}
 for scale in scales:
-    recipe = Recipe(guidance_scale=scale, num_images=2, num_steps=15, seed=0, progress=False)
+    settings = SamplingSettings(guidance_scale=scale, num_images=2, num_steps=15, seed=0, progress=False)
     place = folder / f"guidance-{scale:g}"
     place.mkdir(exist_ok=True)
-    evaluate(pipe, data, recipe, style=style).write(place)
+    evaluate(pipe, data, settings, style=style).write(place)
     facts[str(scale)] = json.loads((place / "evaluation.json").read_text())
 (folder / "result.json").write_text(json.dumps(facts))
 """

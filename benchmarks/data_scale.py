@@ -18,7 +18,7 @@ import numpy as np
 from latentdiff.config import load_config
 from latentdiff.data.batches import LatentBatches
 from latentdiff.data.order import BatchPlan
-from latentdiff.data.shards import Alone, Arrays, Progress, Shards
+from latentdiff.data.shards import Arrays, Progress, Shards, SingleProcess
 from text_encoder import TextEncoder, TextEncoderConfig, train_tokenizer
 
 SHAPE, BATCH, STEPS = (4, 32, 32), 64, 100
@@ -35,7 +35,7 @@ class Cache:
 
     def __init__(self, folder: Path, size: int) -> None:
         self.shards = Shards(folder, {"rows": size}, size)
-        self.shards.build(moments, Alone())
+        self.shards.build(moments, SingleProcess())
         self.good = np.ones(size, dtype=bool)
 
     def moments(self, index: int, flip: bool) -> tuple[Any, Any]:

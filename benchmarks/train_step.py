@@ -6,7 +6,8 @@ The peer is the loop of diffusers' examples/text_to_image/train_text_to_image.py
 and transform the pictures, AutoencoderKL, BERT, DDPMScheduler, UNet2DConditionModel, min-SNR weights, AdamW,
 clip_grad_norm_; it encodes in every step, as that script does. `--use_ema` is an option there and always on here, so
 both are measured.
-Ours is `LatentTraining.learn` with its batches, with the caches and without. The text encoder is frozen on all sides.
+Ours is `LatentTraining.train_step` with its batches, with the caches and without. The text encoder is frozen on all
+sides.
 Before anything is timed, one loss and its gradient are compared. Rounds alternate; the ratio is of medians.
 """
 
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -32,13 +34,15 @@ from diffusers.training_utils import EMAModel, compute_snr
 from transformers import BertModel
 
 from latentdiff.config import Config, load_config
-from latentdiff.data.batches import LatentBatch
-from latentdiff.data.cache import read_pixels, to_pixels
+from latentdiff.data.batches import CachedBatch
+from latentdiff.data.cache import read_pixels
+from latentdiff.data.pictures import to_pixels
 from latentdiff.data.sources import open_source
+from latentdiff.diffusion.process import add_noise, diffusion_loss
 from latentdiff.files.scheduler import scheduler_config
 from latentdiff.training.latent import LatentTraining
 from latentdiff.training.launch import Launch, launch
-from latentdiff.training.logging import Record
+from latentdiff.training.logging import MetricLogger
 from latentdiff.training.stages import make_caches, new_unet, open_text_encoder, open_vae
 from text_encoder import TextEncoder, train_tokenizer
 from vae import VAE
@@ -69,7 +73,7 @@ def our_task(config: Config, run: Launch, cached: bool) -> LatentTraining:
     config = config.model_copy(update={"train_latent": config.train_latent.model_copy(update={"cache": cached})})
     run = replace(run, config=config)
     sources = open_source(config.data)
-    vae, encoder = open_vae(run), open_text_encoder(run, sources[0])
+    vae, encoder = open_vae(run), open_text_encoder(run.config, sources[0])
     caches = make_caches(run, sources, vae, encoder)
     torch.manual_seed(0)
     unet = new_unet(config, vae, encoder)
@@ -82,11 +86,11 @@ def our_task(config: Config, run: Launch, cached: bool) -> LatentTraining:
 def our_step(task: LatentTraining) -> Step:
     """Batches and steps, as the loop does them."""
     batches = task.batches(0, 10**6)
-    record = Record(task.run, task.run.folder, "benchmark", 0, 10**6, task.section.batch_size)
+    log = MetricLogger(task.run, task.run.folder, "benchmark", 0, 10**6, task.section.batch_size)
     number = iter(range(1, 10**6))
 
     def step() -> float:
-        metrics, _ = task.learn(next(batches), next(number), record)
+        metrics, _ = task.train_step(next(batches), next(number), log)
         return float(metrics["loss"])
 
     return step
@@ -162,22 +166,24 @@ class Peer:
 
 def check_equal(task: LatentTraining, peer: Peer) -> None:
     """One loss and the gradient of every weight, in float32, from the same numbers."""
-    batch: LatentBatch = task.rows[0]
-    assert batch.x0 is not None
-    assert batch.context is not None
-    run = task.run
-    task.run = replace(run, precision="fp32")
-    ours = task._loss(batch, task.inner).mean()
-    task.run = run
-    theirs = peer.loss(batch.x0, batch.noise, batch.t, batch.context.float())
+    batch = task.rows[0]
+    assert isinstance(batch, CachedBatch)
+    assert isinstance(batch.text, torch.Tensor)
+    frozen = replace(task.frozen, autocast=nullcontext)
+    x0, noise, t = frozen.draw(batch)
+    output = frozen.predict(task.inner, add_noise(x0, noise, t, task.schedule), t, batch.text)
+    settings = task.run.config.diffusion
+    losses = diffusion_loss(output, x0, noise, t, settings.prediction, task.schedule, weighting=settings.weighting)
+    ours = losses.mean()
+    theirs = peer.loss(batch.x0, batch.noise, batch.t, batch.text.float())
     torch.autograd.backward([ours, theirs])
     gradients = dict(task.inner.unet.named_parameters())
     worst = max(float((parameter.grad - gradients[name].grad).norm() / parameter.grad.norm())
                 for name, parameter in peer.unet.named_parameters()
                 if float(parameter.grad.norm()) > 1e-6)  # fmt: skip
-    losses = ours.item(), theirs.item()
-    print(f"loss: ours {losses[0]:.6f}, diffusers' {losses[1]:.6f}; largest relative gradient error {worst:.1e}")
-    assert abs(losses[0] / losses[1] - 1) < 1e-4
+    both = ours.item(), theirs.item()
+    print(f"loss: ours {both[0]:.6f}, diffusers' {both[1]:.6f}; largest relative gradient error {worst:.1e}")
+    assert abs(both[0] / both[1] - 1) < 1e-4
     assert worst < 1e-2
     task.inner.zero_grad()
     peer.unet.zero_grad()

@@ -1,13 +1,13 @@
 """Where to compute and in which precision, when nobody said."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from .errors import LatentDiffError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # precisions by their names here
 
 
 def best_device() -> torch.device:

@@ -1,7 +1,5 @@
 """The sections of a run's configuration: every setting, its default, its meaning and unit."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -12,26 +10,26 @@ from vae import VAEConfig
 
 from .diffusion.process import Prediction, Process, Variance, Weighting
 from .diffusion.schedule import Schedule
+from .sampling.settings import SamplingSettings
 
 
 def _number(value: object) -> object:
     """YAML reads 1e-4 as a string; it is a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
+SAMPLING = SamplingSettings()  # its defaults
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 Decay = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
-Colour = tuple[Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)],
-               Annotated[int, Field(ge=0, le=255)]]  # fmt: skip
+Level = Annotated[int, Field(ge=0, le=255)]
+Colour = tuple[Level, Level, Level]
 
 
 class Section(BaseModel):
@@ -89,7 +87,7 @@ class VAESection(ModelSection):
     """Shape of the autoencoder (see vae/config.py); f = 2 ** (levels - 1)."""
 
     pretrained: str | None = None
-    """Folder of a trained VAE to use as it is, or `builtin:emoji-64`; then train_vae and the sizes do not count."""
+    """Folder of a trained VAE to use as it is, or `builtin:emoji-64`; then train_vae and the sizes are ignored."""
     block_out_channels: tuple[Positive, ...] = (128, 256, 512, 512)
     layers_per_block: Positive = 2
     latent_channels: Positive = 4
@@ -144,7 +142,7 @@ class UNetSection(ModelSection):
 
 
 class DiffusionSection(Section):
-    """The forward process and the loss (latentdiff/schedule.py, latentdiff/diffusion.py)."""
+    """The forward process and the loss (latentdiff/diffusion/)."""
 
     schedule: str = "scaled_linear"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
@@ -246,6 +244,10 @@ class ValidationSection(Section):
     """Equal ranges of timesteps whose losses are told apart; each picture is measured once in each."""
     prompts: tuple[str, ...] = ()
     """Drawn at every validation, with fixed noise; empty takes the first held-out captions."""
-    sampler: str = "dpmpp_2m"
-    num_steps: Positive = 25
-    guidance_scale: NonNegative = 5.0
+    sampler: str = SAMPLING.sampler
+    num_steps: Positive = SAMPLING.num_steps
+    guidance_scale: NonNegative = SAMPLING.guidance_scale
+
+    def sampling(self) -> SamplingSettings:
+        """How to sample the prompts."""
+        return SamplingSettings(sampler=self.sampler, num_steps=self.num_steps, guidance_scale=self.guidance_scale)

@@ -1,6 +1,7 @@
-"""The rules of the layout: who may import whom, and what must not be written."""
+"""The rules of the layout: who may import whom, what a stranger finds, and what must not be written."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -9,19 +10,25 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("latentdiff", "unet", "vae", "text_encoder")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-CORE = ("schedule", "diffusion", "samplers", "guidance", "errors")
+LEAVES = {"torch", "safetensors", "latentdiff.errors", "latentdiff.files.tensors"}
+LOOP = {"torch", "latentdiff.errors", "latentdiff.diffusion", "latentdiff.files.scheduler", "latentdiff.sampling.loop",
+        "latentdiff.sampling.settings"}  # fmt: skip
 
-# Beside the standard library; None: whatever the other rules leave.
+# Beside the standard library; what is not named here may import whatever the other rules leave.
 ALLOWED = {
-    "unet": {"torch", "safetensors", "unet", "xformers"},
-    "vae": {"torch", "safetensors", "vae"},
-    "text_encoder": {"torch", "transformers", "tokenizers", "safetensors", "text_encoder"},
-    **{f"latentdiff.{name}": {"torch", "latentdiff.errors", "latentdiff.schedule"} for name in CORE},
+    "unet": LEAVES | {"unet", "xformers"},
+    "vae": LEAVES | {"vae"},
+    "text_encoder": LEAVES | {"text_encoder", "transformers", "tokenizers", "huggingface_hub"},
+    "latentdiff.files.tensors": {"torch", "safetensors", "latentdiff.errors"},
+    "latentdiff.errors": set(),
+    "latentdiff.diffusion": {"torch", "latentdiff.errors", "latentdiff.diffusion"},
+    "latentdiff.sampling.loop": LOOP,
+    "latentdiff.sampling.inversion": LOOP,
 }
 # Modules that only some places may import.
 RESERVED = {
     "accelerate": ("latentdiff.training", "latentdiff.data"),
-    "diffusers": ("latentdiff.weights",),
+    "diffusers": ("latentdiff.files",),
     "xformers": ("unet.attention",),
     "pickle": (),
     "dill": (),
@@ -36,17 +43,23 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = {module_name(path): path for path in SOURCES}
+
+
 def imports(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Every module that a source imports, also inside functions, relative ones resolved."""
+    """Every module that a source imports, also inside functions and for types alone, relative ones resolved.
+
+    `from package import name` counts as the package and, where there is one, its module of that name.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(str(node.module))
         elif isinstance(node, ast.ImportFrom):
-            base = module.split(".")[: len(module.split(".")) - node.level + is_package]
-            found |= {".".join([*base, *(node.module or alias.name).split(".")]) for alias in node.names}
+            base = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            name = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            modules = {f"{name}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= modules if modules and node.level and not node.module else {name, *modules}
     return found
 
 
@@ -77,17 +90,19 @@ def test_imports_keep_to_the_layers(path):
     ("module", "source"),
     [
         ("unet.model", "import vae"),
-        ("unet.model", "from latentdiff.schedule import Schedule"),
+        ("unet.model", "from latentdiff.diffusion.schedule import Schedule"),
+        ("unet.model", "from latentdiff.files import open"),
         ("unet.model", "import numpy"),
         ("vae.model", "def f():\n    from unet.attention import sdpa"),
         ("vae.model", "from xformers.ops import memory_efficient_attention"),
         ("text_encoder.bert", "import diffusers"),
-        ("latentdiff.samplers", "from unet import UNet"),
-        ("latentdiff.samplers", "from .diffusion import to_x0"),
-        ("latentdiff.samplers", "from . import pipeline"),
-        ("latentdiff.schedule", "import diffusers.schedulers"),
-        ("latentdiff.pipeline", "import accelerate"),
-        ("latentdiff.pipeline", "from diffusers import DDIMScheduler"),
+        ("latentdiff.diffusion.samplers", "from unet import UNet"),
+        ("latentdiff.diffusion.samplers", "from ..sampling import pipeline"),
+        ("latentdiff.sampling.loop", "if TYPE_CHECKING:\n    from unet import UNet"),
+        ("latentdiff.sampling.inversion", "from .parts import ModelParts"),
+        ("latentdiff.diffusion.schedule", "import diffusers.schedulers"),
+        ("latentdiff.sampling.pipeline", "import accelerate"),
+        ("latentdiff.sampling.pipeline", "from diffusers import DDIMScheduler"),
         ("latentdiff.training.loop", "import pickle"),
     ],
 )
@@ -98,14 +113,84 @@ def test_the_rules_notice(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("latentdiff.weights.folder", "import diffusers"),
+        ("latentdiff.files.ldm_bert", "import diffusers"),
         ("latentdiff.training.loop", "from accelerate import Accelerator"),
-        ("latentdiff.samplers", "import math\nfrom .schedule import Schedule\nfrom torch import Tensor"),
+        ("latentdiff.diffusion.samplers", "import math\nfrom .schedule import Schedule\nfrom torch import Tensor"),
         ("unet.model", "from .config import UNetConfig\nimport torch.nn.functional as F"),
+        ("unet.model", "from latentdiff.files.tensors import load_folder"),
     ],
 )
 def test_the_rules_let_through(module, source):
     assert not violations(source, module)
+
+
+def needs(name: str) -> set[str]:
+    """The modules that a module imports, and the packages that are imported on the way to them."""
+    path = MODULES[name]
+    found = set()
+    for target in imports(path.read_text(), name, path.name == "__init__.py") & MODULES.keys():
+        parts = target.split(".")
+        ways = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+        found |= {way for way in ways if not name.startswith(f"{way}.") or way == target}
+    return found & MODULES.keys() - {name}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other, in order; empty where there are none."""
+    done, trail = set(), []
+
+    def visit(name: str) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        trail.append(name)
+        found = next((found for target in sorted(graph[name]) if (found := visit(target))), [])
+        trail.pop()
+        done.add(name)
+        return found
+
+    return next((found for name in sorted(graph) if (found := visit(name))), [])
+
+
+def test_no_circle():
+    """Imports for types alone and inside functions, and packages on the way, count as well."""
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert circle({name: needs(name) for name in MODULES}) == []
+
+
+def test_the_top_is_seen_at_one_look():
+    entries = {path.name for path in (ROOT / "latentdiff").iterdir() if path.name != "__pycache__"}
+    assert len(entries - {"__init__.py", "__init__.pyi", "__main__.py", "py.typed"}) <= 16
+
+
+# What a stranger asks, the words he searches for, and the file that answers.
+QUESTIONS = [
+    ("where is the training step", "train_step", "latentdiff/training/latent.py"),
+    ("where is the VAE's training step", "train_step", "latentdiff/training/vae.py"),
+    ("where is the noise schedule", "noise schedule", "latentdiff/diffusion/schedule.py"),
+    ("where is the noise schedule", "class Schedule", "latentdiff/diffusion/schedule.py"),
+    ("where is the sampler loop", "sampling loop", "latentdiff/sampling/loop.py"),
+    ("where is the sampler loop", "def sample", "latentdiff/diffusion/samplers.py"),
+    ("where is t drawn", "sample_timestep", "latentdiff/data/batches.py"),
+    ("where does a picture become pixels", "to_pixels", "latentdiff/data/pictures.py"),
+    ("where does a picture become pixels", "def fit", "latentdiff/data/pictures.py"),
+    ("where is a checkpoint renamed", "os.rename", "latentdiff/training/checkpoint.py"),
+]
+
+
+@pytest.mark.parametrize(("question", "words", "file"), QUESTIONS)
+def test_a_stranger_finds_it(question, words, file):
+    """Among the first five files that a search for the words names: where it is defined first, then where it is said
+    most often."""
+
+    def hits(path: Path) -> tuple[int, int]:
+        text = path.read_text()
+        defined = re.search(rf"(?m)^\s*(def|class) \w*{re.escape(words.split()[-1])}", text)
+        return (int(bool(defined)), len(re.findall(re.escape(words), text, re.IGNORECASE)))
+
+    found = {str(path.relative_to(ROOT)): hits(path) for path in SOURCES if words.lower() in path.read_text().lower()}
+    assert file in sorted(found, key=found.__getitem__, reverse=True)[:5]
 
 
 FORBIDDEN_CALLS = {"torch.load", "torch.save", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "eval", "exec"}
@@ -138,7 +223,7 @@ def test_files_are_rooms_and_functions_thoughts(path):
 def test_no_contiguous_in_the_models():
     """Channels-last end to end: only writing a file may lay tensors out otherwise."""
     for path in SOURCES:
-        if path.parts[-2] in ("unet", "vae") and path.name != "folder.py":
+        if path.parts[-2] in ("unet", "vae"):
             assert ".contiguous(" not in path.read_text(), path
 
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+
+from latentdiff.errors import check_whole
 
 from .errors import TextEncoderError, TokenOverflowWarning
-from .files import load_model, load_tokenizer, save_model, save_tokenizer
 from .tokenizer import check_text
 
 MAX_PROMPT = 4096  # tokens; more is no prompt
@@ -36,9 +36,7 @@ class TextEncoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "num_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise TextEncoderError(f"{name}={value!r} is not supported; it is a whole number from 1 up")
+            check_whole(TextEncoderError, name, getattr(self, name))
         if self.width % self.num_heads:
             raise TextEncoderError(f"num_heads={self.num_heads} does not divide width={self.width}")
 
@@ -95,6 +93,8 @@ class TextEncoder(nn.Module):
         """
         if tokenizer.model_max_length > MAX_PROMPT:  # transformers' word for "not set" is 1e30
             raise TextEncoderError(f"the tokenizer's model_max_length is not set: expected 3 to {MAX_PROMPT}")
+        from transformers import BertConfig, BertModel
+
         bert = BertConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.width,
@@ -133,8 +133,11 @@ class TextEncoder(nn.Module):
         Raises:
             TextEncoderError: nothing there, another kind of model, a file damaged, a tensor missing or misshapen.
         """
-        model, kind = load_model(name, dtype, variant)
-        loaded, own_folder = load_tokenizer(name, tokenizer, kind)
+        from .files import find_folder, load_model, load_tokenizer
+
+        folder = find_folder(name, variant)
+        model, kind = load_model(folder, dtype, variant)
+        loaded, own_folder = load_tokenizer(folder, tokenizer, kind)
         config: Any = model.config
         positions = int(config.max_position_embeddings)
         if max_length is None:
@@ -160,6 +163,8 @@ class TextEncoder(nn.Module):
 
         Both are what diffusers expects: the length is in the tokenizer's config, `use_attention_mask` in the model's.
         """
+        from .files import save_model, save_tokenizer
+
         folder = Path(folder)
         save_model(self.model, folder, self.use_attention_mask, dtype, variant)
         save_tokenizer(self.tokenizer, Path(tokenizer_folder or folder.parent / "tokenizer"), self.max_length)

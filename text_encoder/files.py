@@ -1,158 +1,185 @@
-"""Text encoders on disk, through transformers: what is opened, what is refused, what is written.
+"""Text encoders on disk: what is opened, what is refused, what is written. Files are read here, transformers builds.
 
 Only two classes are ever built, by name from the list below. A config cannot bring code or another class along.
 """
 
-from __future__ import annotations
-
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import BertModel, BertTokenizerFast, CLIPTextModel, CLIPTokenizerFast, PretrainedConfig
+from torch import Tensor, nn
+from transformers import BertModel, BertTokenizerFast, CLIPTextModel, CLIPTokenizerFast
 from transformers.utils import logging
+
+from latentdiff.errors import LatentDiffError, complain, errors_of
+from latentdiff.files.tensors import CONFIG, FLOATS, ModelFiles, check_dtype, open_tensors, staged
 
 from .errors import TextEncoderError
 
+FILES = ModelFiles("text encoder", TextEncoderError, stem="model", single_first=True)
 MODELS: dict[str, Any] = {"bert": BertModel, "clip_text_model": CLIPTextModel, "clip": CLIPTextModel}
 TOKENIZERS: dict[str, Any] = {"bert": BertTokenizerFast, "clip": CLIPTokenizerFast}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
-DROPOUTS = {"bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"), "clip": ("attention_dropout",)}
+# What is downloaded beside the weights.
+TEXTS = (*TOKENIZER_FILES, "config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+         "merges.txt", "model*.index*.json")  # fmt: skip
+DROPOUTS = {"dropout", "activation_dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"}
 
 # Keys by which a config could have code loaded, or become another kind of model than the one that is tested.
-REFUSED = (
-    "auto_map",
-    "custom_pipelines",
-    "trust_remote_code",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "transformers_weights",
-    "quantization_config",
-    "is_decoder",
-    "add_cross_attention",
-)
+REFUSED = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation", "_attn_implementation_internal",
+           "transformers_weights", "quantization_config", "is_decoder", "add_cross_attention")  # fmt: skip
 OURS = ("embeddings.", "encoder.", "text_model.", "bert.", "final_layer_norm.")  # tensors that features pass through
+READ = (*OURS, "pooler.", "model.", "to_logits.")  # the last two are LDM's; heads that other tasks need are left alone
 
 
-def load_model(name: str | Path, dtype: torch.dtype, variant: str | None = None) -> tuple[nn.Module, str]:
-    """The model behind a folder or hub name, and its kind, `bert` or `clip`.
+def find_folder(name: str | Path, variant: str | None = None, *, weights: Sequence[str] = ("model",)) -> Path:
+    """The folder that a name means; from the hub, its configs, its tokenizer and weights of these names are downloaded.
 
     Raises:
         TextEncoderError: as `TextEncoder.from_pretrained`.
     """
-    local = _is_local(name)
-    if local and not (Path(name) / "config.json").is_file():
-        raise TextEncoderError(f"{Path(name) / 'config.json'}: no such file; a text encoder's folder has one")
-    with _errors_of(name):
-        values, _ = PretrainedConfig.get_config_dict(str(name), local_files_only=local)
-        refused = [key for key in REFUSED if values.get(key)]
-        model_type = str(values.get("model_type"))
-    if refused:
-        raise TextEncoderError(
-            f"{name}: its config has {refused[0]!r}, which is refused: foreign code, or another model"
+    if name != "" and len(str(name)) < 4096 and Path(name).is_dir():
+        return Path(name)
+    looks_local = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local or not 0 < len(str(name)) < 200:
+        raise TextEncoderError(f"{name}: no such folder")
+    with errors_of(TextEncoderError):
+        return fetch(str(name), TEXTS, weights, variant)
+
+
+def fetch(name: str, texts: Sequence[str], weights: Sequence[str], variant: str | None) -> Path:
+    """The folder of a name on the hub, downloaded or in the cache: what is needed of it; no pickles, no code.
+
+    Args:
+        name: on the hub.
+        texts: patterns of the files that are no weights.
+        weights: what the names of weight files begin with.
+        variant: of the weights; None: the plain ones, or where a folder has none of them its only variant.
+
+    Raises:
+        LatentDiffError: it cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+
+    endings = ["*.safetensors"] if variant is None else [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"]
+    kept = [*texts, *(start + ending for start in weights for ending in endings)]
+    missing = f"{name}: no such folder, and it cannot be fetched from the hub"
+    with errors_of(LatentDiffError, missing, Exception):  # the hub's own, the network's, the disk's
+        plain = None if variant else "*.*.safetensors"
+        folder = Path(snapshot_download(name, allow_patterns=kept, ignore_patterns=plain))
+        parts = [path.parent for config in ("config.json", "*/config.json") for path in folder.glob(config)]
+        if not all(any(part.glob("*.safetensors")) for part in parts):
+            folder = Path(snapshot_download(name, allow_patterns=kept))
+    return folder
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, variant: str | None = None, model_class: Any = None
+) -> tuple[nn.Module, str]:
+    """The model in a folder, of one of the classes known here or of the one given; and its kind, `bert` or `clip`.
+
+    Raises:
+        TextEncoderError: as `TextEncoder.from_pretrained`.
+    """
+    with errors_of(TextEncoderError, f"{folder}: cannot be opened", Exception):
+        dtype, values = check_dtype(dtype), FILES.read_config(folder)
+        source = FILES.find(folder, variant)
+        tensors = {
+            name: tensor
+            for name, tensor in open_tensors(source).items()
+            if name.startswith(READ) and not name.endswith("position_ids")
+        }  # files of 2022 have these tables
+        wrong = {name for name, tensor in tensors.items() if tensor.dtype not in FLOATS}
+        complain(source, f"has, and not as {', '.join(FLOATS)},", wrong)
+        empty = new_model(values, len(tensors), folder / CONFIG, model_class)
+        weights = {name: tensor.read(dtype) for name, tensor in tensors.items()}
+        model, report = fill_model(empty, weights, dtype)
+        # Heads that other tasks need may be too many, and the pooler may be missing: features use neither.
+        complain(source, "lacks", {name for name in report["missing_keys"] if not name.startswith("pooler.")})
+        extra = {name for name in report["unexpected_keys"] if name.startswith(OURS)}
+        complain(source, "has, and this text encoder has not,", extra)
+    return model, "clip" if "clip" in str(values.get("model_type")) else "bert"
+
+
+def new_model(values: Mapping[str, Any], most_layers: int, where: object, model_class: Any = None) -> Any:
+    """The model of a transformers config, without dropout and without memory for its weights.
+
+    Args:
+        values: of the config.
+        most_layers: refuses more, because every one is built.
+        where: they are from, for errors.
+        model_class: None: the one that the config names, of those known here.
+
+    Raises:
+        TextEncoderError: the config cannot be used, or has what is refused.
+    """
+    kind = str(values.get("model_type"))
+    if model_class is None and kind not in MODELS:
+        raise TextEncoderError(f"{where}: model_type {kind!r} is not supported; only {', '.join(MODELS)} are")
+    model_class = model_class or MODELS[kind]
+    inner = values.get("text_config")  # where the whole of CLIP is in one folder
+    text = inner if kind == "clip" and isinstance(inner, dict) else values
+    if refused := [key for key in REFUSED if values.get(key) or text.get(key)]:
+        raise TextEncoderError(f"{where}: has {refused[0]!r}, which is refused: foreign code, or another model")
+    for key in ("num_hidden_layers", "encoder_layers"):
+        if not isinstance(layers := text.get(key, 0), int) or layers > most_layers:
+            raise TextEncoderError(f"{where}: {key}={layers!r}; the file has {most_layers} tensors")
+    with errors_of(TextEncoderError, f"{where}: cannot be used", Exception), torch.device("meta"):
+        config = model_class.config_class.from_dict(dict(text))
+        config.update(dict.fromkeys(DROPOUTS & vars(config).keys(), 0.0))
+        return model_class(config)
+
+
+def fill_model(model: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, dict[str, set[str]]]:
+    """A model with these weights and the tables that are in no file; and which names were missing, or unexpected."""
+    with quiet():  # transformers knows the names of former versions
+        return type(model).from_pretrained(
+            None, config=model.config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
-    if model_type not in MODELS:
-        raise TextEncoderError(f"{name}: model_type {model_type!r} is not supported; only {', '.join(MODELS)} are")
-    kind = "bert" if model_type == "bert" else "clip"
-    no_dropout: dict[str, Any] = dict.fromkeys(DROPOUTS[kind], 0.0)
-    if local:
-        variant = _find_variant(Path(name), variant)
-    options = {
-        "variant": variant,
-        "use_safetensors": True,
-        "local_files_only": local,
-        "output_loading_info": True,
-        **no_dropout,
-    }
-    with _errors_of(name), quiet():
-        model, report = MODELS[model_type].from_pretrained(str(name), dtype=dtype, **options)
-    # Heads that other tasks need may be too many, and the pooler may be missing: features use neither.
-    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
-        raise TextEncoderError(f"{name}: the weights lack {len(missing)} tensors: {', '.join(missing[:3])}")
-    if extra := sorted(key for key in report["unexpected_keys"] if key.startswith(OURS)):
-        raise TextEncoderError(f"{name}: the weights have {len(extra)} tensors too many: {', '.join(extra[:3])}")
-    return model, kind
 
 
-def load_tokenizer(name: str | Path, tokenizer: str | Path | None, kind: str) -> tuple[Any, bool]:
-    """The tokenizer, and whether it lies in the model's own folder.
+def load_tokenizer(folder: str | Path, tokenizer: str | Path | None, kind: str) -> tuple[Any, bool]:
+    """The tokenizer of a model's folder, or the one given; and whether it lies in the folder.
 
     Raises:
         TextEncoderError: as `TextEncoder.from_pretrained`.
     """
-    source = tokenizer
-    if source is None:
-        beside = Path(name).parent / "tokenizer"
-        source = beside if _is_local(name) and not _has_tokenizer(Path(name)) and beside.is_dir() else name
-    local = _is_local(source)
-    if local and not _has_tokenizer(Path(source)):
-        raise TextEncoderError(f"{source}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
-    with _errors_of(source):
-        loaded = TOKENIZERS[kind].from_pretrained(str(source), local_files_only=local)
+    beside = Path(folder).parent / "tokenizer"
+    if tokenizer is None:
+        tokenizer = beside if beside.is_dir() and not _has_tokenizer(Path(folder)) else folder
+    place = find_folder(tokenizer, weights=())
+    if not _has_tokenizer(place):
+        raise TextEncoderError(f"{place}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
+    with errors_of(TextEncoderError, f"{place}: cannot be opened", Exception):
+        loaded = TOKENIZERS[kind].from_pretrained(str(place), local_files_only=True)
     if not isinstance(loaded.model_max_length, int):
-        raise TextEncoderError(f"{source}: model_max_length={loaded.model_max_length!r}: expected a whole number")
-    return loaded, source == name
+        raise TextEncoderError(f"{place}: model_max_length={loaded.model_max_length!r}: expected a whole number")
+    return loaded, place == Path(folder)
 
 
 def save_model(
-    model: nn.Module,
-    folder: Path,
-    use_attention_mask: bool,
-    dtype: torch.dtype | None = None,
-    variant: str | None = None,
+    model: nn.Module, folder: Path, use_attention_mask: bool, dtype: torch.dtype | None, variant: str | None
 ) -> None:
     """Write `config.json` and `model.safetensors`, pooler and all: stock loaders shall have nothing to complain of."""
-    saved: Any = model if dtype is None else deepcopy(model).to(dtype)
-    saved.config.use_attention_mask = use_attention_mask  # without it diffusers passes no mask to the encoder
-    with _errors_of(folder, "written"), quiet():
-        folder.mkdir(parents=True, exist_ok=True)  # transformers would log a failure and go on
-        saved.save_pretrained(folder, variant=variant)
+    with errors_of(TextEncoderError, f"{folder}: cannot be written", Exception), quiet():
+        saved: Any = model if dtype is None else deepcopy(model).to(check_dtype(dtype))
+        saved.config.use_attention_mask = use_attention_mask  # without it diffusers passes no mask to the encoder
+        with FILES.staged(folder, variant) as staging:
+            saved.save_pretrained(staging, variant=variant)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, and for BERT `vocab.txt`, which transformers 4 reads."""
     tokenizer.model_max_length = max_length  # diffusers pads prompts to it
-    with _errors_of(folder, "written"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(str(folder))
+    with errors_of(TextEncoderError, f"{folder}: cannot be written", Exception), staged(folder) as staging:
+        tokenizer.save_pretrained(str(staging))
         if isinstance(tokenizer, BertTokenizerFast):
             vocabulary = tokenizer.get_vocab()
             lines = sorted(vocabulary, key=vocabulary.__getitem__)
-            (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _find_variant(folder: Path, variant: str | None) -> str | None:
-    """The variant of the weights to open, after a look at the files: transformers follows an index anywhere.
-
-    Raises:
-        TextEncoderError: no weights, or an index that names what is not a file of the folder.
-    """
-    files = sorted(path.name for path in folder.iterdir())
-    pattern = r"model(?:\.(\w+))?\.safetensors|model\.safetensors\.index(?:\.(\w+))?\.json"
-    found = {match[1] or match[2] for name in files if (match := re.fullmatch(pattern, name))}
-    if variant is None and None not in found and len(found) == 1:
-        (variant,) = found
-    if variant not in found:
-        others = ", ".join(name for name in files if name.endswith((".safetensors", ".bin", ".json")))
-        advice = (
-            "; pickled .bin files are never opened: re-save them as safetensors" if "pytorch_model.bin" in files else ""
-        )
-        what = f"model.{variant}.safetensors" if variant else "model.safetensors"
-        raise TextEncoderError(f"{folder / what}: no such file; the folder has {others}{advice}")
-    index = folder / f"model.safetensors.index{f'.{variant}' if variant else ''}.json"
-    if index.is_file():
-        with _errors_of(index):
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in names:
-            if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)) or not (folder / name).is_file():
-                raise TextEncoderError(f"{index}: names {name!r}, which is no .safetensors file in the same folder")
-    return variant
+            (staging / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -167,27 +194,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _errors_of(name: str | Path, what: str = "opened") -> Iterator[None]:
-    """Whatever a library makes of a bad file, in one line that names the file."""
-    try:
-        yield
-    except TextEncoderError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TextEncoderError(f"{name}: cannot be {what} ({reason})") from error
-
-
-def _is_local(name: str | Path) -> bool:
-    if name != "" and len(str(name)) < 4096 and Path(name).is_dir():
-        return True
-    looks_local = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local or not 0 < len(str(name)) < 200:
-        raise TextEncoderError(f"{name}: no such folder")
-    return False
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import BertTokenizerFast
+from typing import TYPE_CHECKING
 
 from .errors import TextEncoderError
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizerFast
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -41,6 +42,9 @@ def train_tokenizer(
     Raises:
         TextEncoderError: the captions hold no words, or a number is out of range.
     """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizerFast
+
     for name, value, least in (
         ("vocab_size", vocab_size, 6),
         ("max_length", max_length, 3),

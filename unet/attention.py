@@ -3,8 +3,6 @@
 Sizes: B batch, C channels, H W height and width, N = H*W pixels, L tokens, D width of the text features, h heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Sizes: B batch, C channels, H W height and width. Attribute names are those of the tensors in the files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 

@@ -6,45 +6,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from latentdiff.errors import check_levels, check_whole
+from latentdiff.files.tensors import ModelFiles
+
 from .errors import UNetError
+
+FILES = ModelFiles("UNet", UNetError)
 
 # Keys of UNet2DConditionModel that change what is computed and that SD 1.x, SD 2.x and LDM-text2im leave at one
 # value. Anything else is another network, so it is refused by name.
+NEVER = ("reverse_transformer_layers_per_block", "encoder_hid_dim", "encoder_hid_dim_type", "num_attention_heads",
+         "class_embed_type", "addition_embed_type", "addition_time_embed_dim", "num_class_embeds", "time_embedding_dim",
+         "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim", "projection_class_embeddings_input_dim",
+         "mid_block_only_cross_attention", "cross_attention_norm")  # fmt: skip
+OFF = ("center_input_sample", "only_cross_attention", "dual_cross_attention", "resnet_skip_time_act",
+       "class_embeddings_concat")  # fmt: skip
 FIXED: dict[str, Any] = {
-    "center_input_sample": False,
+    **dict.fromkeys(NEVER),
+    **dict.fromkeys(OFF, False),
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False,
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
     "dropout": 0.0,
     "act_fn": "silu",
-    "reverse_transformer_layers_per_block": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "num_attention_heads": None,
-    "dual_cross_attention": False,
-    "class_embed_type": None,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
     "addition_embed_type_num_heads": 64,
-    "num_class_embeds": None,
     "resnet_time_scale_shift": "default",
-    "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
-    "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
-    "projection_class_embeddings_input_dim": None,
     "attention_type": "default",
-    "class_embeddings_concat": False,
-    "mid_block_only_cross_attention": None,
-    "cross_attention_norm": None,
 }
 
 # Keys that vary, with the value diffusers takes where the file leaves one out.
@@ -67,6 +60,17 @@ VARYING: dict[str, Any] = {
 
 DOWN_TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")  # without and with attention
 UP_TYPES = ("UpBlock2D", "CrossAttnUpBlock2D")
+
+# diffusers' names of our settings that mean the same.
+NAMES = {
+    **{name: name for name in ("sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block")},
+    "norm_num_groups": "norm_groups",
+    "norm_eps": "norm_eps",
+    "cross_attention_dim": "context_dim",
+    "transformer_layers_per_block": "transformer_layers",
+    "use_linear_projection": "linear_projection",
+    "upcast_attention": "upcast_attention",
+}
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,11 @@ class UNetConfig:
             if not isinstance(getattr(self, name), tuple):
                 raise UNetError(f"{name}={getattr(self, name)!r} is not supported; it is a list of whole numbers")
         for name in ("in_channels", "out_channels", "context_dim", "norm_groups"):
-            _check_positive(name, getattr(self, name))
+            check_whole(UNetError, name, getattr(self, name))
         for name in ("layers_per_block", "transformer_layers"):
-            _check_positive(name, getattr(self, name), at_most=100)
+            check_whole(UNetError, name, getattr(self, name), at_most=100)
         if self.sample_size is not None:
-            _check_positive("sample_size", self.sample_size)
+            check_whole(UNetError, "sample_size", self.sample_size)
         for name in ("linear_projection", "upcast_attention"):
             if not isinstance(getattr(self, name), bool):
                 raise UNetError(f"{name}={getattr(self, name)!r} is not supported; it is true or false")
@@ -112,7 +116,7 @@ class UNetConfig:
         if not self.block_out_channels:
             raise UNetError("block_out_channels is empty: give one width a level, such as (320, 640, 1280, 1280)")
         for width in self.block_out_channels:
-            _check_positive("block_out_channels", width)
+            check_whole(UNetError, "block_out_channels", width)
             if width % self.norm_groups:
                 raise UNetError(f"block_out_channels has {width}, which norm_groups={self.norm_groups} does not divide")
         if self.block_out_channels[0] % 2:
@@ -123,7 +127,7 @@ class UNetConfig:
         if isinstance(self.num_heads, tuple) and len(self.num_heads) != len(self.block_out_channels):
             raise UNetError(f"num_heads has {len(self.num_heads)} entries for {len(self.block_out_channels)} levels")
         for width, heads in zip(self.block_out_channels, self.heads_per_level, strict=True):
-            _check_positive("num_heads", heads)
+            check_whole(UNetError, "num_heads", heads)
             if width % heads:
                 raise UNetError(f"num_heads={heads} does not divide the level's width {width}")
         # One spelling each, so that equal networks have equal configs.
@@ -157,38 +161,14 @@ class UNetConfig:
             if value != only or isinstance(value, bool) != isinstance(only, bool):
                 raise UNetError(f"{key}={value!r} is not supported; only {only!r} is")
         get = {**VARYING, **known}.__getitem__
-        for key in ("down_block_types", "up_block_types", "block_out_channels"):
-            if not isinstance(get(key), list | tuple):
-                raise UNetError(f"{key}={get(key)!r} is not supported; it is a list with one entry a level")
-        _check_positive("cross_attention_dim", get("cross_attention_dim"))
-        for key in ("layers_per_block", "transformer_layers_per_block"):
-            _check_positive(key, get(key), at_most=100)
-        has_attention = _attention_flags("down_block_types", get("down_block_types"), DOWN_TYPES)
-        mirrored = _attention_flags("up_block_types", get("up_block_types"), UP_TYPES)[::-1]
-        if has_attention != mirrored:
-            raise UNetError(f"up_block_types={get('up_block_types')!r} does not mirror down_block_types")
-        if len(has_attention) != len(get("block_out_channels")):
-            raise UNetError(
-                f"{len(has_attention)} down_block_types for {len(get('block_out_channels'))} block_out_channels"
-            )
+        depths = "layers_per_block", "transformer_layers_per_block"
+        attention = check_levels(UNetError, get, DOWN_TYPES, UP_TYPES, *depths)
+        check_whole(UNetError, "cross_attention_dim", get("cross_attention_dim"))
         heads = get("attention_head_dim")  # despite its name the number of heads: diffusers keeps a historical mistake
         if heads is None:
             raise UNetError("attention_head_dim=None is not supported; it is the number of heads, or a list of them")
-        return cls(
-            sample_size=get("sample_size"),
-            in_channels=get("in_channels"),
-            out_channels=get("out_channels"),
-            block_out_channels=tuple(get("block_out_channels")),
-            layers_per_block=get("layers_per_block"),
-            attention_levels=tuple(level for level, flag in enumerate(has_attention) if flag),
-            num_heads=tuple(heads) if isinstance(heads, list | tuple) else heads,
-            transformer_layers=get("transformer_layers_per_block"),
-            context_dim=get("cross_attention_dim"),
-            linear_projection=get("use_linear_projection"),
-            norm_groups=get("norm_num_groups"),
-            norm_eps=get("norm_eps"),
-            upcast_attention=get("upcast_attention"),
-        )
+        num_heads = tuple(heads) if isinstance(heads, list | tuple) else heads
+        return cls(**{ours: get(name) for name, ours in NAMES.items()}, attention_levels=attention, num_heads=num_heads)
 
     def to_diffusers(self) -> dict[str, Any]:
         """The contents of a diffusers `unet/config.json`; `from_diffusers` reads the same config back."""
@@ -197,20 +177,11 @@ class UNetConfig:
         return {
             "_class_name": "UNet2DConditionModel",  # no _diffusers_version: an old one rewrites sample_size
             **FIXED,
-            "sample_size": self.sample_size,
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
+            **{name: getattr(self, ours) for name, ours in NAMES.items()},
+            "block_out_channels": list(self.block_out_channels),
             "down_block_types": [DOWN_TYPES[flag] for flag in flags],
             "up_block_types": [UP_TYPES[flag] for flag in flags[::-1]],
-            "block_out_channels": list(self.block_out_channels),
-            "layers_per_block": self.layers_per_block,
-            "norm_num_groups": self.norm_groups,
-            "norm_eps": self.norm_eps,
-            "cross_attention_dim": self.context_dim,
-            "transformer_layers_per_block": self.transformer_layers,
             "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),
-            "use_linear_projection": self.linear_projection,
-            "upcast_attention": self.upcast_attention,
         }
 
 
@@ -228,16 +199,3 @@ def _simplest(key: str, value: Any) -> Any:
     if key in PER_LEVEL and isinstance(value, list | tuple) and value and all(entry == value[0] for entry in value):
         return value[0]
     return SAME.get((key, value), value) if isinstance(value, str | bool | None) else value
-
-
-def _check_positive(name: str, value: object, at_most: int = 1_000_000) -> None:
-    """Bounds keep a damaged file from building layers until memory ends."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= at_most:
-        raise UNetError(f"{name}={value!r} is not supported; it is a whole number from 1 to {at_most}")
-
-
-def _attention_flags(key: str, types: list[str], allowed: tuple[str, str]) -> list[bool]:
-    for name in types:
-        if name not in allowed:
-            raise UNetError(f"{key} has {name!r}, which is not supported; only {allowed[0]!r} and {allowed[1]!r} are")
-    return [name == allowed[1] for name in types]

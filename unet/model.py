@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from latentdiff.files.tensors import Pretrained
+
 from .attention import Attention, KeyValue, SpatialTransformer, load_attention_backend
 from .blocks import Context, Downsample, Level, ResBlock, Time, Upsample
-from .config import UNetConfig
+from .config import FILES, UNetConfig
 from .errors import UNetError
-from .folder import load_folder, save_folder
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
@@ -103,13 +103,15 @@ def make_way_up(config: UNetConfig, skips: list[int]) -> list[Level]:
     return levels
 
 
-class UNet(nn.Module):
+class UNet(Pretrained):
     """Noisy latents, timestep and text features in, prediction out: `unet(x, t, context)`.
 
     What the prediction means (noise, clean latents, velocity) is the training's choice, not the network's. A new
     network predicts zero: as in LDM, its last layer and the last layer of each ResBlock and transformer start at zero.
     """
 
+    files, config_class = FILES, UNetConfig
+    config: UNetConfig
     down_blocks: Iterable[Level]
     up_blocks: Iterable[Level]
 
@@ -209,44 +211,6 @@ class UNet(nn.Module):
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Recompute ResBlocks and transformers in the backward pass instead of keeping what they computed."""
         self.gradient_checkpointing = enabled
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        variant: str | None = None,
-    ) -> UNet:
-        """Open a folder with diffusers' `config.json` and `diffusion_pytorch_model.safetensors`, in evaluation mode.
-
-        Args:
-            folder: local folder.
-            device: where the weights go; the CPU by default.
-            dtype: what they are cast to; float32 by default.
-            variant: of the weights' files, such as `fp16`; None: the plain ones, or the only variant there is.
-
-        Raises:
-            UNetError: a file is missing or damaged, the configuration is not supported, or a tensor is missing, extra,
-                misshapen or not of floating point. Nothing is allocated before all tensors were checked.
-        """
-        return load_folder(Path(folder), lambda values: cls(UNetConfig.from_diffusers(values)), device, dtype, variant)
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        variant: str | None = None,
-        max_shard_bytes: int | None = None,
-    ) -> None:
-        """Write the folder that `from_pretrained` and diffusers' UNet2DConditionModel open.
-
-        Weights are cast to `dtype` on the way, named for a `variant`, and split above `max_shard_bytes` a file.
-        """
-        save_folder(self, self.config.to_diffusers(), Path(folder), dtype=dtype, variant=variant,
-                    max_shard_bytes=max_shard_bytes)  # fmt: skip
 
     def resnets(self) -> list[ResBlock]:
         """All ResBlocks, in the order of `project_time`."""

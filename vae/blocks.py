@@ -3,8 +3,6 @@
 Sizes: B batch, C channels, H W height and width, N = H*W.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import chain, zip_longest
 

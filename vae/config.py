@@ -6,30 +6,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from latentdiff.errors import check_levels, check_whole
+from latentdiff.files.tensors import ModelFiles
+
 from .errors import VAEError
 
 # Keys of AutoencoderKL with one supported value, and keys that vary with the value diffusers takes for a missing one.
 FIXED: dict[str, Any] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 VARYING: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"],
-    "up_block_types": ["UpDecoderBlock2D"],
-    "block_out_channels": [64],
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "sample_size": 32,
-    "scaling_factor": 0.18215,
-    "shift_factor": None,
-    "force_upcast": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
+    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 32, "scaling_factor": 0.18215,
+    "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"], "block_out_channels": [64],
+    "layers_per_block": 1, "norm_num_groups": 32, "shift_factor": None, "force_upcast": True,
+    "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
+}  # fmt: skip
 
 DOWN_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")  # without and with attention
 UP_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+
+# diffusers' names of our settings that mean the same.
+NAMES = {
+    **{name: name for name in ("in_channels", "out_channels", "block_out_channels", "layers_per_block")},
+    **{name: name for name in ("latent_channels", "sample_size", "force_upcast")},
+    "mid_block_add_attention": "mid_attention",
+    "norm_num_groups": "norm_groups",
+    "scaling_factor": "scale_factor",
+}
+
+FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def current_name(name: str) -> str:
+    """Today's name of a tensor: files of 2022, Stable Diffusion 1.x among them, name the attention layers otherwise."""
+    parts = name.split(".")
+    return ".".join(FORMER_NAMES.get(part, part) for part in parts) if "attentions" in parts else name
+
+
+FILES = ModelFiles("VAE", VAEError, current_name=current_name)
 
 
 @dataclass(frozen=True)
@@ -62,11 +74,11 @@ class VAEConfig:
             if not isinstance(getattr(self, name), tuple):
                 raise VAEError(f"{name}={getattr(self, name)!r} is not supported; it is a list")
         for name in ("in_channels", "out_channels", "latent_channels", "norm_groups"):
-            _check_positive(name, getattr(self, name))
-        _check_positive("layers_per_block", self.layers_per_block, at_most=100)
+            check_whole(VAEError, name, getattr(self, name))
+        check_whole(VAEError, "layers_per_block", self.layers_per_block, at_most=100)
         for size in self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,):
             if size is not None:
-                _check_positive("sample_size", size)
+                check_whole(VAEError, "sample_size", size)
         for name in ("mid_attention", "force_upcast"):
             _check_bool(name, getattr(self, name))
         if len(self.quant_convs) != 2:
@@ -82,7 +94,7 @@ class VAEConfig:
         if not self.block_out_channels:
             raise VAEError("block_out_channels is empty: give one width a level, such as (128, 256, 512, 512)")
         for width in self.block_out_channels:
-            _check_positive("block_out_channels", width)
+            check_whole(VAEError, "block_out_channels", width)
             if width % self.norm_groups:
                 raise VAEError(f"block_out_channels has {width}, which norm_groups={self.norm_groups} does not divide")
         levels = range(len(self.block_out_channels))
@@ -112,28 +124,12 @@ class VAEConfig:
             if value != only and (key, value) != ("act_fn", "swish"):  # swish is silu's older name
                 raise VAEError(f"{key}={value!r} is not supported; only {only!r} is")
         get = {**VARYING, **known}.__getitem__
-        for key in ("down_block_types", "up_block_types", "block_out_channels"):
-            if not isinstance(get(key), list | tuple):
-                raise VAEError(f"{key}={get(key)!r} is not supported; it is a list with one entry a level")
-        attention = _attention_flags("down_block_types", get("down_block_types"), DOWN_TYPES)
-        if attention != _attention_flags("up_block_types", get("up_block_types"), UP_TYPES)[::-1]:
-            raise VAEError(f"up_block_types={get('up_block_types')!r} does not mirror down_block_types")
-        if len(attention) != len(get("block_out_channels")):
-            raise VAEError(f"{len(attention)} down_block_types for {len(get('block_out_channels'))} block_out_channels")
+        attention = check_levels(VAEError, get, DOWN_TYPES, UP_TYPES, "layers_per_block")
         return cls(
-            in_channels=get("in_channels"),
-            out_channels=get("out_channels"),
-            block_out_channels=tuple(get("block_out_channels")),
-            layers_per_block=get("layers_per_block"),
-            latent_channels=get("latent_channels"),
-            attention_levels=tuple(level for level, flag in enumerate(attention) if flag),
-            mid_attention=get("mid_block_add_attention"),
+            **{ours: get(name) for name, ours in NAMES.items()},
+            attention_levels=attention,
             quant_convs=(get("use_quant_conv"), get("use_post_quant_conv")),
-            norm_groups=get("norm_num_groups"),
-            scale_factor=get("scaling_factor"),
             shift_factor=0.0 if get("shift_factor") is None else get("shift_factor"),
-            sample_size=get("sample_size"),
-            force_upcast=get("force_upcast"),
         )
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -142,37 +138,17 @@ class VAEConfig:
         return {
             "_class_name": "AutoencoderKL",
             **FIXED,
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
+            **{name: getattr(self, ours) for name, ours in NAMES.items()},
+            "block_out_channels": list(self.block_out_channels),
             "down_block_types": [DOWN_TYPES[flag] for flag in flags],
             "up_block_types": [UP_TYPES[flag] for flag in flags[::-1]],
-            "block_out_channels": list(self.block_out_channels),
-            "layers_per_block": self.layers_per_block,
-            "latent_channels": self.latent_channels,
-            "mid_block_add_attention": self.mid_attention,
             "use_quant_conv": self.quant_convs[0],
             "use_post_quant_conv": self.quant_convs[1],
-            "norm_num_groups": self.norm_groups,
-            "scaling_factor": self.scale_factor,
             "shift_factor": self.shift_factor or None,
             "sample_size": list(self.sample_size) if isinstance(self.sample_size, tuple) else self.sample_size,
-            "force_upcast": self.force_upcast,
         }
-
-
-def _check_positive(name: str, value: object, at_most: int = 1_000_000) -> None:
-    """Bounds keep a damaged file from building layers until memory ends."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= at_most:
-        raise VAEError(f"{name}={value!r} is not supported; it is a whole number from 1 to {at_most}")
 
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise VAEError(f"{name}={value!r} is not supported; it is true or false")
-
-
-def _attention_flags(key: str, types: list[str], allowed: tuple[str, str]) -> list[bool]:
-    for name in types:
-        if name not in allowed:
-            raise VAEError(f"{key} has {name!r}, which is not supported; only {allowed[0]!r} and {allowed[1]!r} are")
-    return [name == allowed[1] for name in types]

@@ -38,9 +38,9 @@ class DiagonalGaussian:
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """A draw, differentiable in mean and log-variance (Kingma & Welling, arXiv 1312.6114, section 2.4)."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
-        return self.shifted(noise)
+        return self.reparameterize(noise)
 
-    def shifted(self, noise: Tensor) -> Tensor:
+    def reparameterize(self, noise: Tensor) -> Tensor:
         """mean + std * noise: the draw that given standard normal noise makes."""
         return self.mean + self.std * noise
 

@@ -9,18 +9,17 @@ Sizes: B batch, H W pixels, h w = H/f W/f latents, c latent channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentdiff.files.tensors import Pretrained
+
 from .blocks import NORM_EPS, Attention, Downsample, Level, ResBlock, Upsample
-from .config import VAEConfig
+from .config import FILES, VAEConfig
 from .distribution import DiagonalGaussian
 from .errors import VAEError
-from .folder import load_folder, save_folder
 
 
 def make_level(config: VAEConfig, level: int, in_width: int, num_layers: int) -> Level:
@@ -89,8 +88,11 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-class VAE(nn.Module):
+class VAE(Pretrained):
     """Pictures to latents and back: `vae.encode(pixels)`, `vae.decode(latents)`."""
+
+    files, config_class = FILES, VAEConfig
+    config: VAEConfig
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class VAE(nn.Module):
         posterior = self.posterior(pixels)
         if noise is not None and noise.shape != posterior.mean.shape:
             raise VAEError(f"noise has shape {tuple(noise.shape)}; expected {tuple(posterior.mean.shape)}")
-        return self.decode_z(posterior.mode() if noise is None else posterior.shifted(noise)), posterior
+        return self.decode_z(posterior.mode() if noise is None else posterior.reparameterize(noise)), posterior
 
     def posterior(self, pixels: Tensor) -> DiagonalGaussian:
         """q(z | pixels) over the raw code (B, c, h, w), from pixels (B, in_channels, H, W) in [-1, 1].
@@ -162,54 +164,6 @@ class VAE(nn.Module):
         for layer in self.modules():
             if isinstance(layer, Level):
                 layer.gradient_checkpointing = enabled
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        variant: str | None = None,
-    ) -> VAE:
-        """Open a folder with diffusers' `config.json` and `diffusion_pytorch_model.safetensors`, in evaluation mode.
-
-        Args:
-            folder: local folder.
-            device: where the weights go; the CPU by default.
-            dtype: what they are cast to; float32 by default.
-            variant: of the weights' files, such as `fp16`; None: the plain ones, or the only variant there is.
-
-        Raises:
-            VAEError: a file is missing or damaged, the configuration is not supported, or a tensor is missing, extra,
-                misshapen or not of floating point. Nothing is allocated before all tensors were checked.
-        """
-        return load_folder(Path(folder), lambda values: cls(VAEConfig.from_diffusers(values)), device, dtype, variant)
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        facts: Mapping[str, str] | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        variant: str | None = None,
-        max_shard_bytes: int | None = None,
-    ) -> None:
-        """Write the folder that `from_pretrained` and diffusers' AutoencoderKL open.
-
-        Args:
-            folder: where to.
-            facts: what else is known of the weights, for the safetensors header: diffusers warns of keys it does not
-                know in the config.
-            dtype: what the weights are cast to on the way; None: as they are.
-            variant: for the file's name, such as `fp16`.
-            max_shard_bytes: size above which the weights are split over several files.
-
-        Raises:
-            VAEError: the folder cannot be written to.
-        """
-        save_folder(self, self.config.to_diffusers(), Path(folder), facts, dtype=dtype, variant=variant,
-                    max_shard_bytes=max_shard_bytes)  # fmt: skip
 
     def _check(self, x: Tensor, name: str, channels: int, multiple: int) -> None:
         if x.dim() != 4 or x.shape[1] != channels or not x.numel():

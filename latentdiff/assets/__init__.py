@@ -1,7 +1,5 @@
 """What comes with the package, by name: models and pictures. In a config `builtin:NAME` means one of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..errors import check_choice

@@ -1,180 +1,158 @@
-"""`latentdiff sample`, `export`, `inspect` and `plan`: the commands for a model that is there, or is to be."""
+"""`latentdiff sample`, `evaluate`, `inspect` and `export`: the commands for a model that is there."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option, echo
 
-from ..diffusion.samplers import SAMPLERS
+from ..assets import ASSETS, EMOJI_STYLE
 from ..errors import LatentDiffError
-from .errors import plain_errors
+from ..sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
+    from ..sampling.pipeline import LatentPipeline
+    from ..sections import DataConfig
+
+FIELDS = SamplingSettings.model_fields
+Precision = StrEnum("Precision", {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"})  # torch's name, and ours
+Format = StrEnum("Format", ["folder", "single"])
+
 MODEL = "A model's folder, a training's output, a .safetensors file, or a hub name; by default the model that ships."
-Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL)]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default the best there is.")]
-
-app = typer.Typer()
-
-
-class Precision(StrEnum):
-    """Of weights."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-    def dtype(self) -> torch.dtype:
-        """torch's name."""
-        import torch
-
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+Model = Annotated[str | None, Option("--model", "-m", help=MODEL)]
+Device = Annotated[str | None, Option(help="cpu, cuda, mps; by default the best there is.")]
+PassPrecision = Annotated[Precision | None, Option("--precision", help="By default bf16 where that is fast.")]
 
 
-class Format(StrEnum):
-    """Of an exported model."""
-
-    folder = "folder"
-    single = "single"
+def setting(name: str, *flags: str, **bounds: Any) -> Any:
+    """The option for a field of SamplingSettings, which says what it means."""
+    return Option(*flags, help=FIELDS[name].description, **bounds)
 
 
-@app.command("sample")
-def _sample(
-    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw.")] = None,
+def open_pipeline(model: str | None, device: str | None, precision: Precision | None) -> LatentPipeline:
+    """The model that the options name, where and as they say."""
+    import torch
+
+    from ..sampling.pipeline import LatentPipeline
+
+    dtype = getattr(torch, precision.name) if precision else None
+    return LatentPipeline.from_pretrained(model, device=device, dtype=dtype)
+
+
+def sample(
+    prompts: Annotated[list[str] | None, Argument(help="What to draw.")] = None,
     model: Model = None,
-    file: Annotated[str | None, typer.Option("--file", "-f", help="A prompt a line; - reads standard input.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures and a grid.")] = Path(
-        "samples"
-    ),
-    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Pictures a prompt.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Of the first picture; the next have seed + 1, ...")] = None,
-    num_steps: Annotated[int, typer.Option("--steps", help="Network evaluations.")] = 25,
-    guidance_scale: Annotated[
-        float, typer.Option("--guidance", help="How strongly to follow prompts; 1 is off.")
-    ] = 5.0,
-    sampler: Annotated[str, typer.Option(help=", ".join(SAMPLERS))] = "dpmpp_2m",
-    negative_prompt: Annotated[str, typer.Option("--negative", help="What to steer away from.")] = "",
-    height: Annotated[int | None, typer.Option(help="Pixels; by default as in training.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    file: Annotated[str | None, Option("--file", "-f", help="A prompt a line; - reads standard input.")] = None,
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the pictures and a grid.")] = Path("samples"),
+    num_images: Annotated[int, setting("num_images", "--num-images", "-n")] = FIELDS["num_images"].default,
+    seed: Annotated[int | None, setting("seed")] = FIELDS["seed"].default,
+    num_steps: Annotated[int, setting("num_steps", "--steps")] = FIELDS["num_steps"].default,
+    guidance_scale: Annotated[float, setting("guidance_scale", "--guidance")] = FIELDS["guidance_scale"].default,
+    sampler: Annotated[str, setting("sampler")] = FIELDS["sampler"].default,
+    negative_prompt: Annotated[str, setting("negative_prompt", "--negative")] = FIELDS["negative_prompt"].default,
+    height: Annotated[int | None, setting("height")] = FIELDS["height"].default,
+    width: Annotated[int | None, setting("width")] = FIELDS["width"].default,
     device: Device = None,
-    precision: Annotated[Precision | None, typer.Option(help="By default bf16 where that is fast.")] = None,
-) -> None:
+    precision: PassPrecision = None,
+) -> Iterator[Path]:
     """Draw prompts: PNGs with the recipe in their metadata, and a labelled grid.
 
     Example: latentdiff sample "a red apple" "a blue car" --model runs/mine --seed 0
     """
-    with plain_errors():
-        wanted = _prompts(prompts, file)
-        output.mkdir(parents=True, exist_ok=True)
-        from ..evaluation.grid import labelled_grid
-        from ..sampling.pipeline import LatentPipeline
+    wanted = _prompts(prompts, file)
+    output.mkdir(parents=True, exist_ok=True)
+    from ..evaluation.grid import labelled_grid
 
-        pipe = LatentPipeline.from_pretrained(model, device=device, dtype=precision.dtype() if precision else None)
-        images = pipe(
-            wanted,
-            negative_prompt=negative_prompt,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            seed=seed,
-            num_images=num_images,
-            height=height,
-            width=width,
-        )
-        captions = [prompt for prompt in wanted for _ in range(num_images)]
-        for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1):
-            name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "picture"
-            typer.echo(save_picture(image, output / f"{number:04d}-{name}.png"))
-        columns = min(8, max(1, round(len(images) ** 0.5)))
-        labelled_grid(images, captions, columns=columns).save(output / "grid.png")
-        typer.echo(output / "grid.png")
+    images = open_pipeline(model, device, precision)(
+        wanted, negative_prompt=negative_prompt, num_steps=num_steps, guidance_scale=guidance_scale, sampler=sampler,
+        seed=seed, num_images=num_images, height=height, width=width,
+    )  # fmt: skip
+    captions = [prompt for prompt in wanted for _ in range(num_images)]
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1):
+        name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "picture"
+        yield save_picture(image, output / f"{number:04d}-{name}.png")
+    grid = labelled_grid(images, captions, columns=min(8, round(len(images) ** 0.5)))
+    yield save_picture(grid, output / "grid.png")
 
 
-@app.command("inspect")
-def _inspect(
-    name: Annotated[str, typer.Argument(help="A model's folder, a training's output, or a .safetensors file.")],
-) -> None:
+def evaluate(
+    overrides: Annotated[list[str] | None, Argument(help="data.key=value, over what its training was told.")] = None,
+    model: Model = None,
+    output: Annotated[Path, Option("--output", "-o", help="For the report and the pictures.")] = Path("evaluation"),
+    style: Annotated[str, Option(help="Pattern to leave out of captions; equal rests are one concept.")] = EMOJI_STYLE,
+    num_concepts: Annotated[int, Option("--concepts", min=2, help="Training concepts, chosen by the seed.")] = 64,
+    num_images: Annotated[int, setting("num_images", "--num-images", "-n", min=1)] = 2,
+    seed: Annotated[int, setting("seed", min=0)] = 0,
+    guidance_scale: Annotated[float, setting("guidance_scale", "--guidance", min=0)] = FIELDS["guidance_scale"].default,
+    num_steps: Annotated[int, setting("num_steps", "--steps", min=1)] = FIELDS["num_steps"].default,
+    device: Device = None,
+    precision: PassPrecision = None,
+) -> Iterator[str]:
+    """Measure a model: its VAE, how well it denoises held-out pictures, and whether it draws what is asked.
+
+    Example: latentdiff evaluate --model runs/mine data.source=my-pictures
+    """
+    data = _data_of(model, overrides or ())
+    from ..evaluation.evaluate import evaluate
+
+    output.mkdir(parents=True, exist_ok=True)  # refused now where it cannot be made
+    settings = SamplingSettings(num_images=num_images, guidance_scale=guidance_scale, num_steps=num_steps, seed=seed)
+    report = evaluate(open_pipeline(model, device, precision), data, settings, style=style, num_concepts=num_concepts,
+                      say=lambda line: echo(line, err=True))  # fmt: skip
+    yield from report.lines()
+    report.write(output)
+    yield f"report and pictures in {output}"
+
+
+def inspect(
+    name: Annotated[str, Argument(help="A model's folder, a training's output, or a .safetensors file.")],
+) -> Iterator[str]:
     """Say what a file is: sizes, parameters, configuration, prediction type. No weights are loaded.
 
     Example: latentdiff inspect runs/mine
     """
     from ..files.inspect import describe
 
-    with plain_errors():
-        for line in describe(name):
-            typer.echo(line)
+    yield from describe(name)
 
 
-@app.command("export")
-def _export(
-    source: Annotated[str, typer.Argument(help="A training's output, a model's folder, or a .safetensors file.")],
-    output: Annotated[Path, typer.Argument(help="Folder, or file for --format single.")],
-    format: Annotated[
-        Format, typer.Option(help="folder: diffusers' layout; single: the original one.")
-    ] = Format.folder,
-    precision: Annotated[Precision, typer.Option(help="Of the weights.")] = Precision.fp32,
-    variant: Annotated[str | None, typer.Option(help="Put this in the weight files' names, such as fp16.")] = None,
-    shard_gb: Annotated[float | None, typer.Option(help="Split weight files above so many GB.")] = None,
-    licence: Annotated[str, typer.Option(help="Of the weights, as the hub spells it; for the card.")] = "other",
-    data: Annotated[str, typer.Option(help="What the model card says of the pictures and their licence.")] = "",
-    push: Annotated[str | None, typer.Option(help="Also upload the folder to this name on the hub.")] = None,
-) -> None:
+def export(
+    source: Annotated[str, Argument(help="A training's output, a model's folder, or a .safetensors file.")],
+    output: Annotated[Path, Argument(help="Folder, or file for --format single.")],
+    format: Annotated[Format, Option(help="folder: diffusers' layout; single: the original one.")] = Format.folder,
+    precision: Annotated[Precision, Option(help="Of the weights.")] = Precision.float32,
+    variant: Annotated[str | None, Option(help="Put this in the weight files' names, such as fp16.")] = None,
+    shard_gb: Annotated[float | None, Option(help="Split weight files above so many GB.")] = None,
+    license: Annotated[str, Option(help="Of the weights, as the hub spells it; for the card.")] = "other",
+    data: Annotated[str, Option(help="What the model card says of the pictures and their license.")] = "",
+    push: Annotated[str | None, Option(help="Also upload the folder to this name on the hub.")] = None,
+) -> Iterator[object]:
     """Write a model for others: weights, configuration and a model card.
 
     Example: latentdiff export runs/mine my-model --precision bf16
     """
-    with plain_errors():
-        from ..files.export import export_model, push_folder
+    if push and format is Format.single:
+        raise LatentDiffError("--push uploads a folder: leave out --format single")
+    if shard_gb is not None and not 0 < shard_gb < 1e6:
+        raise LatentDiffError(f"--shard-gb {shard_gb}: expected a number above 0")
+    import torch
 
-        if push and format is Format.single:
-            raise LatentDiffError("--push uploads a folder: leave out --format single")
-        if shard_gb is not None and not 0 < shard_gb < 1e6:
-            raise LatentDiffError(f"--shard-gb {shard_gb}: expected a number above 0")
-        written = export_model(
-            source,
-            output,
-            single=format is Format.single,
-            dtype=precision.dtype(),
-            variant=variant,
-            max_shard_bytes=None if shard_gb is None else int(shard_gb * 1e9),
-            licence=licence,
-            data=data,
-        )
-        typer.echo(written)
-        if push:
-            typer.echo(push_folder(written, push))
+    from ..files.export import export_model, push_folder
 
-
-@app.command("plan")
-def _plan(
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as wanted.")] = None,
-    config: Annotated[str, typer.Option("--config", "-c", help="YAML file, or the name of a recipe.")] = "emoji-64",
-    device: Annotated[str, typer.Option(help="A GPU by name, such as h100, or cpu: this machine.")] = "cpu",
-    num_devices: Annotated[int, typer.Option("--devices", help="How many of them.")] = 1,
-    dataset_size: Annotated[
-        int | None, typer.Option("--pictures", help="In the data set, for the cache's size.")
-    ] = None,
-    mfu: Annotated[float | None, typer.Option(help="Share of the peak FLOP/s that training reaches.")] = None,
-) -> None:
-    """Parameters, FLOPs, and estimates of memory and time for a training, before it is launched.
-
-    Example: latentdiff plan --config emoji-256 --device h100 --devices 8
-    """
-    with plain_errors():
-        from ..config import load_config
-        from ..plan import plan
-
-        loaded = load_config(config, overrides or ())
-        for line in plan(loaded, device=device, num_devices=num_devices, dataset_size=dataset_size, mfu=mfu).lines():
-            typer.echo(line)
+    written = export_model(
+        source, output, single=format is Format.single, dtype=getattr(torch, precision.name), variant=variant,
+        max_shard_bytes=None if shard_gb is None else int(shard_gb * 1e9), license=license, data=data,
+    )  # fmt: skip
+    yield written
+    if push:
+        yield push_folder(written, push)
 
 
 def save_picture(image: Image.Image, path: Path) -> Path:
@@ -183,8 +161,7 @@ def save_picture(image: Image.Image, path: Path) -> Path:
 
     facts = PngInfo()
     for key, value in image.info.items():
-        if isinstance(key, str) and isinstance(value, str):
-            facts.add_text(key, value)
+        facts.add_text(str(key), value)
     image.save(path, pnginfo=facts)
     return path
 
@@ -205,3 +182,31 @@ def _prompts(given: list[str] | None, file: str | None) -> list[str]:
     if not prompts:
         raise LatentDiffError('nothing to draw: give prompts, as in latentdiff sample "a red apple", or --file')
     return prompts
+
+
+def _data_of(model: str | None, overrides: Sequence[str]) -> DataConfig:
+    """The pictures a model was trained on: as the recipe of one that ships says, or as its run recorded.
+
+    Raises:
+        LatentDiffError: neither is known, and `data.source` is not given; or an override is wrong.
+    """
+    from ..config import load_config, parse_config, with_overrides
+    from ..files.open import find_model, read_json
+
+    for override in overrides:
+        if not override.startswith("data."):
+            raise LatentDiffError(f"{override!r}: only data.key=value counts here")
+        if override.startswith("data.image_size="):
+            raise LatentDiffError(f"{override!r}: pictures are measured at the size that the model has")
+    folder = find_model(model).resolve()
+    if folder.parent == ASSETS:
+        return load_config(folder.name, overrides).data
+    record = folder.parent / "run.json"
+    try:
+        known = dict(read_json(record, "")["launches"][-1]["config"]["data"])
+    except (LatentDiffError, LookupError, TypeError):
+        if not any(override.startswith("data.source=") for override in overrides):
+            raise LatentDiffError(f"{model}: does not say what it was trained on; give data.source=FOLDER") from None
+        known = {}
+    known.pop("image_size", None)  # it would have to suit the default VAE
+    return parse_config(with_overrides({"data": known}, overrides), str(record)).data

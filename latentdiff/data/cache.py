@@ -3,13 +3,12 @@
 Both are keyed by everything they were computed from: weights, transform, the bytes of the pictures, the captions.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +20,13 @@ from text_encoder import TextEncoder, TokenOverflowWarning
 from vae import VAE
 
 from ..errors import LatentDiffError
-from .pictures import PictureError, fit, open_picture
-from .shards import Alone, Arrays, Processes, Progress, Shards, digest
+from ..sections import DataConfig
+from .pictures import PictureError, fit, open_picture, to_pixels
+from .shards import Arrays, Processes, Progress, Shards, SingleProcess, digest
 from .sources import Source
 
-if TYPE_CHECKING:
-    from ..sections import DataConfig
-
 BATCH = 32  # captions encoded at a time
+TRANSFORM = {"image_size", "min_size", "max_pixels", "background", "image_column"}  # how a picture becomes pixels
 
 
 def read_pixels(source: Source, index: int, config: DataConfig) -> NDArray[np.uint8]:
@@ -50,38 +48,29 @@ def weights_digest(module: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all weights but those of BERT's pooler, which nothing passes."""
     total = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        if name.startswith("pooler."):
-            continue
-        values = tensor.detach().cpu().contiguous()
-        total.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        total.update(values.reshape(-1).view(torch.uint8).numpy())
+        if not name.startswith("pooler."):
+            values = tensor.detach().cpu().contiguous()
+            total.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            total.update(values.reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
 def pictures_digest(source: Source, memo: Path) -> str:
     """SHA-256 over the bytes of all pictures, remembered in `memo` as long as no file's size or date changes."""
     stat = source.stat_fingerprint()
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if not isinstance(known, dict) or known.get("stat") != stat:
-        total = hashlib.sha256()
-        for index in tqdm(range(len(source)), desc="reading pictures", unit="", leave=False):
-            try:
-                total.update(hashlib.sha256(source.read(index)).digest())
-            except PictureError as error:
-                total.update(error.reason.encode())
-        known = {"stat": stat, "sha256": total.hexdigest()}
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        memo.write_text(json.dumps(known), encoding="utf-8")
-    return str(known["sha256"])
-
-
-def transform_facts(config: DataConfig) -> dict[str, Any]:
-    """What decides how a picture becomes pixels."""
-    names = {"image_size", "min_size", "max_pixels", "background", "image_column"}
-    return json.loads(json.dumps(config.model_dump(include=names)))
+        if known["stat"] == stat:
+            return str(known["sha256"])
+    total = hashlib.sha256()
+    for index in tqdm(range(len(source)), desc="reading pictures", unit="", leave=False):
+        try:
+            total.update(hashlib.sha256(source.read(index)).digest())
+        except PictureError as error:
+            total.update(error.reason.encode())
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    memo.write_text(json.dumps({"stat": stat, "sha256": total.hexdigest()}), encoding="utf-8")
+    return total.hexdigest()
 
 
 class LatentCache:
@@ -94,15 +83,14 @@ class LatentCache:
             "kind": "latents",
             "version": 1,
             "vae": digest({"weights": weights_digest(vae), "config": vae.config.to_diffusers()}),
-            "transform": transform_facts(config),
+            "transform": config.model_dump(mode="json", include=TRANSFORM),
             "pictures": pictures_digest(source, memo),
             "flips": self.num_flips,
         }
         self.shards = Shards(folder, facts, len(source))
         self.good: NDArray[np.bool_] = np.zeros(0, dtype=bool)  # pictures that could be read
-        self.broken: list[tuple[str, str]] = []
 
-    def build(self, processes: Processes = Alone(), progress: Progress = lambda _: None) -> None:  # noqa: B008
+    def build(self, processes: Processes = SingleProcess(), progress: Progress = lambda _: None) -> None:  # noqa: B008
         """Encode what is missing; see `Shards.build`.
 
         Raises:
@@ -116,8 +104,7 @@ class LatentCache:
 
     def moments(self, index: int, flip: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and log-variance of a picture's latents, (c, h, w) each."""
-        both = self.shards["moments", index][int(flip) % self.num_flips].astype(np.float32)
-        mean, logvar = np.split(both, 2)
+        mean, logvar = np.split(self.shards["moments", index][int(flip) % self.num_flips].astype(np.float32), 2)
         return mean, logvar
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,23 +112,17 @@ class LatentCache:
 
     @torch.inference_mode()
     def _compute(self, rows: range, progress: Progress) -> Arrays:
-        device = next(self.vae.parameters()).device
-        good = np.zeros(len(rows), dtype=np.uint8)
-        blocks: list[NDArray[Any]] = []
-        size = self.config.image_size
-        count = pictures_at_a_time(size)
+        good, blocks = np.zeros(len(rows), dtype=np.uint8), []
+        size, count = self.config.image_size, pictures_at_a_time(self.config.image_size)
         for start in range(0, len(rows), count):
             batch = rows[start : start + count]
             pixels = np.zeros((len(batch), size, size, 3), dtype=np.uint8)
             for place, index in enumerate(batch):
-                try:
+                with suppress(PictureError):
                     pixels[place] = read_pixels(self.source, index, self.config)
                     good[start + place] = 1
-                except PictureError as error:
-                    self.broken.append((self.source.name(index), error.reason))
-            x = to_pixels(torch.from_numpy(pixels).to(device))
-            flipped = [x, x.flip(3)][: self.num_flips]
-            posteriors = [self.vae.latent_posterior(view) for view in flipped]
+            x = to_pixels(torch.from_numpy(pixels).to(next(self.vae.parameters()).device))
+            posteriors = map(self.vae.latent_posterior, [x, x.flip(3)][: self.num_flips])
             moments = torch.stack([torch.cat([p.mean, p.logvar], 1) for p in posteriors], 1)
             blocks.append(moments.to("cpu", torch.float16).numpy())
             progress(len(batch))
@@ -170,7 +151,7 @@ class TextCache:
         }  # fmt: skip
         self.shards = Shards(folder, facts, len(self._captions) + 1)
 
-    def build(self, processes: Processes = Alone(), progress: Progress = lambda _: None) -> None:  # noqa: B008
+    def build(self, processes: Processes = SingleProcess(), progress: Progress = lambda _: None) -> None:  # noqa: B008
         """Encode what is missing; see `Shards.build`."""
         self.shards.build(self._compute, processes, progress)
         self._captions = []
@@ -194,11 +175,6 @@ class TextCache:
                 blocks.append(self.encoder(captions).to("cpu", torch.float16).numpy())
                 progress(len(chosen))
         return {"context": np.concatenate(blocks)}
-
-
-def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Pictures uint8 (B, H, W, 3) to pixels (B, 3, H, W) in [-1, 1], channels-last."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def check_broken(broken: int, total: int, allowed: float) -> None:

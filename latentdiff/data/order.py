@@ -3,9 +3,8 @@
 There is no state: step 1,000,000 is asked for as step 1 is, by one process or by a thousand, before or after a restart.
 """
 
-from __future__ import annotations
-
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -72,11 +71,17 @@ class BatchPlan:
         return self.micro_batch_size or self.batch_size // self.world_size
 
     @property
-    def passes(self) -> int:
+    def accumulation_steps(self) -> int:
         """Micro-batches a step."""
         return self.batch_size // (self.world_size * self.pictures_a_pass)
 
-    def places(self, number: int) -> range:
+    def global_indices(self, number: int) -> range:
         """Places in the global batch of this process's micro-batch `number`."""
         first = (number * self.world_size + self.rank) * self.pictures_a_pass
         return range(first, first + self.pictures_a_pass)
+
+    def drawn(self, number: int, size: int, seed: int, purpose: str) -> Iterator[tuple[int, int, np.random.Generator]]:
+        """Place in the global batch, picture of `size` and random numbers, for each of micro-batch `number` of all."""
+        step, part = divmod(number, self.accumulation_steps)
+        for place in self.global_indices(part):
+            yield place, shuffled(step * self.batch_size + place, size, seed), draws(seed, purpose, step, place)

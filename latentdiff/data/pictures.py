@@ -1,36 +1,26 @@
-"""From the bytes of a picture file to pixels: upright, opaque, RGB, square.
+"""Where a picture becomes pixels: from the bytes of a file to upright, opaque, square RGB, and to a tensor; and back.
 
 Colour profiles are not applied. Whatever is wrong with a file, the only exception is `PictureError`.
 """
 
-from __future__ import annotations
-
 import io
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from ..errors import LatentDiffError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of their files
 PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # what Pillow itself turns into RGB
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-ORIENTATION = 0x0112  # the EXIF tag
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 _warnings_lock = threading.Lock()
 
@@ -42,11 +32,11 @@ class PictureError(LatentDiffError):
     """
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        super().__init__(reason, detail)  # both, so that it comes through from a worker process
+        self.reason = reason
 
-    def __reduce__(self) -> tuple[type[PictureError], tuple[str, str]]:
-        return PictureError, (self.reason, self.detail)  # so that it comes through from a worker process
+    def __str__(self) -> str:
+        return ": ".join(self.args)
 
 
 def open_picture(data: bytes, *, max_pixels: int, background: tuple[int, int, int]) -> Image.Image:
@@ -62,8 +52,16 @@ def open_picture(data: bytes, *, max_pixels: int, background: tuple[int, int, in
         PictureError: unreadable, truncated, too large, or of another format.
     """
     try:
-        with _no_warnings():
-            return to_rgb(_decode(data, max_pixels), background)
+        # What Pillow warns of in odd files is an error here where it matters. Python's list of warning filters belongs
+        # to all threads, hence one at a time: decode in processes, not in threads.
+        with _warnings_lock, warnings.catch_warnings(action="ignore"):
+            image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
+            if image.width * image.height > max_pixels:
+                raise PictureError("too large", f"{image.width} x {image.height} is more than {max_pixels} pixels")
+            image.load()
+            with suppress(Exception):  # broken metadata is no reason to refuse sound pixels
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image, background)
     except PictureError:
         raise
     except Exception as error:  # decoders meet broken files with nearly every exception there is
@@ -82,42 +80,27 @@ def fit(image: Image.Image, image_size: int, *, min_size: int) -> np.ndarray[Any
         raise PictureError("too small", f"{width} x {height}, and the shorter side needs {min_size} (data.min_size)")
     left, top = (width - side) // 2, (height - side) // 2
     resample = Image.Resampling.LANCZOS if side > image_size else Image.Resampling.BICUBIC
-    # The square goes in as `box`: resizing all of a 100 x 100,000 strip first would take a thousand times the memory.
-    square = image.resize(
-        (image_size, image_size), resample, box=(left, top, left + side, top + side), reducing_gap=3.0
-    )
-    return np.array(square, dtype=np.uint8)
+    # As `box`: resizing all of a 100 x 100,000 strip before it is cut would take a thousand times the memory.
+    box = (left, top, left + side, top + side)
+    return np.array(image.resize((image_size, image_size), resample, box, reducing_gap=3.0), dtype=np.uint8)
 
 
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Drop Pillow's warnings about odd files: what matters of them is an error here.
+def to_pixels(images: Tensor) -> Tensor:
+    """Pictures uint8 (B, H, W, 3) to pixels (B, 3, H, W) in [-1, 1], channels-last."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
-    Python's list of warning filters belongs to all threads, hence one at a time. Decode in processes, not in threads.
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to B RGB pictures of 8 bits: round((x + 1) * 127.5), clipped; NaN is black.
+
+    Raises:
+        LatentDiffError: the shape is another.
     """
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _decode(data: bytes, max_pixels: int) -> Image.Image:
-    """The upright first frame, in the mode of the file."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
-    width, height = image.size
-    if width * height > max_pixels:
-        raise PictureError("too large", f"{width} x {height} is more than {max_pixels} pixels")
-    image.load()
-    turn = UPRIGHT.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1, upright, where there is none. (Pillow turns a TIFF when it loads it.)"""
-    try:
-        value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # broken metadata is no reason to refuse sound pixels
-        return 1
-    return value if isinstance(value, int) else 1
+    if pixels.dim() != 4 or pixels.shape[1] != 3:
+        raise LatentDiffError(f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W)")
+    # What a cast makes of NaN differs between machines, and a training that went wrong should still be drawn.
+    levels = ((pixels.detach().float() + 1.0) * 127.5).nan_to_num(nan=0.0).round().clamp(0.0, 255.0)
+    return [Image.fromarray(image) for image in levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

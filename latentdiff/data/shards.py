@@ -8,27 +8,25 @@ The key is a hash of everything the rows depend on, so an array computed from so
 cannot be used by mistake.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import LatentDiffError
 
 SHARD = 2048  # rows
-MAPPED = 128  # shards at a time: each holds a file open
-DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
+MAPPED = 256  # shards at a time, of all arrays of a process: each holds a file open
 
 Arrays = dict[str, NDArray[Any]]
 Progress = Callable[[int], None]  # told a number of rows that are done
@@ -37,19 +35,14 @@ Progress = Callable[[int], None]  # told a number of rows that are done
 class Processes(Protocol):
     """The processes of a run, as accelerate's Accelerator shows them."""
 
-    @property
-    def process_index(self) -> int:
-        """This one's number."""
-
-    @property
-    def num_processes(self) -> int:
-        """How many there are."""
+    process_index: int
+    num_processes: int
 
     def wait_for_everyone(self) -> None:
         """A barrier."""
 
 
-class Alone:
+class SingleProcess:
     """One process."""
 
     process_index, num_processes = 0, 1
@@ -77,15 +70,8 @@ class Shards:
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], num_rows: int) -> None:
-        self.facts = dict(facts)
-        self.num_rows = num_rows
-        self.folder = folder / digest(self.facts)
-        self._open: dict[int, Arrays] = {}
-
-    @property
-    def num_shards(self) -> int:
-        """Files."""
-        return -(-self.num_rows // SHARD)
+        self.facts, self.num_rows, self.num_shards = facts, num_rows, -(-num_rows // SHARD)
+        self.folder = folder / digest(facts)
 
     def build(
         self, compute: Callable[[range, Progress], Arrays], processes: Processes, progress: Progress = lambda _: None
@@ -112,25 +98,17 @@ class Shards:
         if processes.process_index == 0:
             text = json.dumps({"rows": self.num_rows, "facts": self.facts}, indent=2, sort_keys=True)
             (self.folder / "complete.json").write_text(text + "\n", encoding="utf-8")
+        _mapped.cache_clear()  # a shard that was mapped before it was computed again
         processes.wait_for_everyone()
 
     def __getitem__(self, what: tuple[str, int]) -> NDArray[Any]:
         name, row = what
         number, within = divmod(row, SHARD)
-        arrays = self._open.pop(number, None)
-        if arrays is None:
-            arrays = _map(self._path(number))
-        self._open[number] = arrays  # last in the order of use
-        if len(self._open) > MAPPED:
-            del self._open[next(iter(self._open))]
-        return np.array(arrays[name][within])
+        return _mapped(self._path(number)).get_slice(name)[within]
 
     def column(self, name: str) -> NDArray[Any]:
         """A small array whole."""
-        return np.concatenate([np.array(_map(self._path(number))[name]) for number in range(self.num_shards)])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open": {}}  # a worker process maps the files itself
+        return np.concatenate([_mapped(self._path(number)).get_tensor(name) for number in range(self.num_shards)])
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
@@ -162,12 +140,17 @@ class Shards:
             raise LatentDiffError(f"{path}: cannot be written ({error})") from error
 
 
-def remove_others(folder: Path, keep: set[str]) -> list[str]:
-    """Delete the arrays in `folder` that were computed from something else; returns their names."""
-    others = [path for path in folder.glob("?" * 32) if path.is_dir() and path.name not in keep]
-    for path in others:
-        shutil.rmtree(path, ignore_errors=True)
-    return [path.name for path in others]
+@lru_cache(maxsize=MAPPED)
+def _mapped(path: Path) -> Any:
+    """A shard, mapped into memory, of which only the rows that are read take any."""
+    return safe_open(path, "np")
+
+
+def remove_others(folder: Path, keep: set[str]) -> None:
+    """Delete the arrays in `folder` that were computed from something else."""
+    for path in folder.glob("?" * 32):
+        if path.is_dir() and path.name not in keep:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def differences(folder: Path, facts: Mapping[str, Any]) -> list[str]:
@@ -179,16 +162,3 @@ def differences(folder: Path, facts: Mapping[str, Any]) -> list[str]:
             continue
         return [name for name in facts if former.get(name) != facts[name]]
     return []
-
-
-def _map(path: Path) -> Arrays:
-    """The arrays of a safetensors file, mapped: eight bytes of length, a JSON header, then the numbers."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    content = np.memmap(path, np.uint8, "r", 8 + length)
-    return {
-        name: content[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }

@@ -1,102 +1,31 @@
-"""A sequence of captioned pictures, be they a folder, Parquet files, tar shards or a data set on the hub.
+"""Open what `data.source` names: a folder, Parquet files, tar shards, or a data set on the hub; its two splits.
 
-Nothing is decoded and nothing large is held in memory: tables are mapped, pictures are read when asked for.
+A folder with one file a picture is opened in `folders`, a table of pictures in `tables`, a tar shard in `tars`; each
+makes `Source`s, which `readers` defines.
 """
 
-from __future__ import annotations
-
+import glob
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from datasets import config as datasets_config  # type: ignore[import-untyped]
+from datasets.utils import logging as datasets_logging  # type: ignore[import-untyped]
 
-from ..errors import LatentDiffError
-from .captions import clean
-from .opening import open_splits
-from .readers import Indices, Rows
+from ..assets import pictures_folder
+from ..errors import LatentDiffError, errors_of
+from ..sections import DataConfig
+from .folders import open_metadata, open_text_folder, split_of_file
+from .readers import Source
+from .tables import open_parquet, open_remote
+from .tars import open_tars
 
-if TYPE_CHECKING:
-    from ..sections import DataConfig
+__all__ = ["Source", "hold_out", "open_source", "read_quarantine"]
 
-ROWS_AT_A_TIME = 1000
-
-
-class Source:
-    """A sequence of captioned pictures: rows of a table that lies on disk. Can be sent to worker processes."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-        self._captions = rows.table.select_columns(list(rows.caption_columns))
-        self._names = rows.table.select_columns(list(rows.reader.name_columns)) if rows.reader.name_columns else None
-        self._pictures = rows.table.select_columns(list(rows.reader.picture_columns))
-
-    def __len__(self) -> int:
-        return len(self.rows.indices)
-
-    def read(self, index: int) -> bytes:
-        """The encoded picture.
-
-        Raises:
-            PictureError: unreadable, for example because its file is gone.
-        """
-        return self.rows.reader.read(self._pictures[self._row(index)])
-
-    def captions(self, index: int) -> list[str]:
-        """The picture's captions, stripped, each once; perhaps none."""
-        return clean(self._captions[self._row(index)].values())
-
-    def all_captions(self) -> Iterator[list[str]]:
-        """`captions` of all pictures in order, without a look at the pictures."""
-        for _, columns in self._batches(self._captions):
-            for cells in zip(*columns.values(), strict=True):
-                yield clean(cells)
-
-    def name(self, index: int) -> str:
-        """What to call the picture, on one line: its path within the source, or the file and row."""
-        row = self._row(index)
-        return _one_line(self.rows.reader.name(row, self._names[row] if self._names is not None else {}))
-
-    def names(self) -> Iterator[str]:
-        """`name` of all pictures in order."""
-        if self._names is None:
-            yield from (_one_line(self.rows.reader.name(int(row), {})) for row in self.rows.indices)
-            return
-        for rows, columns in self._batches(self._names):
-            for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
-                yield _one_line(self.rows.reader.name(row, dict(zip(columns, cells, strict=True))))
-
-    def stat_fingerprint(self) -> str:
-        """Changes with the pictures chosen, and with names, sizes and times of the files as they were when opened.
-
-        For a data set on the hub: with its fingerprint in datasets.
-        """
-        parts = (self.rows.stamp.encode(), repr(self.rows.caption_columns).encode(), self.rows.indices.tobytes())
-        return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
-
-    def select(self, indices: Sequence[int] | Indices) -> Source:
-        """The pictures at these places, in this order.
-
-        Raises:
-            IndexError: out of range.
-        """
-        return Source(self.rows.select(self.rows.indices[np.asarray(indices, dtype=np.int64)]))
-
-    def without(self, names: Collection[str]) -> Source:
-        """All but the pictures of these names."""
-        return self.select(np.flatnonzero([name not in names for name in self.names()]))
-
-    def _row(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
-        return int(self.rows.indices[index])
-
-    def _batches(self, table: Any) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
-        """Row numbers and columns of the rows that belong to the source, some at a time."""
-        for start in range(0, len(self), ROWS_AT_A_TIME):
-            rows = self.rows.indices[start : start + ROWS_AT_A_TIME].tolist()
-            yield rows, table[rows]
+SHARDS = (".parquet", ".tar")
 
 
 def open_source(config: DataConfig) -> tuple[Source, Source]:
@@ -105,16 +34,15 @@ def open_source(config: DataConfig) -> tuple[Source, Source]:
     Raises:
         LatentDiffError: no such source, a split without pictures or captions, a wrong column, no quarantine file.
     """
-    splits = {name: Source(rows) for name, rows in open_splits(config).items()}
+    with _plainly(config.source):
+        splits = _open_splits(config)
     if config.quarantine is not None:
         bad = read_quarantine(config.quarantine)
         splits = {name: source.without(bad) for name, source in splits.items()}
-    train = splits.get(config.train_split, splits.get(""))
-    if train is None:
+    if (train := splits.get(config.train_split, splits.get(""))) is None:
         found = ", ".join(sorted(splits)) or "none"
         raise LatentDiffError(f"{config.source}: no split data.train_split={config.train_split!r}; there are: {found}")
-    validation = splits.get(config.validation_split)
-    if validation is None:
+    if (validation := splits.get(config.validation_split)) is None:
         train, validation = hold_out(train, config.validation_share)
     for split, source in ((config.train_split, train), (config.validation_split, validation)):
         if not len(source):
@@ -132,7 +60,8 @@ def hold_out(source: Source, share: float) -> tuple[Source, Source]:
     """
     if len(source) < 2:
         raise LatentDiffError(f"{len(source)} pictures: too few to hold one out for validation")
-    keys = np.array([_hash(name) for name in source.names()])
+    digests = (hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest() for name in source.names())
+    keys = np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
     held = keys < share
     held[keys.argmin()], held[keys.argmax()] = True, False  # of a handful of pictures, too
     return source.select(np.flatnonzero(~held)), source.select(np.flatnonzero(held))
@@ -144,18 +73,78 @@ def read_quarantine(path: str | Path) -> set[str]:
     Raises:
         LatentDiffError: it cannot be read.
     """
-    try:
+    with errors_of(LatentDiffError, f"data.quarantine={str(path)!r}: cannot be read", OSError, UnicodeDecodeError):
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LatentDiffError(f"data.quarantine={str(path)!r}: cannot be read ({error})") from None
     return {line.partition("\t")[0] for line in text.split("\n") if line.strip()}
 
 
-def _one_line(name: str) -> str:
-    """A file's name may hold tabs and line breaks; a list of names may not."""
-    return name.translate({ord(letter): " " for letter in "\t\r\n"})
+def _open_splits(config: DataConfig) -> dict[str, Source]:
+    """Sources by split, of whichever kind there is; "" holds the pictures in none."""
+    source = config.source
+    if "://" in source:
+        return open_remote(config)
+    path = Path(pictures_folder(source)).expanduser()
+    if path.is_dir():
+        return _open_folder(path.absolute(), config)
+    if path.is_file() or glob.has_magic(source):
+        return _open_files(path, config)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        return open_remote(config)
+    raise LatentDiffError(f"data.source={source!r}: no such file or folder")
 
 
-def _hash(name: str) -> float:
-    """A number in [0, 1] from a name."""
-    return int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest(), "big") / 2**64
+def _open_folder(root: Path, config: DataConfig) -> dict[str, Source]:
+    """Metadata goes first, for it says what the pictures are; then shards; then pictures with .txt files."""
+    if (splits := open_metadata(root, config)) is not None:
+        return splits
+    if shards := sorted(path for path in root.rglob("*") if path.suffix in SHARDS and path.is_file()):
+        return _open_shards(root, shards, config)
+    return open_text_folder(root, config)
+
+
+def _open_files(pattern: Path, config: DataConfig) -> dict[str, Source]:
+    """One file, or all that fit a pattern; names are relative to the last folder without a pattern in it."""
+    files = [pattern] if pattern.is_file() else sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+    shards = [file.absolute() for file in files if file.suffix in SHARDS and file.is_file()]
+    if not shards:
+        raise LatentDiffError(f"data.source={config.source!r}: no {' or '.join(SHARDS)} files there")
+    root = pattern.parent
+    while glob.has_magic(str(root)) and not root.is_dir():
+        root = root.parent
+    return _open_shards(root.absolute(), shards, config)
+
+
+def _open_shards(root: Path, shards: Sequence[Path], config: DataConfig) -> dict[str, Source]:
+    kinds = sorted({shard.suffix for shard in shards})
+    if len(kinds) > 1:
+        raise LatentDiffError(f"data.source={config.source!r}: both {' and '.join(kinds)} files; expected one kind")
+    splits: dict[str, list[Path]] = {}
+    for shard in shards:
+        splits.setdefault(split_of_file(shard.relative_to(root).as_posix(), config), []).append(shard)
+    open_shards = open_tars if kinds == [".tar"] else open_parquet
+    return {split: open_shards(root, files, config) for split, files in splits.items()}
+
+
+@contextmanager
+def _plainly(source: str) -> Iterator[None]:
+    """Without datasets' bars, without its telling a server which loader is used, and with its errors in one line."""
+    shown, counts = datasets_logging.is_progress_bar_enabled(), datasets_config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets_logging.disable_progress_bar()
+    datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    except Exception as error:  # datasets has dozens, and wraps them in each other; ours come out as they were
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, LatentDiffError):
+            cause = cause.__cause__
+        if isinstance(cause, LatentDiffError):
+            raise cause from None
+        where = f"data.source={source!r}"
+        if isinstance(cause, ConnectionError) or "ffline" in str(cause):
+            where += ": no such folder here, and it cannot be fetched"
+        message = " ".join(str(cause).split())[:300]
+        raise LatentDiffError(f"{where}: cannot be loaded ({type(cause).__name__}: {message})") from error
+    finally:
+        datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        if shown:
+            datasets_logging.enable_progress_bar()

@@ -1,75 +1,96 @@
-"""Tables with a column of pictures: Parquet files, and whatever Hugging Face datasets loads from the hub or a URL."""
+"""Tables with a column of pictures: Parquet files, and whatever Hugging Face datasets loads from the hub or a URL.
 
-from __future__ import annotations
+Also which columns of any table hold captions.
+"""
 
+import glob
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Image, Value, load_dataset  # type: ignore[import-untyped]
 
-from ..errors import LatentDiffError, check_choice
-from .captions import find_caption_columns
-from .readers import ColumnReader, Rows
-from .stamps import literal, stamp_of
+from ..errors import LatentDiffError, check_choice, errors_of
+from ..sections import DataConfig
+from .readers import ColumnReader, Source, stamp_of
 
+CAPTION_NAMES = ("text", "caption", "captions", "txt", "prompt")
 PICTURE_NAMES = ("image", "picture", "img", "jpg", "jpeg", "png", "webp")
-REMOTE_LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".csv": "csv"}
+LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".csv": "csv"}
 
 
-def open_parquet(root: Path, files: Sequence[Path], image_column: str | None, caption_names: Sequence[str]) -> Rows:
+def open_parquet(root: Path, files: Sequence[Path], config: DataConfig) -> Source:
     """The rows of some Parquet files with the same columns, in order.
 
     Raises:
         LatentDiffError: a file that is no Parquet file, or no column of pictures or captions.
     """
-    counts = [_count_rows(file) for file in files]
-    table = load_dataset("parquet", data_files={"train": [literal(file) for file in files]})["train"]
+    counts = []
+    for file in files:
+        with errors_of(LatentDiffError, f"{file}: not a sound Parquet file", OSError, ValueError):
+            counts.append(int(pq.read_metadata(file).num_rows))
     names = tuple(file.relative_to(root).as_posix() for file in files)
-    return _rows(table, root, (names, tuple(accumulate(counts))), stamp_of(root, files), image_column, caption_names)
+    return _open(load_table(files), root, names, tuple(accumulate(counts)), stamp_of(root, files), config)
 
 
-def open_remote(source: str, image_column: str | None, caption_names: Sequence[str]) -> dict[str, Rows]:
-    """Rows by split of a data set on the hub, `owner/name`, or of the files at a URL with a pattern.
+def open_remote(config: DataConfig) -> dict[str, Source]:
+    """Sources by split of a data set on the hub, `owner/name`, or of the files at a URL with a pattern.
 
     Raises:
         LatentDiffError: no column of pictures or captions.
     """
-    loader = REMOTE_LOADERS.get(Path(source).suffix) if "://" in source else None
-    splits = load_dataset(loader, data_files=source) if loader else load_dataset(source)
+    loader = LOADERS.get(Path(config.source).suffix) if "://" in config.source else None
+    splits = load_dataset(loader, data_files=config.source) if loader else load_dataset(config.source)
     return {
-        str(split): _rows(
-            table, Path(), ((str(split),), (len(table),)), table._fingerprint, image_column, caption_names
-        )
+        str(split): _open(table, Path(), (str(split),), (len(table),), table._fingerprint, config)
         for split, table in splits.items()
     }
 
 
-def _rows(
-    table: Dataset,
-    root: Path,
-    files: tuple[tuple[str, ...], tuple[int, ...]],
-    stamp: str,
-    image_column: str | None,
-    caption_names: Sequence[str],
-) -> Rows:
-    """A loaded table as rows; `files` are their names and the row after the last of each."""
-    where = files[0][0] if len(files[0]) == 1 else f"{files[0][0]} and {len(files[0]) - 1} more"
-    column = _find_image_column(table.features, image_column, where)
-    captions = find_caption_columns([name for name in table.column_names if name != column], caption_names, where)
+def load_table(files: Sequence[Path]) -> Dataset:
+    """The rows of some local files of one kind, in order."""
+    loader = LOADERS[files[0].suffix]
+    settings = {"keep_default_na": False} if loader == "csv" else {}  # otherwise a caption "None" would be none
+    escaped = [glob.escape(str(file)) for file in files]  # datasets takes [ ] * ? in a path for a pattern
+    return load_dataset(loader, data_files={"train": escaped}, **settings)["train"]
+
+
+def find_caption_columns(table: Dataset, picture_column: str, config: DataConfig, where: str) -> tuple[str, ...]:
+    """The columns of a table that the config names, or else the first of the usual names that is there.
+
+    Raises:
+        LatentDiffError: a column that was asked for is not there, or none of the usual names is.
+    """
+    columns = [name for name in table.column_names if name != picture_column]
+    for name in config.caption_columns:
+        check_choice(f"caption column of {where}", name, columns)
+    found = config.caption_columns or tuple(name for name in CAPTION_NAMES if name in columns)[:1]
+    if not found:
+        raise LatentDiffError(
+            f"{where}: no caption column among {', '.join(columns)}; name it in data.caption_columns, "
+            f"or call it {', '.join(CAPTION_NAMES[:-1])} or {CAPTION_NAMES[-1]}"
+        )
+    return found
+
+
+def _open(
+    table: Dataset, root: Path, files: tuple[str, ...], ends: tuple[int, ...], stamp: str, config: DataConfig
+) -> Source:
+    """A loaded table as a source; see `ColumnReader`."""
+    where = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    column = _find_image_column(table.features, config.image_column, where)
+    captions = find_caption_columns(table, column, config, where)
     # Undecoded: a broken picture must not raise inside datasets.
     table = table.select_columns([column, *captions]).cast_column(column, Image(decode=False))
-    indices = np.arange(len(table), dtype=np.int64)
-    return Rows(table, ColumnReader(column, *files, root), captions, stamp, indices)
+    return Source(table, ColumnReader(column, files, ends, root), captions, stamp)
 
 
 def _find_image_column(features: Features, asked: str | None, where: str) -> str:
     if asked is not None:
         check_choice(f"image column of {where}", asked, features)
         return asked
-    pictures = [name for name, feature in features.items() if isinstance(feature, Image)]
+    pictures: list[str] = [name for name, feature in features.items() if isinstance(feature, Image)]
     candidates = pictures or [name for name in PICTURE_NAMES if name in features and _holds_bytes(features[name])]
     if len(candidates) != 1:
         found = f"{', '.join(candidates)} all hold pictures" if candidates else "no column of pictures"
@@ -82,10 +103,3 @@ def _holds_bytes(feature: object) -> bool:
     if isinstance(feature, dict):
         return "bytes" in feature
     return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
-
-
-def _count_rows(file: Path) -> int:
-    try:
-        return int(pq.read_metadata(file).num_rows)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among them
-        raise LatentDiffError(f"{file}: not a sound Parquet file ({error})") from None

@@ -5,8 +5,6 @@ one, so `guide` gives the same pictures whichever kind it wraps. `rescale` depen
 diffusers' `guidance_rescale`, are for the network's own prediction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor
@@ -45,6 +43,16 @@ def guide(pair: Pair, scale: float, *, rescale: float = 0.0) -> Model:
         return result
 
     return guided
+
+
+def push(model: Model, pair: Pair, amount: float) -> Model:
+    """The model's prediction moved along the difference of two others: `amount` times (first - second) is added."""
+
+    def pushed(x: Tensor, t: int) -> Tensor:
+        more, less = pair(x, t)
+        return model(x, t) + amount * (more - less)
+
+    return pushed
 
 
 def within(inside: Model, outside: Model, low: float, high: float, schedule: Schedule) -> Model:

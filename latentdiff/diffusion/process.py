@@ -1,13 +1,10 @@
-"""The mathematics of diffusion: forward process, posterior, predictions, the bound on the likelihood, losses.
+"""The diffusion process: forward process, posterior, predictions, reverse process, losses.
 
 Pure functions of tensors. x0, x_t and noise are (B, ...); t is int64 (B,) or () in 0 ... T-1, the paper's t minus 1.
 Computed in float32, or float64 where the input is, and returned so; all densities and divergences are in nats. Equation
 numbers are those of DDPM (arXiv 2006.11239) unless another paper is named.
 """
 
-from __future__ import annotations
-
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,7 +30,9 @@ class Process(NamedTuple):
     prediction: Prediction
     spacing: Spacing = "trailing"
     offset: int = 0  # of leading spacing
-    ends_clean: bool = True  # False: sampling ends at the noise level of t = 0, as in the original Stable Diffusion
+    final_sigma_zero: bool = (
+        True  # False: sampling ends at the noise level of t = 0, as in the original Stable Diffusion
+    )
 
 
 class Gaussian(NamedTuple):
@@ -165,7 +164,7 @@ def convert(
     return from_x0(to_x0(output, x_t, t, source, schedule), x_t, t, wanted, schedule)
 
 
-# --- the reverse process and the bound on the likelihood ---
+# --- the reverse process ---
 
 
 def reverse_variance(t: Tensor, variance: Variance, schedule: Schedule, like: Tensor) -> Tensor:
@@ -182,7 +181,7 @@ def reverse_variance(t: Tensor, variance: Variance, schedule: Schedule, like: Te
     beta = schedule.gather(schedule.betas, t, like)
     if variance == "beta":
         return beta
-    return torch.where(_is_first(t, like), beta, _posterior_variance(t, schedule, like))
+    return torch.where(is_first(t, like), beta, _posterior_variance(t, schedule, like))
 
 
 def reverse_step(
@@ -191,42 +190,6 @@ def reverse_step(
     """p(x_{t-1} | x_t): the posterior with the network's x0 in place of the true one (equation 1)."""
     x0 = to_x0(output, x_t, t, prediction, schedule)
     return Gaussian(posterior(x0, x_t, t, schedule).mean, reverse_variance(t, variance, schedule, x_t))
-
-
-def gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:
-    """KL(p || q), summed over all dimensions but the first: (B,) nats."""
-    terms = (q.var / p.var).log() + (p.var + (p.mean - q.mean).square()) / q.var - 1
-    return 0.5 * terms.flatten(1).sum(1)
-
-
-def prior_term(x0: Tensor, schedule: Schedule) -> Tensor:
-    """L_T = KL(q(x_T | x0) || N(0, I)): (B,) nats; 0 under zero terminal SNR."""
-    last = torch.tensor(schedule.num_timesteps - 1, device=schedule.betas.device)
-    end = forward_kernel(x0, last, schedule)
-    return gaussian_kl(end, Gaussian(torch.zeros_like(end.mean), torch.ones_like(end.var)))
-
-
-def bound_term(x0: Tensor, x_t: Tensor, x0_hat: Tensor, t: Tensor, variance: Variance, schedule: Schedule) -> Tensor:
-    """The term of the negative ELBO that belongs to t (equation 5): (B,) nats.
-
-    For t >= 1 it is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), for t = 0 the reconstruction -log p(x0 | x_1), of
-    variance beta_0. The sum over all t, in expectation over x_t, plus `prior_term` bounds -log p(x0) from above.
-
-    Args:
-        x0: clean latents.
-        x_t: a draw from q(x_t | x0).
-        x0_hat: what the network takes x0 to be, given x_t.
-        t: timesteps.
-        variance: of the reverse step.
-        schedule: the forward process.
-    """
-    true = posterior(x0, x_t, t, schedule)
-    model = Gaussian(posterior(x0_hat, x_t, t, schedule).mean, reverse_variance(t, variance, schedule, x_t))
-    first = _is_first(t, x_t)
-    true_var = torch.where(first, model.var, true.var)  # at t = 0 the true one is 0, and its logarithm is not wanted
-    kl = (model.var / true_var).log() + (true_var + (true.mean - model.mean).square()) / model.var - 1
-    reconstruction = (2 * math.pi * model.var).log() + (x0 - model.mean).square() / model.var
-    return 0.5 * torch.where(first, reconstruction, kl).flatten(1).sum(1)
 
 
 # --- losses ---
@@ -314,7 +277,8 @@ def _posterior_variance(t: Tensor, schedule: Schedule, like: Tensor) -> Tensor:
     return schedule.gather(schedule.betas * (schedule.sigma_prev / schedule.sigma).square(), t, like)
 
 
-def _is_first(t: Tensor, like: Tensor) -> Tensor:
+def is_first(t: Tensor, like: Tensor) -> Tensor:
+    """Where t is 0, shaped to broadcast against `like`."""
     return (t == 0).view(-1, *[1] * (like.dim() - 1))
 
 

@@ -1,4 +1,4 @@
-"""Samplers: from noise to clean latents, in as few steps as possible.
+"""Samplers and the sampler loop: from noise to clean latents, in as few steps as possible.
 
 Every sampler here is a list of rows (t, a, b, c, d) for one loop,
 
@@ -14,8 +14,6 @@ formulas; `dpmpp_2m` and `dpmpp_2m_sde` extrapolate x0 on top of them. `euler` i
 samplers use: Euler's method in x/alpha over sigma/alpha is DDIM (arXiv 2010.02502, equation 14), so on one grid the two
 draw the same picture.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -156,7 +154,7 @@ def make_rows(
     *,
     spacing: Spacing | None = None,
     offset: int = 0,
-    ends_clean: bool = True,
+    final_sigma_zero: bool = True,
     eta: float | None = None,
 ) -> list[Row]:
     """The rows that take x from the first timestep of a grid to clean latents.
@@ -167,7 +165,7 @@ def make_rows(
         num_steps: rows, 1 to T.
         spacing: of the grid; None for `linspace` with `euler` and `trailing` with the others.
         offset: of `leading` spacing.
-        ends_clean: as in `rows_at`.
+        final_sigma_zero: as in `rows_at`.
         eta: `ddim` only: 0, the default, is deterministic and 1 is `ddpm`.
 
     Raises:
@@ -176,11 +174,11 @@ def make_rows(
     if spacing is None:
         spacing = "linspace" if sampler == "euler" else "trailing"
     grid = timesteps(schedule.num_timesteps, num_steps, spacing, offset)
-    return rows_at(sampler, schedule, grid, ends_clean=ends_clean, eta=eta)
+    return rows_at(sampler, schedule, grid, final_sigma_zero=final_sigma_zero, eta=eta)
 
 
 def rows_at(
-    sampler: str, schedule: Schedule, grid: Sequence[int], *, ends_clean: bool = True, eta: float | None = None
+    sampler: str, schedule: Schedule, grid: Sequence[int], *, final_sigma_zero: bool = True, eta: float | None = None
 ) -> list[Row]:
     """The rows from each timestep of a grid to the next, and from the last to clean latents.
 
@@ -188,8 +186,8 @@ def rows_at(
         sampler: as in `make_rows`.
         schedule: the forward process.
         grid: descending timesteps, for instance the later part of `timesteps` to start from a noised picture.
-        ends_clean: False ends at the noise level of t = 0 instead, as the original Stable Diffusion does (diffusers'
-            `set_alpha_to_one: false`).
+        final_sigma_zero: False ends at the noise level of t = 0 instead, as the original Stable Diffusion does
+            (diffusers' `set_alpha_to_one: false`).
         eta: as in `make_rows`.
 
     Raises:
@@ -209,7 +207,7 @@ def rows_at(
             f"timesteps {list(grid)}: expected them descending within 0 to {schedule.num_timesteps - 1}"
         )
     index = torch.tensor(grid)
-    end = (1.0, 0.0) if ends_clean else (float(schedule.alpha[0]), float(schedule.sigma[0]))
+    end = (1.0, 0.0) if final_sigma_zero else (float(schedule.alpha[0]), float(schedule.sigma[0]))
     alpha = torch.cat([schedule.alpha.cpu()[index], torch.tensor(end[:1], dtype=torch.float64)])
     sigma = torch.cat([schedule.sigma.cpu()[index], torch.tensor(end[1:], dtype=torch.float64)])
     columns = SAMPLERS[sampler](alpha, sigma, **({} if eta is None else {"eta": eta}))

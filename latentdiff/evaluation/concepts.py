@@ -4,12 +4,10 @@ Two sets of features, compared by Euclidean distance: the latents of the model's
 RGB. It measures learning, not invention: a model that copies its training pictures scores 1. Look at the grid as well.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +17,12 @@ from torch import Tensor
 from ..data.cache import read_pixels
 from ..data.sources import Source
 from ..errors import LatentDiffError
-from ..sampling.loop import Features, draw_batches
-from ..sampling.settings import Recipe
+from ..sampling.loop import Features
+from ..sampling.parts import ModelParts
+from ..sampling.settings import SamplingSettings
 from ..sections import DataConfig
 from .gallery import LATENTS, Gallery, embed
 from .grid import picture_grid
-
-if TYPE_CHECKING:
-    from ..sampling.pipeline import LatentPipeline
 
 SHOWN, COLUMNS = 64, 8  # of the grid
 QUERIES = 256  # compared with the gallery at a time
@@ -45,46 +41,27 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Pictures of some training concepts."""
-
-    prompts: list[str]  # of each picture
-    concepts: list[str]  # of each picture
-    seeds: list[int]
-    images: list[Image.Image]
-
-
-@dataclass(frozen=True)
 class ConceptReport:
     """How the drawn pictures compare with a gallery."""
 
-    agreements: tuple[Agreement, ...]
-    num_concepts: int
-    num_pictures: int  # drawn
-    num_gallery: int  # training pictures to be nearest
+    concepts: int
+    pictures: int  # drawn
+    gallery: int  # training pictures to be nearest
+    agreements: list[Agreement]
     rows: list[dict[str, Any]]  # of each drawn picture: prompt, seed, and by both features rank and nearest concept
     grid: Image.Image  # drawn above its nearest training picture by latents
 
     def lines(self) -> Iterator[str]:
         """For a terminal."""
         yield (
-            f"{self.num_pictures} pictures of {self.num_concepts} training concepts; the nearest of "
-            f"{self.num_gallery} training pictures shows the concept asked for:"
+            f"{self.pictures} pictures of {self.concepts} training concepts; the nearest of "
+            f"{self.gallery} training pictures shows the concept asked for:"
         )
         for found in self.agreements:
             yield (
                 f"  by {found.features}: {found.top1:.1%} ± {found.standard_error:.1%} (chance {found.chance:.2%}, "
                 f"prompts shuffled {found.shuffled:.1%}; median rank {found.median_rank:g})"
             )
-
-    def facts(self) -> dict[str, Any]:
-        """For a JSON file."""
-        return {
-            "concepts": self.num_concepts,
-            "pictures": self.num_pictures,
-            "gallery": self.num_gallery,
-            "agreements": [asdict(found) for found in self.agreements],
-        }
 
 
 def concepts_of(source: Source, style: str = "") -> list[str]:
@@ -118,30 +95,19 @@ def choose(concepts: Sequence[str], count: int, seed: int | Sequence[int] | None
 
 
 @torch.no_grad()
-def draw_concepts(
-    pipe: LatentPipeline, source: Source, concepts: Sequence[str], chosen: Sequence[int], recipe: Recipe
-) -> Drawn:
-    """Draw the first captions of some training pictures, each `num_images` times, every picture with its own seed.
+def sample_concepts(
+    pipe: ModelParts, captions: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
+) -> list[Image.Image]:
+    """Draw the captions of some training pictures, each `num_images` times, every picture with its own seed.
 
     Captions are taken as they are, as in training: brackets weight nothing.
-
-    Args:
-        pipe: the model.
-        source: its training pictures.
-        concepts: what each of them shows.
-        chosen: places in the source.
-        recipe: how to draw.
 
     Raises:
         LatentDiffError: a setting is out of range.
     """
-    captions = [source.captions(place)[0] for place in chosen]
-    wanted = pipe.text_encoder(captions).repeat_interleave(recipe.num_images, 0)
-    unwanted = None if recipe.guidance_scale == 1 else pipe.text_encoder.null_context(len(wanted))
-    seeds = recipe.seeds(len(wanted))
-    images = draw_batches(pipe, Features(wanted, unwanted), seeds, recipe)
-    return Drawn([caption for caption in captions for _ in range(recipe.num_images)],
-                 [concepts[place] for place in chosen for _ in range(recipe.num_images)], seeds, images)  # fmt: skip
+    wanted = pipe.text_encoder(captions).repeat_interleave(settings.num_images, 0)
+    unwanted = None if settings.guidance_scale == 1 else pipe.text_encoder.null_context(len(wanted))
+    return pipe.sample_images(Features(wanted, unwanted), seeds, settings)
 
 
 def ranks(queries: Tensor, gallery: Tensor, asked: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,37 +174,46 @@ def agreement(
 
 
 def compare(
-    pipe: LatentPipeline, drawn: Drawn, gallery: Gallery, source: Source, data: DataConfig, concepts: Sequence[str]
+    pipe: ModelParts,
+    gallery: Gallery,
+    source: Source,
+    data: DataConfig,
+    concepts: Sequence[str],
+    chosen: Sequence[int],
+    settings: SamplingSettings,
 ) -> ConceptReport:
-    """Hold drawn pictures against training pictures.
+    """Draw what some training pictures show, and hold it against all of them.
+
+    Args:
+        pipe: the model.
+        gallery: the training pictures as it sees them.
+        source: the same pictures.
+        data: how they become pixels.
+        concepts: what each of them shows.
+        chosen: places in the source of those to draw, each `num_images` times.
+        settings: how to sample.
 
     Raises:
-        LatentDiffError: features are not finite.
+        LatentDiffError: a setting is out of range, or features are not finite.
     """
-    pictures = ((place, np.asarray(image)) for place, image in enumerate(drawn.images))
-    queries = embed(pipe.vae, pictures, pipe.image_size).features()
-    shown, features = [concepts[place] for place in gallery.places], gallery.features()
-    rows: list[dict[str, Any]] = [
-        {"prompt": prompt, "seed": seed} for prompt, seed in zip(drawn.prompts, drawn.seeds, strict=True)
-    ]
-    found, places = {}, {}
-    for name, there in features.items():
-        found[name], rank, nearest = agreement(name, queries[name], there, drawn.concepts, shown)
+    drawn = [place for place in chosen for _ in range(settings.num_images)]
+    prompts, seeds = [source.captions(place)[0] for place in drawn], settings.seeds(len(drawn))
+    images = sample_concepts(pipe, prompts[:: settings.num_images], seeds, settings)
+    asked, shown = ([concepts[place] for place in where] for where in (drawn, gallery.places))
+    queries = embed(pipe.vae, enumerate(map(np.asarray, images)), pipe.image_size).features()
+    rows: list[dict[str, Any]] = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+    found, places = [], {}
+    for name, there in gallery.features().items():
+        result, rank, nearest = agreement(name, queries[name], there, asked, shown)
+        found.append(result)
         places[name] = [gallery.places[number] for number in nearest.tolist()]
         for row, ahead, place in zip(rows, rank.tolist(), places[name], strict=True):
             row[name] = {"rank": ahead, "nearest": concepts[place], "picture": source.name(place)}
-    beside = [Image.fromarray(read_pixels(source, place, data)) for place in places[LATENTS][:SHOWN]]
-    names = [concepts[place] for place in places[LATENTS][:SHOWN]]
-    grid = _grid(drawn.images[:SHOWN], drawn.prompts[:SHOWN], beside, names)
-    return ConceptReport(tuple(found.values()), len(set(drawn.concepts)), len(drawn.images), len(set(gallery.places)),
-                         rows, grid)  # fmt: skip
-
-
-def _grid(images: list[Image.Image], asked: list[str], nearest: list[Image.Image], shown: list[str]) -> Image.Image:
-    rows: list[list[Image.Image]] = []
-    captions: list[list[str]] = []
-    for start in range(0, len(images), COLUMNS):
+    sheet, texts = [], []
+    for start in range(0, min(SHOWN, len(images)), COLUMNS):
         part = slice(start, start + COLUMNS)
-        rows += [images[part], nearest[part]]
-        captions += [asked[part], [f"nearest: {text}" for text in shown[part]]]
-    return picture_grid(rows, captions=captions)
+        beside = places[LATENTS][part]
+        sheet.extend([images[part], [Image.fromarray(read_pixels(source, place, data)) for place in beside]])
+        texts.extend([prompts[part], [f"nearest: {concepts[place]}" for place in beside]])
+    grid = picture_grid(sheet, captions=texts)
+    return ConceptReport(len(set(asked)), len(images), len(set(gallery.places)), found, rows, grid)

@@ -4,20 +4,15 @@ The error is that of the denoised latents, whatever the model predicts and whate
 VAE compare: the mean squared error of x0 per dimension, at fixed noise levels sigma / alpha with fixed noise.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..diffusion.process import add_noise, to_x0
-from ..sampling.loop import network
-
-if TYPE_CHECKING:
-    from ..sampling.pipeline import LatentPipeline
+from ..sampling.loop import CachedNetwork
+from ..sampling.parts import ModelParts
 
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # sigma / alpha
 BATCH = 64
@@ -34,7 +29,7 @@ class DenoisingError:
 
 @torch.no_grad()
 def denoising_errors(
-    pipe: LatentPipeline, latents: Tensor, captions: Sequence[str], levels: Sequence[float] = LEVELS, seed: int = 0
+    pipe: ModelParts, latents: Tensor, captions: Sequence[str], levels: Sequence[float] = LEVELS, seed: int = 0
 ) -> list[DenoisingError]:
     """Error of x0 at some noise levels.
 
@@ -48,25 +43,20 @@ def denoising_errors(
     schedule = pipe.process.schedule
     ratios = schedule.sigma / schedule.alpha  # inf where the signal is gone
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    contexts = [torch.cat([pipe.text_encoder(list(part)) for part in _parts(captions)]),
-                pipe.text_encoder.null_context(len(latents))]  # fmt: skip
+    parts = [slice(start, start + BATCH) for start in range(0, len(latents), BATCH)]
+    wanted = torch.cat([pipe.text_encoder(list(captions[part])) for part in parts])
+    contexts = [wanted, pipe.text_encoder.null_context(len(latents))]
     found = []
     for level in levels:
         t = int((ratios.log() - torch.tensor(level).log()).abs().argmin())
         sums = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(latents), BATCH):
-            part = slice(start, start + BATCH)
+        for part in parts:
             x0, eps = latents[part].float(), noise[part]
             times = torch.full((len(x0),), t)
             x = add_noise(x0, eps, times, schedule).to(pipe.device)
             for place, context in enumerate(contexts):
-                model = network(pipe.unet, pipe.forward, context[part], [t])
+                model = CachedNetwork(pipe.network, context[part].to(pipe.unet.conv_in.weight), [t])
                 guess = to_x0(model(x, t).cpu(), x.cpu(), times, pipe.process.prediction, schedule)
                 sums[place] += (guess - x0).double().square().mean((1, 2, 3)).sum()
-        with_caption, without = (sums / len(latents)).tolist()
-        found.append(DenoisingError(float(ratios[t]), with_caption, without))
+        found.append(DenoisingError(float(ratios[t]), *(sums / len(latents)).tolist()))
     return found
-
-
-def _parts(captions: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (captions[start : start + BATCH] for start in range(0, len(captions), BATCH))

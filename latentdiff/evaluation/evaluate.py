@@ -1,27 +1,22 @@
 """What is measured of a finished model, in one report: VAE, denoising, and whether it draws what is asked."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data.sources import open_source
 from ..errors import LatentDiffError
-from ..sampling.settings import Recipe
+from ..sampling.parts import ModelParts
+from ..sampling.settings import SamplingSettings
 from ..sections import DataConfig
-from .concepts import ConceptReport, choose, compare, concepts_of, draw_concepts
+from .concepts import ConceptReport, choose, compare, concepts_of
 from .denoising import DenoisingError, denoising_errors
-from .gallery import Gallery, embed, readable
+from .gallery import embed, readable
 
-if TYPE_CHECKING:
-    from ..sampling.pipeline import LatentPipeline
-
-Say = Callable[[str], None]
 MOST_TRAINING, MOST_HELD_OUT = 20_000, 1_000  # pictures that are looked at
 
 
@@ -52,17 +47,11 @@ class Evaluation:
             yield f"{len(self.broken)} pictures cannot be read and are left out, the first: {self.broken[0]}"
         vae = self.vae
         yield f"VAE on {vae.num_pictures} held-out pictures: PSNR {vae.psnr:.2f} dB, SSIM {vae.ssim:.3f}"
-        mean = max(vae.latent_mean, key=abs)
-        yield (
-            f"latents of the training pictures, by channel: mean up to {abs(mean):.3f} from 0, "
-            f"std {min(vae.latent_std):.3f} to {max(vae.latent_std):.3f}"
-        )
+        mean, low, high = max(map(abs, vae.latent_mean)), min(vae.latent_std), max(vae.latent_std)
+        yield f"latents of the training pictures, by channel: mean up to {mean:.3f} from 0, std {low:.3f} to {high:.3f}"
         yield "error of the denoised latents on held-out pictures (1: their mean is guessed):"
-        for found in self.denoising:
-            yield (
-                f"  sigma/alpha {found.level:5.2f}: {found.error:.3f} with the caption, "
-                f"{found.without_caption:.3f} without"
-            )
+        for one in self.denoising:
+            yield f"  sigma/alpha {one.level:5.2f}: {one.error:.3f} with the caption, {one.without_caption:.3f} without"
         if self.concepts is None:
             yield "whether it draws what is asked is left out: all training pictures show the same concept"
         else:
@@ -74,25 +63,25 @@ class Evaluation:
         Raises:
             OSError: the folder cannot be written.
         """
-        facts = {"settings": self.settings, "broken": self.broken, "vae": asdict(self.vae),
-                 "denoising": [asdict(found) for found in self.denoising],
-                 "concepts": self.concepts and self.concepts.facts()}  # fmt: skip
+        facts = asdict(self)
+        drawn = facts["concepts"] or {"rows": [], "grid": None}
+        rows, grid = drawn.pop("rows"), drawn.pop("grid")
         text = json.dumps(facts, indent=2, allow_nan=False)
         (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         if self.concepts:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.concepts.rows)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / "drawn.jsonl").write_text(lines, encoding="utf-8")
-            self.concepts.grid.save(folder / "concepts.png")
+            grid.save(folder / "concepts.png")
 
 
 def evaluate(
-    pipe: LatentPipeline,
+    pipe: ModelParts,
     data: DataConfig,
-    recipe: Recipe,
+    settings: SamplingSettings,
     *,
     style: str = "",
     num_concepts: int = 64,
-    say: Say = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Measure a model on the pictures it was trained on and on those held out.
 
@@ -100,7 +89,7 @@ def evaluate(
         pipe: the model.
         data: source, splits and transform; the size is the model's. With `flip` the pictures in the mirror are training
             pictures, too.
-        recipe: how to draw, `num_images` of each concept; its `seed` also chooses the concepts.
+        settings: how to sample, `num_images` of each concept; its `seed` also chooses the concepts.
         style: regular expression of what to leave out of a caption, such as `a (3d|noto) emoji of `; pictures show the
             same concept where the rest is the same.
         num_concepts: training concepts to draw, at most as many as there are.
@@ -121,34 +110,27 @@ def evaluate(
     report = None
     there = [concepts[place] for place in gallery.places]
     if len(set(there) - {""}) > 1:
-        chosen = [gallery.places[number] for number in choose(there, num_concepts, recipe.seed)]
-        say(f"drawing {len(chosen) * recipe.num_images} pictures")
-        report = compare(pipe, draw_concepts(pipe, train, concepts, chosen, recipe), gallery, train, data, concepts)
+        chosen = [gallery.places[number] for number in choose(there, num_concepts, settings.seed)]
+        say(f"drawing {len(chosen) * settings.num_images} pictures")
+        report = compare(pipe, gallery, train, data, concepts, chosen, settings)
     say("denoising the pictures held out")
-    captioned = [(place, caption) for place, index in enumerate(others.places)
-                 for caption in held_out.captions(index)[:1]]  # fmt: skip
-    errors = denoising_errors(pipe, others.latents[[place for place, _ in captioned]], [text for _, text in captioned])
-    return Evaluation(_settings(pipe, data, recipe, style), broken, _of_vae(gallery, others), errors, report)
+    captions = {place: found[0] for place, index in enumerate(others.places) if (found := held_out.captions(index))}
+    errors = denoising_errors(pipe, others.latents[list(captions)], list(captions.values()))
+    (psnr, ssim), latents = others.quality.mean(1).tolist(), gallery.statistics
+    vae = VAEReport(psnr, ssim, len(others.places), latents.mean.tolist(), latents.std.tolist())
+    return Evaluation(_settings(pipe, data, settings, style), broken, vae, errors, report)
 
 
-def _of_vae(gallery: Gallery, held_out: Gallery) -> VAEReport:
-    mean_psnr, mean_ssim = held_out.quality.mean(1).tolist()
-    statistics = gallery.statistics
-    return VAEReport(mean_psnr, mean_ssim, len(held_out.places), statistics.mean.tolist(), statistics.std.tolist())
-
-
-def _settings(pipe: LatentPipeline, data: DataConfig, recipe: Recipe, style: str) -> dict[str, Any]:
+def _settings(pipe: ModelParts, data: DataConfig, settings: SamplingSettings, style: str) -> dict[str, Any]:
     """What the figures depend on, without the folders of this machine."""
-    drawing = recipe.facts([""], 0, 0)
-    for name in ("prompt", "negative_prompt", "seed"):
-        drawing.pop(name, None)
+    drawn = settings.metadata([""], 0, 0).items()
     return {
         "source": next((part for part in reversed(Path(data.source).parts) if "*" not in part), data.source),
         "flip": data.flip,
         "style": style,
-        "seed": recipe.seed,
-        "num_images": recipe.num_images,
-        **drawing,
+        "seed": settings.seed,
+        "num_images": settings.num_images,
+        **{name: value for name, value in drawn if name not in ("prompt", "negative_prompt", "seed")},
         "dtype": str(next(pipe.unet.parameters()).dtype).removeprefix("torch."),
         "device": pipe.device.type if pipe.device.type != "cpu" else f"cpu ({platform.machine()})",
         "versions": {name: version(name) for name in ("latentdiff", "torch")},

@@ -1,10 +1,8 @@
 """A set of pictures as a model sees them: read once, the broken ones left out, turned into features to compare."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,8 +13,8 @@ from torch import Tensor
 from vae import VAE
 from vae.normalize import LatentStatistics
 
-from ..data.cache import pictures_at_a_time, read_pixels, to_pixels
-from ..data.pictures import PictureError
+from ..data.cache import pictures_at_a_time, read_pixels
+from ..data.pictures import PictureError, to_pixels
 from ..data.sources import Source
 from ..errors import LatentDiffError
 from ..sections import DataConfig
@@ -25,7 +23,7 @@ from .metrics import psnr, ssim
 THUMBNAIL = 32  # pixels a side
 LATENTS, RGB = "latents", f"{THUMBNAIL}x{THUMBNAIL} RGB"
 
-Pictures = Iterable[tuple[int, NDArray[np.uint8]]]  # places, and uint8 (H, W, 3)
+Pictures = Iterator[tuple[int, NDArray[np.uint8]]]  # places, and uint8 (H, W, 3)
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def embed(vae: VAE, pictures: Pictures, image_size: int, *, reconstruct: bool = 
     statistics = LatentStatistics(vae.config.latent_channels)
     places: list[int] = []
     latents, thumbnails, quality = [], [], [torch.zeros(2, 0, dtype=torch.float64)]
-    for batch in _batched(pictures, pictures_at_a_time(image_size)):
+    while batch := list(islice(pictures, pictures_at_a_time(image_size))):
         places += [place for place, _ in batch]
         pixels = to_pixels(torch.from_numpy(np.stack([picture for _, picture in batch])))
         posterior = vae.latent_posterior(pixels.to(weights))
@@ -92,14 +90,3 @@ def embed(vae: VAE, pictures: Pictures, image_size: int, *, reconstruct: bool = 
     if not bool(gallery.latents.isfinite().all()):
         raise LatentDiffError("the VAE's latents are not finite; float32 (--precision fp32) may help")
     return gallery
-
-
-def _batched(items: Pictures, size: int) -> Iterator[list[tuple[int, Any]]]:
-    batch: list[tuple[int, Any]] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -1,15 +1,14 @@
 """Pictures side by side on one sheet, for looking."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from latentdiff.errors import LatentDiffError
+from ..data.pictures import to_images
+from ..errors import LatentDiffError
 
 CELL = 128  # pixels that a small picture is enlarged to, about
 GAP = 4  # pixels between cells and around the sheet
@@ -21,19 +20,6 @@ AMPLIFICATION = 4.0  # of the differences in a comparison
 
 Picture = Image.Image | np.ndarray
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] to B RGB pictures of 8 bits: round((x + 1) * 127.5), clipped; NaN is black.
-
-    Raises:
-        LatentDiffError: the shape is another.
-    """
-    if pixels.dim() != 4 or pixels.shape[1] != 3:
-        raise LatentDiffError(f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W)")
-    # What a cast makes of NaN differs between machines, and a training that went wrong should still be drawn.
-    levels = ((pixels.detach().float() + 1.0) * 127.5).nan_to_num(nan=0.0).round().clamp(0.0, 255.0)
-    return [Image.fromarray(image) for image in levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def comparison_grid(pixels: Tensor, reconstruction: Tensor) -> Image.Image:
@@ -54,7 +40,7 @@ def comparison_grid(pixels: Tensor, reconstruction: Tensor) -> Image.Image:
 
 
 def labelled_grid(images: Sequence[Picture], captions: Sequence[str], columns: int = 4) -> Image.Image:
-    """Pictures in reading order, each with its caption wrapped beneath it; a letter beyond ASCII may show as a box.
+    """Pictures in reading order, each with its caption wrapped beneath it; a character beyond ASCII may show as a box.
 
     Raises:
         LatentDiffError: there is no picture, not one caption for each, or no column.
@@ -63,18 +49,12 @@ def labelled_grid(images: Sequence[Picture], captions: Sequence[str], columns: i
         raise LatentDiffError(
             f"{len(images)} pictures, {len(captions)} captions, {columns} columns: cannot be laid out"
         )
-    starts = range(0, len(images), columns)
-    return picture_grid(
-        [images[start : start + columns] for start in starts],
-        captions=[captions[start : start + columns] for start in starts],
-    )
+    parts = [slice(start, start + columns) for start in range(0, len(images), columns)]
+    return picture_grid([images[part] for part in parts], captions=[captions[part] for part in parts])
 
 
 def picture_grid(
-    rows: Sequence[Sequence[Picture]],
-    *,
-    row_labels: Sequence[str] = (),
-    captions: Sequence[Sequence[str]] = (),
+    rows: Sequence[Sequence[Picture]], *, row_labels: Sequence[str] = (), captions: Sequence[Sequence[str]] = ()
 ) -> Image.Image:
     """Rows of pictures on white. All cells are as large as the largest picture; small pictures are enlarged, whole.
 
@@ -90,12 +70,9 @@ def picture_grid(
         raise LatentDiffError("a grid needs at least one picture")
     if len(row_labels) not in (0, len(rows)) or (captions and [*map(len, captions)] != [*map(len, rows)]):
         raise LatentDiffError(f"{len(rows)} rows of pictures do not match {len(row_labels)} labels or the captions")
-    cells = [[_enlarge(_to_image(picture)) for picture in row] for row in rows]
+    cells = [[_cell(picture) for picture in row] for row in rows]
     size = (max(cell.width for row in cells for cell in row), max(cell.height for row in cells for cell in row))
-    strips = [
-        _strip(row, row_labels[index] if row_labels else None, captions[index] if captions else (), size)
-        for index, row in enumerate(cells)
-    ]
+    strips = [_strip(*row, size) for row in zip_longest(cells, row_labels, captions)]
     sheet = Image.new("RGB", (max(strip.width for strip in strips), GAP + sum(strip.height for strip in strips)), PAPER)
     top = GAP
     for strip in strips:
@@ -105,12 +82,12 @@ def picture_grid(
 
 
 def _strip(
-    cells: Sequence[Image.Image], label: str | None, captions: Sequence[str], size: tuple[int, int]
+    cells: Sequence[Image.Image], label: str | None, captions: Sequence[str] | None, size: tuple[int, int]
 ) -> Image.Image:
     """One row: its label, its pictures, beneath them their captions. As high as the longest caption needs."""
     width, height = size
     font = ImageFont.load_default(FONT_SIZE)
-    texts = [_wrap(caption, width, font) for caption in captions]
+    texts = [_wrap(caption, width, font) for caption in captions or ()]
     top = 0 if label is None else LINE
     bottom = top + height
     text_height = LINE * max(map(len, texts), default=0)
@@ -125,18 +102,14 @@ def _strip(
     return strip
 
 
-def _to_image(picture: Picture) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
-        raise LatentDiffError(f"an array of {picture.dtype} {picture.shape}; expected uint8 (H, W, 3) or (H, W)")
-    return Image.fromarray(picture).convert("RGB")
-
-
-def _enlarge(image: Image.Image) -> Image.Image:
-    """By the whole factor that brings the longer side nearest to a cell's; pixels stay square and sharp."""
-    factor = max(1, round(CELL / max(image.size)))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+def _cell(picture: Picture) -> Image.Image:
+    """Enlarged by the whole factor that brings the longer side nearest to a cell's; pixels stay square and sharp."""
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
+            raise LatentDiffError(f"an array of {picture.dtype} {picture.shape}; expected uint8 (H, W, 3) or (H, W)")
+        picture = Image.fromarray(picture)
+    factor = max(1, round(CELL / max(picture.size)))
+    return ImageOps.scale(picture.convert("RGB"), factor, Image.Resampling.NEAREST)
 
 
 def _wrap(text: str, width: int, font: Font) -> list[str]:

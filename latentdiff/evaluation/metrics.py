@@ -3,8 +3,6 @@
 Both measure what a user sees: pixels are clamped to [-1, 1] and rounded to the 256 levels of a file first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The model card: what the model is, how it was made, how good it is. Only what is known from its files."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -13,36 +11,7 @@ from torch import nn
 
 from ..diffusion.process import Process
 
-HEADER = """---
-license: {licence}
-library_name: diffusers
-pipeline_tag: text-to-image
-tags:
-- latentdiff
-- text-to-image
----
-
-# {title}
-
-A text-to-image latent diffusion model, trained with latentdiff: a KL-VAE, a {encoder} text encoder and a
-cross-attention UNet. It draws pictures of {size} x {size} pixels.
-
-```python
-from latentdiff import LatentPipeline
-
-pipe = LatentPipeline.from_pretrained("{name}")
-pipe("{prompt}")[0].save("picture.png")
-```
-
-or with diffusers alone:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}")
-pipe("{prompt}").images[0].save("picture.png")
-```
-"""
+HEADER = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
 
 
 def model_card(
@@ -52,7 +21,7 @@ def model_card(
     title: str,
     image_size: int,
     run: Path | None = None,
-    licence: str = "other",
+    license: str = "other",
     data: str = "",
 ) -> str:
     """The card as Markdown.
@@ -63,14 +32,14 @@ def model_card(
         title: its name.
         image_size: pixels along one side.
         run: output of the training, for recipe, seed, versions and figures.
-        licence: of the weights, as the hub spells licences.
-        data: what is to be said of the pictures and their licence.
+        license: of the weights, as the hub spells licenses.
+        data: what is to be said of the pictures and their license.
     """
     launch = _last_launch(run)
     prompts = launch.get("config", {}).get("validation", {}).get("prompts") or ["what to draw"]
     encoder = type(getattr(parts["text_encoder"], "model", parts["text_encoder"])).__name__.removesuffix("Model")
     text = HEADER.format(
-        licence=json.dumps(licence), title=title, name=title, size=image_size, encoder=encoder, prompt=prompts[0]
+        license=json.dumps(license), title=title, name=title, size=image_size, encoder=encoder, prompt=prompts[0]
     )
     text += "\n## Parts\n\n| part | parameters |\n|---|---|\n"
     for name, part in parts.items():
@@ -83,7 +52,7 @@ def model_card(
     )
     if launch:
         text += _training(launch) + _figures(run)
-    return text + f"\n## Data and licence\n\n{data or 'Not stated by whoever exported this model.'}\n"
+    return text + f"\n## Data and license\n\n{data or 'Not stated by whoever exported this model.'}\n"
 
 
 def _training(launch: Mapping[str, Any]) -> str:

@@ -1,17 +1,79 @@
-"""Writing a model for others: folder or single file, card, upload."""
+"""Writing a model: the folder that diffusers' StableDiffusionPipeline opens, or a single file; card, upload."""
 
-from __future__ import annotations
-
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..errors import LatentDiffError
+from text_encoder import TextEncoder
+from unet import UNet
+from vae import VAE
+
+from ..assets import INDEX
+from ..diffusion.process import Process
+from ..errors import LatentDiffError, errors_of
 from .card import model_card
-from .model_folder import save_model
 from .open import find_model, open_model
 from .scheduler import scheduler_config
-from .single_file import write_single_file
+from .tensors import staged, to_json
+
+DIFFUSERS_VERSION = "0.42.1"  # whose layout this is; the inpainting pipeline does not open a model that names none
+
+
+def save_model(
+    folder: Path,
+    *,
+    vae: VAE,
+    unet: UNet,
+    text_encoder: TextEncoder,
+    process: Process,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write all parts; model_index.json comes last, so a folder that has one is whole.
+
+    Args:
+        folder: where to.
+        vae: between pixels and latents.
+        unet: predicts from noisy latents.
+        text_encoder: prompts to features.
+        process: how the model denoises.
+        dtype: that weights are cast to on the way; None: as they are.
+        variant: for the names of the weight files, such as `fp16`.
+        max_shard_bytes: of the UNet's and the VAE's weights, above which they are split over several files.
+
+    Raises:
+        LatentDiffError, VAEError, UNetError, TextEncoderError: the prediction has no name in diffusers, or the folder
+            cannot be written.
+    """
+    scheduler = scheduler_config(process)
+    with suppress(OSError):
+        (folder / INDEX).unlink(missing_ok=True)  # until the folder is whole again
+    vae.save_pretrained(folder / "vae", dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
+    unet.save_pretrained(folder / "unet", dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
+    text_encoder.save_pretrained(folder / "text_encoder", folder / "tokenizer", dtype=dtype, variant=variant)
+    _write(folder / "scheduler" / "scheduler_config.json", to_json(scheduler))
+    _write(folder / INDEX, to_json(model_index(text_encoder)))
+
+
+def model_index(text_encoder: TextEncoder) -> dict[str, Any]:
+    """What diffusers loads each part with."""
+    nothing = [None, None]
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "feature_extractor": nothing,
+        "image_encoder": nothing,
+        "requires_safety_checker": False,
+        "safety_checker": nothing,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", type(text_encoder.model).__name__],
+        "tokenizer": ["transformers", type(text_encoder.tokenizer).__name__],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
 
 
 def export_model(
@@ -22,7 +84,7 @@ def export_model(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     max_shard_bytes: int | None = None,
-    licence: str = "other",
+    license: str = "other",
     data: str = "",
 ) -> Path:
     """Open a model and write it again, with a card.
@@ -34,48 +96,35 @@ def export_model(
         dtype: of the weights.
         variant: for the names of the weight files.
         max_shard_bytes: size of a weight file above which it is split.
-        licence: of the weights.
-        data: what the card says of the pictures and their licence.
+        license: of the weights.
+        data: what the card says of the pictures and their license.
 
     Raises:
         LatentDiffError: the source cannot be opened, or the output not be written.
     """
     if single and output.suffix != ".safetensors":
         raise LatentDiffError(f"{output}: a single file's name ends in .safetensors")
-    if single and (variant or max_shard_bytes):
+    if single and (variant or max_shard_bytes is not None):
         raise LatentDiffError("a single file has no variant and no shards")
     opened = find_model(source)
     if opened.resolve() in (output.resolve(), *(output / "model").resolve().parents, (output / "model").resolve()):
         raise LatentDiffError(f"{output}: the model itself lies there; choose another output")
     if not single and output.is_dir() and any(output.iterdir()):
         raise LatentDiffError(f"{output}: is not empty; choose another output, or delete it")
-    if max_shard_bytes is not None and max_shard_bytes < 1:
-        raise LatentDiffError(f"shards of {max_shard_bytes} bytes: expected at least 1")
     parts = open_model(source, device=torch.device("cpu"), dtype=torch.float32)
-    models = {"vae": parts.vae, "unet": parts.unet, "text_encoder": parts.text_encoder}
+    models: dict[str, Any] = {"vae": parts.vae, "unet": parts.unet, "text_encoder": parts.text_encoder}
     size = (parts.unet.config.sample_size or 32) * parts.vae.config.downsampling
     run = opened.parent if (opened.parent / "run.json").is_file() else None
-    card = model_card(
-        models,
-        parts.process,
-        title=output.stem if single else output.name,
-        image_size=size,
-        run=run,
-        licence=licence,
-        data=data,
-    )
+    card = model_card(models, parts.process, title=output.stem if single else output.name, image_size=size, run=run,
+                      license=license, data=data)  # fmt: skip
     if single:
-        facts = {"latentdiff.card": card, "modelspec.license": licence}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_single_file(output, vae=parts.vae, unet=parts.unet, text_encoder=parts.text_encoder,
-                          scheduler=scheduler_config(parts.process), facts=facts, dtype=dtype)  # fmt: skip
+        from .single_file import write_single_file
+
+        facts = {"latentdiff.card": card, "modelspec.license": license}
+        write_single_file(output, **models, scheduler=scheduler_config(parts.process), facts=facts, dtype=dtype)
         return output
-    save_model(output, vae=parts.vae, unet=parts.unet, text_encoder=parts.text_encoder, process=parts.process,
-               dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)  # fmt: skip
-    try:
-        (output / "README.md").write_text(card, encoding="utf-8")
-    except OSError as error:
-        raise LatentDiffError(f"{output / 'README.md'}: cannot be written ({error})") from None
+    save_model(output, **models, process=parts.process, dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
+    _write(output / "README.md", card)
     return output
 
 
@@ -87,10 +136,12 @@ def push_folder(folder: Path, name: str, *, token: str | None = None, private: b
     """
     from huggingface_hub import HfApi
 
-    try:
+    with errors_of(LatentDiffError, f"{name}: cannot be uploaded", Exception):  # the hub's own, the network's
         api = HfApi(token=token)
         api.create_repo(name, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a latentdiff model"))
-    except Exception as error:  # the hub's own, the network's: all mean that it did not work
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LatentDiffError(f"{name}: cannot be uploaded ({reason})") from None
+
+
+def _write(path: Path, text: str) -> None:
+    with staged(path.parent, path.name) as staging:
+        (staging / path.name).write_text(text, encoding="utf-8")

@@ -1,18 +1,17 @@
 """What is this file? Sizes, parameters, configs, prediction type, read from headers; no weights are loaded."""
 
-from __future__ import annotations
-
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ..assets import INDEX
 from ..errors import LatentDiffError
 from .open import find_model, read_json
+from .single_file import MAX_HEADER
+from .tensors import open_file
 
 # Keys of the configs that say most, by part.
 TELLING = (
@@ -50,22 +49,13 @@ def describe_file(path: Path) -> list[str]:
     Raises:
         LatentDiffError: damaged, or no safetensors file.
     """
+    tensors, header = open_file(path, limit=MAX_HEADER)
     numbers: Counter[str] = Counter()
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            for name in names:
-                tensor = file.get_slice(name)
-                size = 1
-                for length in tensor.get_shape():
-                    size *= length
-                numbers[tensor.get_dtype()] += size
-            header = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise LatentDiffError(f"{path}: damaged or not a safetensors file ({error})") from None
+    for tensor in tensors.values():
+        numbers[tensor.dtype] += math.prod(tensor.shape)
     kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in numbers.most_common())
     mib = path.stat().st_size / 2**20
-    lines = [f"  {path.name}: {len(names)} tensors, {kinds or 'empty'}, {mib:,.1f} MiB"]
+    lines = [f"  {path.name}: {len(tensors)} tensors, {kinds or 'empty'}, {mib:,.1f} MiB"]
     for key, value in sorted(header.items()):
         lines.append(f"    {key}: {value if len(value) <= LONG else value[:LONG] + f'… ({len(value):,} letters)'}")
     return lines

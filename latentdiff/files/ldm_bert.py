@@ -1,14 +1,12 @@
 """LDM-text2im's own BERT: diffusers keeps its class, and this is one of the few places that may ask for it."""
 
-from __future__ import annotations
-
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from latentdiff.errors import LatentDiffError
-from text_encoder import TextEncoder, TextEncoderError
-from text_encoder.files import load_tokenizer, quiet
+from text_encoder import TextEncoder
+from text_encoder.files import load_model, load_tokenizer
 
 
 def load_ldm_bert(
@@ -25,29 +23,11 @@ def load_ldm_bert(
         The encoder, without attention mask and without dropout, as that pipeline runs it; prompts have 77 tokens.
 
     Raises:
-        LatentDiffError: a file is missing or damaged, or a tensor is missing or misshapen.
+        TextEncoderError: a file is missing or damaged, or a tensor is missing or misshapen.
     """
-    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise LatentDiffError(f"{folder / 'config.json'}: no such file; expected the 'bert' folder of an LDM pipeline")
-    try:
-        with quiet():
-            config = LDMBertConfig.from_pretrained(
-                folder, local_files_only=True, dropout=0.0, activation_dropout=0.0, attention_dropout=0.0
-            )
-            model, report = LDMBertModel.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        if missing := sorted(report["missing_keys"]):
-            raise LatentDiffError(f"{folder}: the weights lack {len(missing)} tensors: {', '.join(missing[:3])}")
-        loaded, _ = load_tokenizer(folder, tokenizer, "bert")
-    except (OSError, RuntimeError, TextEncoderError) as error:
-        raise LatentDiffError(f"{folder}: cannot be opened ({str(error).strip().splitlines()[0]})") from error
-    return TextEncoder(model.eval(), loaded, min(77, config.max_position_embeddings), use_attention_mask=False).eval()
+    model, _ = load_model(Path(folder), dtype, model_class=LDMBertModel)
+    loaded, _ = load_tokenizer(folder, tokenizer, "bert")
+    config: Any = model.config
+    return TextEncoder(model, loaded, min(77, config.max_position_embeddings), use_attention_mask=False).eval()

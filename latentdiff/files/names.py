@@ -3,8 +3,6 @@
 Names are without the prefix that tells UNet, VAE and text encoder apart. All of them follow from the config.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,14 +22,8 @@ UNET, VAE_ = "model.diffusion_model.", "first_stage_model."
 TEXT, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 
 # Inside a layer, ours: theirs. The UNet's transformers have the same names on both sides.
-UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
+UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
 VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 LDM_BERT = {"model.embed_tokens": "token_emb", "model.embed_positions": "pos_emb.emb", "model.layer_norm": "norm"}
@@ -59,21 +51,13 @@ OPEN_CLIP_LAYER = {  # queries, keys and values are the three thirds of one tens
     "mlp.fc2": "mlp.c_proj",
 }
 
-# Tensors that tell a CLIP's size, and its last layers that features do not pass through: 1 in Stable Diffusion 2.
+# CLIP's layouts: how many last layers features do not pass through (1 in Stable Diffusion 2); tensors that tell sizes.
 EMBEDDINGS = "text_model.embeddings."
 CLIPS = (
-    (
-        "clip_text_model",
-        (
-            f"{EMBEDDINGS}token_embedding.weight",
-            f"{EMBEDDINGS}position_embedding.weight",
-            "text_model.encoder.layers.",
-            "mlp.fc1",
-        ),
-        0,
-    ),
-    ("open_clip", ("token_embedding.weight", "positional_embedding", "transformer.resblocks.", "mlp.c_fc"), 1),
-)
+    ("clip_text_model", 0, f"{EMBEDDINGS}token_embedding.weight", f"{EMBEDDINGS}position_embedding.weight",
+     "text_model.encoder.layers.", "mlp.fc1"),
+    ("open_clip", 1, "token_embedding.weight", "positional_embedding", "transformer.resblocks.", "mlp.c_fc"),
+)  # fmt: skip
 # What files of others hold beside the weights: averages, the schedule's tables, what features do not pass through.
 IGNORED = (
     "model_ema.",
@@ -274,7 +258,7 @@ def infer_text(shapes: Shapes) -> tuple[str, dict[str, Any]]:
             "encoder_attention_heads": 8,
             "head_dim": shapes["attn_layers.layers.0.1.to_q.weight"][0] // 8,
         }
-    for layout, (tokens, positions, layers, hidden), unused in CLIPS:
+    for layout, unused, tokens, positions, layers, hidden in CLIPS:
         if tokens in shapes:
             vocabulary, width = shapes[tokens][0], shapes[tokens][1]
             return layout, {

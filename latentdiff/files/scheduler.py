@@ -1,7 +1,5 @@
 """How a model denoises, to and from the `scheduler_config.json` of diffusers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +36,7 @@ def scheduler_config(process: Process) -> dict[str, Any]:
     Raises:
         LatentDiffError: the prediction is `mean`, which diffusers does not know.
     """
-    schedule, prediction, spacing, offset, ends_clean = process
+    schedule, prediction, spacing, offset, final_sigma_zero = process
     if prediction not in PREDICTIONS:
         raise LatentDiffError(
             f"diffusion.prediction={prediction}: diffusers has no scheduler for it; "
@@ -50,7 +48,7 @@ def scheduler_config(process: Process) -> dict[str, Any]:
         "prediction_type": PREDICTIONS[prediction],
         "timestep_spacing": spacing,
         "clip_sample": False,
-        "set_alpha_to_one": ends_clean,
+        "set_alpha_to_one": final_sigma_zero,
         "steps_offset": offset if spacing == "leading" else 1,  # not used by the others; diffusers rewrites all but 1
     }
     if schedule.name is None:
@@ -98,6 +96,28 @@ def read_scheduler(values: Mapping[str, Any], where: object) -> Process:
         text = str(error)
         raise LatentDiffError(text if text.startswith(str(where)) else f"{where}: {text}") from None
     return Process(schedule, prediction, spacing, offset if spacing == "leading" else 0, clean)
+
+
+def check_scheduler(scheduler: Any, process: Process) -> None:
+    """Raise unless a diffusers scheduler object matches the model's noise schedule and prediction.
+
+    Raises:
+        LatentDiffError: it does not; the message says how to build the right one.
+    """
+    if not all(hasattr(scheduler, name) for name in ("set_timesteps", "step", "config", "alphas_cumprod")):
+        raise LatentDiffError(f"sampler={scheduler!r:.200}: expected a sampler's name or a diffusers scheduler")
+    kind = type(scheduler).__name__
+    advice = f"build it with {kind}.from_config(pipe.scheduler_config)"
+    if (found := scheduler.config.get("prediction_type")) != (wanted := PREDICTIONS.get(process.prediction)):
+        raise LatentDiffError(f"{kind} has prediction_type {found!r} and the model {wanted!r}: {advice}")
+    for key in ("clip_sample", "thresholding"):  # for pixels; latents go beyond 1
+        if scheduler.config.get(key):
+            raise LatentDiffError(f"{kind} has {key}=True, which cuts latents off: {advice}")
+    levels = scheduler.alphas_cumprod.double().cpu()
+    if levels.shape != process.schedule.alpha_bar.shape or not torch.allclose(
+        levels, process.schedule.alpha_bar, atol=1e-4
+    ):
+        raise LatentDiffError(f"{kind} has other noise levels than the model: {advice}")
 
 
 def _schedule(values: Mapping[str, Any], choice: Any) -> Schedule:

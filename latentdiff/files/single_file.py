@@ -4,11 +4,7 @@ Files written here carry in their header all that rebuilds them: configs, schedu
 configs are told from names and shapes; their tokenizer must be given.
 """
 
-from __future__ import annotations
-
 import json
-import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,32 +12,31 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from text_encoder import TextEncoder, TextEncoderError
-from text_encoder.files import MODELS, REFUSED, load_tokenizer, quiet, save_tokenizer
-from unet import UNet, UNetConfig, UNetError
-from vae import VAE, VAEConfig, VAEError
+from text_encoder import TextEncoder
+from text_encoder.files import fill_model, load_tokenizer, new_model, save_tokenizer
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
 
 from ..errors import LatentDiffError
 from .names import IGNORED, Layout, Plan, infer_plan, make_layout
 from .scheduler import read_scheduler
+from .tensors import Stored, check_dtype, check_tensors, open_file, staged
 
 OURS = "latentdiff."  # our keys in the header: what rebuilds each part, as JSON
-MAX_HEADER = 32 * 2**20  # bytes; names and shapes take a few hundred thousand, a tokenizer a few million
-FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-DROPOUTS = {"dropout", "activation_dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"}
+MAX_HEADER = 32 * 2**20  # bytes; of a whole model in one file, with its tokenizer
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 NO_PICKLES = (
-    "a pickle, which can run code when it is opened, so it never is; where you trust it, convert it to safetensors: "
+    "a pickle, which can run code: pickled weights are never opened; where you trust it, convert it to safetensors: "
     "python -c \"import sys, torch; from safetensors.torch import save_file; d = torch.load(sys.argv[1], 'cpu', "
     "weights_only=True); save_file({k: v.clone().contiguous() for k, v in d.get('state_dict', d).items() "
     "if hasattr(v, 'shape')}, sys.argv[2])\" model.ckpt model.safetensors"
 )
+PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
 class Parts(NamedTuple):
@@ -89,16 +84,8 @@ def write_single_file(
             if model is vae and tensor.dim() == 2:
                 tensor = tensor[:, :, None, None]  # the original's attention there is made of 1x1 convolutions
             tensors[names[name]] = tensor.to(dtype or tensor.dtype).contiguous()  # files know no channels-last
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata=_header(parts, path.stem, facts or {}))
-        os.replace(partial, path)
-    except (OSError, SafetensorError, TextEncoderError) as error:
-        raise LatentDiffError(f"{path}: cannot be written ({error})") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with staged(path.parent, path.name) as staging:
+        save_file(tensors, staging / path.name, metadata=_header(parts, path.stem, facts or {}))
 
 
 def read_single_file(
@@ -120,29 +107,26 @@ def read_single_file(
         LatentDiffError: the file is missing, a pickle or damaged, describes a model that is not supported, or a tensor
             is missing, extra, misshapen or not of floating point. No weight is read before all tensors were checked.
     """
-    path, dtype = Path(path), torch.float32 if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise LatentDiffError(f"dtype={dtype!r}: expected a floating point torch.dtype such as torch.bfloat16")
-    _check_header(path)
-    with _errors_of(path), safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
-        header = file.metadata() or {}
+    path, dtype = Path(path), check_dtype(dtype)
+    stored, header = _open(path, device)
+    with _errors_of(path):
         if f"{OURS}unet" in header:
             plan = _own_plan(header)
         else:
-            has_scale = shapes.get("scale_factor") == []  # LDM measured it where Stable Diffusion has it in a config
-            plan = infer_plan(header, shapes, float(file.get_tensor("scale_factor")) if has_scale else 0.18215)
+            shapes = {name: tensor.shape for name, tensor in stored.items()}
+            measured = shapes.get("scale_factor") == []  # by LDM; Stable Diffusion has it in a config
+            scale = float(stored["scale_factor"].read(torch.float64)) if measured else 0.18215
+            plan = infer_plan(header, shapes, scale)
         read_scheduler(plan.scheduler, "its scheduler")  # refuses what is not supported
         loaded_tokenizer = _load_tokenizer(plan, tokenizer)
         with torch.device("meta"):  # shapes only, no memory
-            unet, vae, text = UNet(plan.unet), VAE(plan.vae), _new_text_model(plan.text, len(shapes))
+            unet, vae, text = UNet(plan.unet), VAE(plan.vae), _new_text_model(plan.text, len(stored))
         layout = make_layout(unet, vae, text, plan.layout)
-        _check_tensors(file, shapes, layout)
-        weights = [_read_weights(file, model, names, dtype) for model, names in layout]
+        check_tensors(path, *_compared(stored, layout), "model")
+        weights = [_read_weights(stored, model, names, dtype) for model, names in layout]
         unet.load_state_dict(weights[0], assign=True)
         vae.load_state_dict(weights[1], assign=True)
-        with quiet():  # also makes the tables of positions, which are in no file
-            text = type(text).from_pretrained(None, config=text.config, state_dict=weights[2], dtype=dtype)
+        text, _ = fill_model(text, weights[2], dtype)
         max_length = min(loaded_tokenizer.model_max_length, text.config.max_position_embeddings)
         masked = plan.text.get("use_attention_mask", False)
         encoder = TextEncoder(text, loaded_tokenizer, max_length, use_attention_mask=bool(masked))
@@ -151,33 +135,15 @@ def read_single_file(
     return Parts(vae.eval(), unet.eval(), encoder.to(device or "cpu").eval(), plan.scheduler)
 
 
-def _check_header(path: Path) -> None:
-    """Look at a file's first bytes: what safetensors lets through, or says badly."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            length, size = int.from_bytes(start, "little"), os.fstat(file.fileno()).st_size
-            text = file.read(length) if length <= min(MAX_HEADER, size - 8) else b""
-    except OSError as error:
-        raise LatentDiffError(f"{path}: cannot be opened ({error.strerror})") from None
-    if path.suffix in PICKLES or (not text and start[:2] in PICKLE_STARTS):
+def _open(path: Path, device: torch.device | str | None) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors and metadata of a file, unless it is a pickle, by whatever name."""
+    if path.suffix in PICKLES:
         raise LatentDiffError(f"{path}: {NO_PICKLES}")
-    if not text:
-        raise LatentDiffError(
-            f"{path}: damaged or not a safetensors file (of {size} bytes, with a header of {length}; at most "
-            f"{MAX_HEADER} are read)"
-        )
-    twice: list[str] = []
-
-    def note(pairs: list[tuple[str, Any]]) -> None:
-        twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-
-    try:
-        json.loads(text, object_pairs_hook=note)
-    except (ValueError, RecursionError) as error:
-        raise LatentDiffError(f"{path}: damaged or not a safetensors file (its header is not JSON: {error})") from None
-    if twice:
-        raise LatentDiffError(f"{path}: damaged: its header has the key {twice[0]!r} twice")
+    with suppress(OSError), path.open("rb") as raw:
+        start = raw.read(8)
+        if start[:2] in PICKLE_STARTS and int.from_bytes(start, "little") > MAX_HEADER:
+            raise LatentDiffError(f"{path}: {NO_PICKLES}")
+    return open_file(path, device, MAX_HEADER)
 
 
 @contextmanager
@@ -185,12 +151,11 @@ def _errors_of(path: Path) -> Iterator[None]:
     """Whatever goes wrong with a file, in one line that names the file."""
     try:
         yield
-    except (KeyError, IndexError) as error:
+    except LookupError as error:
         raise LatentDiffError(f"{path}: not a whole latent diffusion model: no usable tensor {error}") from None
-    except SafetensorError as error:
-        raise LatentDiffError(f"{path}: damaged or not a safetensors file ({error})") from None
-    except (LatentDiffError, UNetError, VAEError, TextEncoderError, OSError) as error:
-        raise LatentDiffError(f"{path}: {error}") from None
+    except (LatentDiffError, SafetensorError, OSError) as error:
+        named = str(error).startswith(str(path))
+        raise LatentDiffError(str(error) if named else f"{path}: {error}") from None
 
 
 def _header(parts: Parts, title: str, facts: Mapping[str, str]) -> dict[str, str]:
@@ -258,30 +223,18 @@ def _load_tokenizer(plan: Plan, folder: str | Path | None) -> Any:
 
 
 def _new_text_model(values: Mapping[str, Any], most_layers: int) -> Any:
-    """The text encoder of a transformers config, without dropout; of the known classes only."""
-    kind = values.get("model_type")
-    if kind not in (*MODELS, "ldmbert"):
-        raise LatentDiffError(f"its text encoder's model_type is {kind!r}; choose one of {', '.join(MODELS)}, ldmbert")
-    if refused := [key for key in REFUSED if values.get(key)]:
-        raise LatentDiffError(f"its text encoder's config has {refused[0]!r}, which is refused")
-    for key in ("num_hidden_layers", "encoder_layers"):  # bounded, because every one is built
-        if not isinstance(layers := values.get(key, 0), int) or layers > most_layers:
-            raise LatentDiffError(f"its text encoder's config has {key}={layers!r}; the file has {most_layers} tensors")
-    if kind == "ldmbert":
-        from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel as model_class
-    else:
-        model_class = MODELS[kind]
-    try:
-        config = model_class.config_class.from_dict(dict(values))
-        config.update(dict.fromkeys(DROPOUTS & vars(config).keys(), 0.0))
-        return model_class(config)
-    except Exception as error:  # whatever transformers makes of a bad config
-        raise LatentDiffError(f"its text encoder's config cannot be used ({' '.join(str(error).split())})") from None
+    """The text encoder of a transformers config, on no device: of the known classes, or LDM's own BERT."""
+    where = "its text encoder's config"
+    if values.get("model_type") != "ldmbert":
+        return new_model(values, most_layers, where)
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
+
+    return new_model(values, most_layers, where, LDMBertModel)
 
 
-def _check_tensors(file: Any, shapes: Mapping[str, list[int]], layout: Layout) -> None:
-    """Compare names, shapes and dtypes with what the models have."""
-    expected: dict[str, list[list[int]]] = {}  # the shapes that each may have
+def _compared(stored: Mapping[str, Stored], layout: Layout) -> tuple[dict[str, Stored], dict[str, list[list[int]]]]:
+    """The tensors that a file should have, and the shapes that each may have."""
+    expected: dict[str, list[list[int]]] = {}
     for model, names in layout:
         for ours, tensor in model.state_dict().items():
             name, shape = names[ours], list(tensor.shape)
@@ -289,24 +242,20 @@ def _check_tensors(file: Any, shapes: Mapping[str, list[int]], layout: Layout) -
                 shape[0] *= 3
             is_conv = isinstance(model, VAE) and len(shape) == 2  # 1x1 in the original
             expected[name] = [[*shape, 1, 1], shape] if is_conv else [shape]
-    extra = {name for name in shapes.keys() - expected.keys() if not name.startswith(IGNORED)}
-    for problem, names_ in (("lacks", expected.keys() - shapes.keys()), ("has, and this model has not,", extra)):
-        if names_:
-            shown = ", ".join(sorted(names_)[:3]) + (", …" if len(names_) > 3 else "")
-            raise LatentDiffError(f"{problem} {len(names_)} tensor{'s' if len(names_) > 1 else ''}: {shown}")
-    for name, allowed in expected.items():
-        if shapes[name] not in allowed:
-            raise LatentDiffError(f"{name} has shape {shapes[name]}; the config says {allowed[0]}")
-        if (dtype := file.get_slice(name).get_dtype()) not in FLOATS:
-            raise LatentDiffError(f"{name} is {dtype}; expected one of {', '.join(sorted(FLOATS))}")
+    counted = {name: tensor for name, tensor in stored.items() if name in expected or not name.startswith(IGNORED)}
+    return counted, expected
 
 
-def _read_weights(file: Any, model: nn.Module, names: Mapping[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+def _read_weights(
+    stored: Mapping[str, Stored], model: nn.Module, names: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A model's tensors, by our names."""
     weights = {}
     for name, tensor in model.state_dict().items():
-        stored = file.get_tensor(names[name])
-        if ".in_proj_" in names[name]:
-            stored = stored.chunk(3)["qkv".index(name.partition("_proj.")[0][-1])]
-        # Copied, because a tensor that stays mapped to the file changes with the file.
-        weights[name] = stored.reshape(tensor.shape).to(dtype, copy=True)
+        found = stored[names[name]]
+        if ".in_proj_" in found.name:
+            third = found.file.get_tensor(found.name).chunk(3)["qkv".index(name.partition("_proj.")[0][-1])]
+            weights[name] = third.to(dtype, copy=True)
+        else:
+            weights[name] = found.read(dtype).reshape(tensor.shape)
     return weights

@@ -1,7 +1,5 @@
 """What devices can compute: GPUs by their vendors' figures, this machine's CPU measured."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

@@ -1,125 +1,110 @@
-"""What else a generative model can do: find the noise of a picture, walk between two, exaggerate a feature."""
+"""What else a generative model can do: start from a picture, find its noise, walk between two, exaggerate a feature."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..diffusion.guidance import Model
-from ..diffusion.samplers import rows_at
 from ..errors import LatentDiffError
 from ..evaluation.metrics import psnr
-from .images import Picture, load_images
-from .loop import Features, Noise, denoiser, draw_batches, grid_of, guided_network, network
+from .images import Picture, load_images, load_mask
+from .inversion import invert_latents
+from .loop import Direction, Features, InitImage, SeededNoise, last
+from .parts import ModelParts
 from .prompts import as_list, text_features
-from .settings import Options, Recipe
-
-if TYPE_CHECKING:
-    from .pipeline import LatentPipeline
-
-ROUNDS = 3  # of the fixed-point iteration of each inverted step
+from .settings import SamplingOptions, SamplingSettings
 
 
 class Inversion(NamedTuple):
-    """The noise that draws a picture."""
+    """The noise that gives a picture."""
 
     latents: Tensor  # (1, c, h, w): pass it as `latents=` with sampler="ddim", the same steps, prompt and guidance
-    image: Image.Image  # what is drawn from it
+    image: Image.Image  # what is sampled from it
     psnr: float  # of that picture against the given one, dB
     vae_psnr: float  # the same for the VAE alone, encoded and decoded: the most that can be reached, about
 
 
-def invert(
-    pipe: LatentPipeline, image: Picture, prompt: str, *, num_steps: int = 100, guidance_scale: float = 1.0
-) -> Inversion:
-    """Run `ddim` backwards from a picture to noise (arXiv 2105.05233, appendix F), then forwards to see how well.
-
-    Each step is solved for its starting point by fixed-point iteration, so that the way back undoes it.
-
-    Args:
-        pipe: the model.
-        image: Pillow picture or file; cut and resized to the model's size.
-        prompt: the picture's caption, or nothing.
-        num_steps: more lose less.
-        guidance_scale: 1 is off; guidance makes the way back less sure.
+def init_image(parts: ModelParts, image: Picture, strength: float, settings: SamplingSettings) -> InitImage:
+    """A picture to start from, as large as the settings ask for.
 
     Raises:
-        LatentDiffError: the picture cannot be read, or a number is out of range.
+        LatentDiffError: the strength is not above 0 and up to 1, or the picture cannot be read.
     """
-    recipe = Recipe(num_steps=num_steps, guidance_scale=guidance_scale, sampler="ddim", progress=False)
-    pixels = load_images([image], (pipe.image_size, pipe.image_size))
-    latents = pipe.latents_of(pixels)
+    return InitImage(parts.encode(image, size=parts.pixel_size(settings)), check_strength(strength))
+
+
+def masked_image(
+    parts: ModelParts, image: Picture, mask: Picture, strength: float, settings: SamplingSettings
+) -> tuple[InitImage, Tensor, Tensor]:
+    """The same with a mask; and pixels (1, 3, H, W) and mask (1, 1, H, W) in full size, to paste the result.
+
+    Raises:
+        LatentDiffError: as `init_image`, or the mask's size is not the picture's.
+    """
+    size = parts.pixel_size(settings)
+    pixels, whole = load_images([image], size), load_mask(mask, image, size)
+    latents = parts.latents_of(pixels)
+    small = F.adaptive_max_pool2d(whole, latents.shape[-2:]).to(parts.device)
+    return InitImage(latents, check_strength(strength), small), pixels, whole
+
+
+def check_strength(strength: float) -> float:
+    """The strength, if it is above 0 and up to 1."""
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+        raise LatentDiffError(f"strength={strength!r}: expected a number above 0, up to 1")
+    return float(strength)
+
+
+def invert(parts: ModelParts, image: Picture, prompt: str, num_steps: int, guidance_scale: float) -> Inversion:
+    """Run `ddim` backwards from a picture to noise, then forwards to see how well: `LatentPipeline.invert`."""
+    settings = SamplingSettings(num_steps=num_steps, guidance_scale=guidance_scale, sampler="ddim", seed=0)
+    pixels = load_images([image], (parts.image_size, parts.image_size))
+    latents = parts.latents_of(pixels)
     with torch.no_grad():
-        features = pipe.features(as_list(prompt), recipe)
-        noise = _invert(pipe, latents, features, recipe)
-        drawn = pipe.draw_features(features, num_steps=num_steps, guidance_scale=guidance_scale, sampler="ddim",
-                                   latents=noise)  # fmt: skip
-        again, vae_alone = (pipe.pixels(one).cpu() for one in (drawn, latents))
-    return Inversion(noise, pipe.decode(drawn)[0], float(psnr(pixels, again)), float(psnr(pixels, vae_alone)))
+        features = parts.features(as_list(prompt), settings)
+        noise = _invert(parts, latents, features, settings)
+        steps = parts.steps(features, [0], settings.model_copy(update={"latents": noise}))
+        sampled = last(steps).x
+        again, vae_alone = (parts.pixels(one).cpu() for one in (sampled, latents))
+    return Inversion(noise, parts.decode(sampled)[0], float(psnr(pixels, again)), float(psnr(pixels, vae_alone)))
 
 
-def interpolate(pipe: LatentPipeline, a: Any, b: Any, n: int, **options: Unpack[Options]) -> list[Image.Image]:
-    """Walk from one end to the other, in noise and in text features at once.
-
-    Args:
-        pipe: the model.
-        a: a prompt, a picture, or a pair (picture, prompt). A picture is inverted first, by `ddim`.
-        b: the other end.
-        n: pictures, both ends included; from 2 up.
-        options: as in a call. With one `seed` both prompts start from the same noise, with two each from its own.
-
-    Raises:
-        LatentDiffError: a setting is out of range.
-    """
+def interpolate(parts: ModelParts, a: Any, b: Any, n: int, options: SamplingOptions) -> list[Image.Image]:
+    """Walk from one end to the other, in noise and in text features at once: `LatentPipeline.interpolate`."""
     if not isinstance(n, int) or isinstance(n, bool) or n < 2:
         raise LatentDiffError(f"n={n!r}: expected a whole number from 2 up, both ends included")
     ends = [_as_end(end) for end in (a, b)]
     if any(picture is not None for picture, _ in ends):
         options = {"guidance_scale": 1.0, **options, "sampler": "ddim"}
-    recipe = Recipe.of({**options, "num_images": 1})
-    seeds = recipe.seeds(2) if isinstance(recipe.seed, list | tuple | range) else recipe.seeds(1) * 2
-    features = pipe.features([prompt for _, prompt in ends], recipe)
-    shape = pipe.latent_shape(recipe)
+    settings = SamplingSettings.of({**options, "num_images": 1})
+    seeds = settings.seeds(2) if isinstance(settings.seed, list | tuple | range) else settings.seeds(1) * 2
+    features = parts.features([prompt for _, prompt in ends], settings)
     noises = [
-        Noise([seed], shape, pipe.device).draw() if picture is None
-        else _invert(pipe, pipe.encode(picture, size=pipe.pixel_size(recipe)), features.part(place), recipe)
-        for (picture, _), seed, place in zip(ends, seeds, (slice(1), slice(1, 2)), strict=True)
-    ]  # fmt: skip
+        _noise_of(parts, picture, seed, features.part(slice(place, place + 1)), settings)
+        for place, ((picture, _), seed) in enumerate(zip(ends, seeds, strict=True))
+    ]
     shares = torch.linspace(0, 1, n).tolist()
+    start = torch.cat([slerp(noises[0], noises[1], share) for share in shares])
     wanted, unwanted = (
-        None if feature is None else torch.cat([slerp(feature[:1], feature[1:], share) for share in shares])
-        for feature in features
+        None if both is None else torch.cat([slerp(both[:1], both[1:], share) for share in shares])
+        for both in (features.wanted, features.unwanted)
     )
     assert wanted is not None
-    start = torch.cat([slerp(noises[0], noises[1], share) for share in shares])
-    return draw_batches(pipe, Features(wanted, unwanted), [seeds[0]] * n, Recipe.of({**options, "latents": start}))
+    walk = SamplingSettings.of({**options, "latents": start})
+    return parts.sample_images(Features(wanted, unwanted), [seeds[0]] * n, walk)
 
 
 def exaggerate(
-    pipe: LatentPipeline,
+    parts: ModelParts,
     prompt: str,
     feature: str | tuple[str, str],
     amount: float,
-    *,
-    image: Picture | None = None,
-    **options: Unpack[Options],
+    image: Picture | None,
+    options: SamplingOptions,
 ) -> list[Image.Image]:
-    """Draw a prompt with a feature exaggerated: at every step the prediction moves along the difference of two others.
-
-    Args:
-        pipe: the model.
-        prompt: what to draw, "a noto emoji of a face".
-        feature: the same with the feature, "a noto emoji of a smiling face"; or a pair (without, with).
-        amount: 0 changes nothing, 1 adds the difference once, negative numbers take away.
-        image: start from this picture's noise, found by `invert` with the prompt, instead of the seed's.
-        options: as in a call; with an image the sampler is `ddim`, and guidance is off unless given.
-
-    Raises:
-        LatentDiffError: a setting is out of range.
-    """
+    """At every step the prediction moves along the difference of two others: `LatentPipeline.exaggerate`."""
     if isinstance(amount, bool) or not isinstance(amount, int | float) or not -1e3 < amount < 1e3:
         raise LatentDiffError(f"amount={amount!r}: expected a number between -1000 and 1000")
     pair = (prompt, feature) if isinstance(feature, str) else feature
@@ -127,26 +112,16 @@ def exaggerate(
         raise LatentDiffError(f"prompt={prompt!r}, feature={feature!r}: expected strings, or a pair (without, with)")
     if image is not None:
         options = {"guidance_scale": 1.0, **options, "sampler": "ddim"}
-    recipe = Recipe.of(options)
-    features = pipe.features(as_list(prompt), recipe)
+    settings = SamplingSettings.of(options)
+    features = parts.features(as_list(prompt), settings)
     if image is not None:
-        latents = pipe.encode(image, size=pipe.pixel_size(recipe))
-        inverted = _invert(pipe, latents, features.part(slice(1)), recipe)
-        recipe = Recipe.of({**options, "latents": inverted.repeat(len(features.wanted), 1, 1, 1)})
+        noise = _noise_of(parts, image, 0, features.part(slice(1)), settings)
+        settings = SamplingSettings.of({**options, "latents": noise.repeat(len(features.wanted), 1, 1, 1)})
     without, with_feature = pair
-    with torch.set_grad_enabled(recipe.enable_grad):
-        ends = text_features(pipe.text_encoder, [with_feature, without])
-
-    def direction(model: Model, grid: Any, count: int) -> Model:
-        predict = network(pipe.unet, pipe.unet, ends.repeat_interleave(count, 0), grid)
-
-        def moved(x: Tensor, t: int) -> Tensor:
-            more, less = predict(x, t).chunk(2)
-            return model(x, t) + amount * (more - less)
-
-        return moved
-
-    return draw_batches(pipe, features, recipe.seeds(len(features.wanted)), recipe, change=direction)
+    with torch.set_grad_enabled(settings.enable_grad):
+        more, less = torch.split(text_features(parts.text_encoder, [with_feature, without]), 1)
+    features = features._replace(direction=Direction(more, less, amount))
+    return parts.sample_images(features, settings.seeds(len(features.wanted)), settings)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -176,24 +151,14 @@ def _as_end(end: Any) -> tuple[Any, str]:
     return end, ""
 
 
-@torch.no_grad()
-def _invert(pipe: LatentPipeline, latents: Tensor, features: Features, recipe: Recipe) -> Tensor:
-    """The noise at the first timestep that `ddim` takes to these latents."""
-    process = pipe.process
-    grid = grid_of(process, recipe)
-    model = guided_network(pipe.unet, pipe.unet, features, recipe, process, grid)
-    denoise = denoiser(model, process)
-    rows = rows_at("ddim", process.schedule, grid, ends_clean=process.ends_clean)
-    alpha, sigma = process.schedule.alpha.tolist(), process.schedule.sigma.tolist()
-    x, below = latents, (1.0, 0.0) if process.ends_clean else (alpha[0], sigma[0])
-    for t, a, b, _, _ in reversed(rows):
-        end, x = x, x  # solve end = a x + b x0(x) for x
-        for _ in range(ROUNDS):
-            x0 = denoise(x, t)
-            if a > 0.5 or below[0] <= below[1]:
-                x = (end - b * x0) / a
-            else:  # in terms of the noise, which hardly changes where x0 decides everything
-                noise = (x - alpha[t] * x0) / sigma[t]
-                x = (alpha[t] * end + (sigma[t] * below[0] - alpha[t] * below[1]) * noise) / below[0]
-        below = (alpha[t], sigma[t])
-    return x
+def _noise_of(
+    parts: ModelParts, picture: Picture | None, seed: int, features: Features, settings: SamplingSettings
+) -> Tensor:
+    """The noise (1, c, h, w) of a picture, or of a seed where there is none."""
+    if picture is None:
+        return SeededNoise([seed], parts.latent_shape(settings), parts.device).draw()
+    return _invert(parts, parts.encode(picture, size=parts.pixel_size(settings)), features, settings)
+
+
+def _invert(parts: ModelParts, latents: Tensor, features: Features, settings: SamplingSettings) -> Tensor:
+    return invert_latents(parts.unet, parts.process, features.to(parts.unet.conv_in.weight), settings, latents)

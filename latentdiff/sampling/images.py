@@ -1,7 +1,5 @@
 """Pictures a user hands in, as tensors, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +8,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..data.pictures import open_picture, to_rgb
+from ..data.pictures import open_picture, to_images, to_pixels, to_rgb
 from ..errors import LatentDiffError
-from ..evaluation.grid import to_images
 
 MAX_PIXELS = 200_000_000  # of a file
 WHITE = (255, 255, 255)
@@ -29,7 +26,7 @@ def load_images(images: Sequence[Picture], size: tuple[int, int]) -> Tensor:
     if not images:
         raise LatentDiffError("no picture given: expected one or more")
     arrays = [np.array(_cut(_open(image), size)) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return to_pixels(torch.from_numpy(np.stack(arrays)))
 
 
 def load_mask(mask: Picture, image: Picture, size: tuple[int, int]) -> Tensor:

@@ -1,83 +1,34 @@
 """`LatentPipeline`: prompts in, pictures out, with a model that was trained here or by anyone in diffusers' layout."""
 
-from __future__ import annotations
-
+import inspect
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from text_encoder import TextEncoder
-from unet import UNet
-from vae import VAE
-
 from ..device import as_device, computes_in_bf16
-from ..diffusion.process import Prediction, Process, check_prediction
-from ..diffusion.samplers import Spacing, Step
-from ..diffusion.schedule import Schedule
-from ..errors import LatentDiffError
-from ..evaluation.grid import to_images
-from ..files.model_folder import save_model
+from ..diffusion.samplers import Step
+from ..files.export import save_model
 from ..files.open import open_model
 from ..files.scheduler import scheduler_config
 from . import editing
 from .editing import Inversion
-from .images import load_images, load_mask, paste
-from .loop import Features, Forward, Source, check_strength, draw_batch, draw_batches, last
-from .prompts import as_list, text_features
-from .settings import Options, Recipe, Settings
+from .images import Picture, paste
+from .loop import Features, InitImage, Network, last
+from .parts import ModelParts
+from .prompts import as_list
+from .settings import SamplingOptions, SamplingSettings
 
 Prompt = str | Sequence[str]
-Picture = Image.Image | str | Path
-RECIPE_KEY = "latentdiff"  # in a picture's metadata
+METADATA = "latentdiff"  # key of the settings in a picture's metadata
 
 
-class LatentPipeline:
+class LatentPipeline(ModelParts):
     """VAE, UNet, text encoder and noise schedule, in evaluation mode on one device."""
-
-    def __init__(
-        self,
-        *,
-        vae: VAE,
-        unet: UNet,
-        text_encoder: TextEncoder,
-        schedule: Schedule,
-        prediction: Prediction = "v",
-        spacing: Spacing = "trailing",
-        offset: int = 0,
-        ends_clean: bool = True,
-    ) -> None:
-        """Put a pipeline together.
-
-        Args:
-            vae: between pixels and latents.
-            unet: predicts from noisy latents.
-            text_encoder: prompts to features, as wide as the UNet's context.
-            schedule: the forward process the UNet was trained on.
-            prediction: what the UNet predicts.
-            spacing: of the timesteps that are sampled.
-            offset: of leading spacing.
-            ends_clean: False ends at the noise level of t = 0, as the original Stable Diffusion does.
-
-        Raises:
-            LatentDiffError: the parts do not fit together.
-        """
-        check_prediction(prediction, schedule)
-        for what, found, expected in (
-            ("the text encoder's width", text_encoder.context_dim, unet.config.context_dim),
-            ("the VAE's latent channels", vae.config.latent_channels, unet.config.in_channels),
-            ("the UNet's out_channels", unet.config.out_channels, unet.config.in_channels),
-        ):
-            if found != expected:
-                raise LatentDiffError(f"{what} {found} and the UNet's {expected} differ: not parts of one model")
-        self.vae, self.unet, self.text_encoder = vae.eval(), unet.eval(), text_encoder.eval()
-        self.process = Process(schedule, prediction, spacing, offset, ends_clean)
-        self.forward: Forward = unet
 
     @classmethod
     def from_pretrained(
@@ -88,7 +39,7 @@ class LatentPipeline:
         dtype: torch.dtype | None = None,
         variant: str | None = None,
         tokenizer: str | Path | None = None,
-    ) -> LatentPipeline:
+    ) -> Self:
         """Open a model.
 
         Args:
@@ -100,7 +51,7 @@ class LatentPipeline:
             tokenizer: folder, for a single file that brings none.
 
         Raises:
-            LatentDiffError, VAEError, UNetError, TextEncoderError: what is not there, damaged, or not supported.
+            LatentDiffError: it is not there, damaged, or not supported.
         """
         place = as_device(device)
         dtype = (torch.bfloat16 if computes_in_bf16(place) else torch.float32) if dtype is None else dtype
@@ -116,204 +67,162 @@ class LatentPipeline:
         save_model(Path(folder), vae=self.vae, unet=self.unet, text_encoder=self.text_encoder, process=self.process)
 
     @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.unet.conv_in.weight.device
-
-    @property
-    def image_size(self) -> int:
-        """Pixels along one side that the model draws by default."""
-        return (self.unet.config.sample_size or 32) * self.vae.config.downsampling
-
-    @property
     def scheduler_config(self) -> dict[str, Any]:
         """For diffusers schedulers: `UniPCMultistepScheduler.from_config(pipe.scheduler_config)`."""
         return scheduler_config(self.process)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LatentPipeline:
-        """Move or cast all parts, in place."""
+    def to(self, *place: torch.device | str | torch.dtype, device: Any = None, dtype: Any = None) -> Self:
+        """Move or cast all parts, in place: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
+        for one in place:
+            device, dtype = (device, one) if isinstance(one, torch.dtype) else (one, dtype)
         for part in (self.vae, self.unet, self.text_encoder):
             part.to(device=device, dtype=dtype)
         if dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae.float()  # it says that it overflows in float16
         return self
 
-    def compile(self, **options: Any) -> LatentPipeline:
+    def compile(self, **options: Any) -> Self:
         """Compile the UNet's pass with torch.compile; the first picture of each size takes longer."""
-        self.forward = torch.compile(self.unet, **{"fullgraph": True, **options})
+        self.network = cast(Network, torch.compile(self.unet, **{"fullgraph": True, **options}))
         return self
 
-    def __call__(
-        self,
-        prompt: Prompt,
-        *,
-        negative_prompt: Prompt = "",
-        num_steps: int = 25,
-        guidance_scale: float = 5.0,
-        sampler: Any = "dpmpp_2m",
-        seed: int | Sequence[int] | None = None,
-        num_images: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        **settings: Unpack[Settings],
-    ) -> list[Image.Image]:
-        """Draw prompts.
+    def __call__(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> list[Image.Image]:
+        """Sample pictures of prompts.
 
         Args:
             prompt: one or several; "a (red:1.4) apple" weights words.
-            negative_prompt: what to steer away from, one for all prompts or one each.
-            num_steps: 1 to the number of timesteps.
-            guidance_scale: how strongly to follow the prompt; 1 is off, and twice as fast.
-            sampler: `ddpm`, `ddim`, `euler`, `dpmpp_2m`, `dpmpp_2m_sde`, or a diffusers scheduler object.
-            seed: of the first picture, the next have seed + 1, ...; or one each; or None for random ones. A picture
-                depends on its own seed, not on its neighbours.
-            num_images: pictures a prompt.
-            height: in pixels, a multiple of the VAE's factor; None: as in training.
-            width: likewise.
-            settings: the rarer ones of `Recipe`: `guidance_rescale`, `guidance_interval`, `eta`, `latents`, ...
+            options: the fields of `SamplingSettings`, which says what they mean: `num_steps`, `guidance_scale`,
+                `sampler`, `seed`, `negative_prompt`, `num_images`, `height`, `width` and the rarer ones.
 
         Returns:
-            The pictures, those of one prompt together. `image.info["latentdiff"]` is the recipe as JSON.
+            The pictures, those of one prompt together. `image.info["latentdiff"]` are the settings as JSON.
 
         Raises:
-            LatentDiffError: a setting is out of range.
+            LatentDiffError: a setting is unknown or out of range.
         """
-        options: Options = {
-            "negative_prompt": negative_prompt,
-            "num_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "sampler": sampler,
-            "seed": seed,
-            "num_images": num_images,
-            "height": height,
-            "width": width,
-            **settings,
-        }
-        return self._draw(as_list(prompt), Recipe.of(options))
+        return self._sample(as_list(prompt), SamplingSettings.of(options))
+
+    def stream(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Iterator[Step]:
+        """Sample prompts, all at once, and yield after every step; `pipe.decode(step.x0)` shows what is expected."""
+        prompts, settings = as_list(prompt), SamplingSettings.of(options)
+        seeds = settings.seeds(len(prompts) * settings.num_images)
+        return self.steps(self.features(prompts, settings), seeds, settings)
+
+    def sample_features(self, features: Features, **options: Unpack[SamplingOptions]) -> Tensor:
+        """Text features (B, L, D) to latents (B, c, h, w); with `enable_grad=True` their graph is kept.
+
+        Raises:
+            LatentDiffError: as a call.
+        """
+        settings = SamplingSettings.of(options)
+        return last(self.steps(features, settings.seeds(len(features.wanted)), settings)).x
 
     def img2img(
-        self, prompt: Prompt, image: Picture, strength: float = 0.6, **options: Unpack[Options]
+        self, prompt: Prompt, image: Picture, strength: float = 0.6, **options: Unpack[SamplingOptions]
     ) -> list[Image.Image]:
-        """Draw over a picture: noise it, then denoise it to a prompt.
+        """Start from a picture: noise it, then denoise it to a prompt.
 
         Args:
             prompt: as in a call.
-            image: Pillow picture or file; cut and resized to what is drawn.
+            image: Pillow picture or file; cut and resized to what is sampled.
             strength: above 0, to 1: how much noise, and what share of the steps is run.
             options: as in a call.
 
         Raises:
             LatentDiffError: a setting is out of range, or the picture cannot be read.
         """
-        recipe = Recipe.of(options)
-        latents = self.encode(image, size=self.pixel_size(recipe))
-        return self._draw(as_list(prompt), recipe, Source(latents, check_strength(strength)))
+        settings = SamplingSettings.of(options)
+        return self._sample(as_list(prompt), settings, editing.init_image(self, image, strength, settings))
 
     def inpaint(
-        self, prompt: Prompt, image: Picture, mask: Picture, strength: float = 1.0, **options: Unpack[Options]
+        self, prompt: Prompt, image: Picture, mask: Picture, strength: float = 1.0, **options: Unpack[SamplingOptions]
     ) -> list[Image.Image]:
-        """Draw the white part of the mask anew; the rest stays as it is.
+        """Sample the white part of the mask anew; the rest stays as it is.
 
         Args:
             prompt: as in a call.
-            image: Pillow picture or file; cut and resized to what is drawn.
-            mask: of the picture's size; white is drawn, black stays, grey is mixed.
+            image: Pillow picture or file; cut and resized to what is sampled.
+            mask: of the picture's size; white is sampled, black stays, grey is mixed.
             strength: above 0, to 1: 1 forgets what was under the mask.
             options: as in a call.
 
         Raises:
             LatentDiffError: a setting is out of range, or the mask's size is not the picture's.
         """
-        recipe = Recipe.of(options)
-        size = self.pixel_size(recipe)
-        pixels, whole = load_images([image], size), load_mask(mask, image, size)
-        latents = self.latents_of(pixels)
-        small = torch.nn.functional.adaptive_max_pool2d(whole, latents.shape[-2:]).to(self.device)
-        drawn = self._draw(as_list(prompt), recipe, Source(latents, check_strength(strength), small))
-        return [paste(one, pixels, whole) for one in drawn]
-
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Step]:
-        """Draw prompts, all at once, and yield after every step; `pipe.decode(step.x0)` shows what is expected."""
-        prompts, recipe = as_list(prompt), Recipe.of(options)
-        seeds = recipe.seeds(len(prompts) * recipe.num_images)
-        return draw_batch(self, self.features(prompts, recipe), seeds, recipe)
-
-    def features(self, prompts: Sequence[str], recipe: Recipe) -> Features:
-        """Text features of every picture to draw."""
-        with torch.set_grad_enabled(recipe.enable_grad):
-            repeated = [prompt for prompt in prompts for _ in range(recipe.num_images)]
-            unwanted = [prompt for prompt in recipe.negatives(len(prompts)) for _ in range(recipe.num_images)]
-            wanted = text_features(self.text_encoder, repeated)
-            return Features(wanted, None if recipe.guidance_scale == 1 else text_features(self.text_encoder, unwanted))
-
-    def draw_features(self, features: Features, **options: Unpack[Options]) -> Tensor:
-        """Text features (B, L, D) to latents (B, c, h, w); with `enable_grad=True` their graph is kept.
-
-        Raises:
-            LatentDiffError: as a call.
-        """
-        recipe = Recipe.of(options)
-        return last(draw_batch(self, features, recipe.seeds(len(features.wanted)), recipe)).x
-
-    @torch.no_grad()
-    def encode(self, image: Picture | Sequence[Picture], *, size: tuple[int, int] | None = None) -> Tensor:
-        """Pictures to latents (B, c, h, w), float32: the posterior's mode of the middle square, resized.
-
-        Raises:
-            LatentDiffError: a picture cannot be read.
-        """
-        images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
-        return self.latents_of(load_images(images, size or (self.image_size, self.image_size)))
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (B, c, h, w) to pictures."""
-        return [image for one in range(len(latents)) for image in to_images(self.pixels(latents[one : one + 1]))]
-
-    def pixels(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) to pixels (B, 3, H, W) in about [-1, 1], float32; differentiable."""
-        pixels = self.vae.decode(latents.to(self.vae.decoder.conv_in.weight.dtype)).float()
-        if not bool(pixels.detach().isfinite().all()):
-            warnings.warn("a picture is not finite: try dtype=torch.float32 for the VAE", RuntimeWarning, stacklevel=3)
-        return pixels
+        settings = SamplingSettings.of(options)
+        init, pixels, whole = editing.masked_image(self, image, mask, strength, settings)
+        return [paste(one, pixels, whole) for one in self._sample(as_list(prompt), settings, init)]
 
     def invert(
         self, image: Picture, prompt: str = "", *, num_steps: int = 100, guidance_scale: float = 1.0
     ) -> Inversion:
-        """The noise from which `ddim` draws a picture (see latentdiff/sampling/editing.py)."""
-        return editing.invert(self, image, prompt, num_steps=num_steps, guidance_scale=guidance_scale)
+        """Find the noise from which `ddim` samples a picture, and sample it again to see how well.
 
-    def interpolate(self, a: Any, b: Any, n: int = 8, **options: Unpack[Options]) -> list[Image.Image]:
-        """`n` pictures from one end to the other (see latentdiff/sampling/editing.py)."""
-        return editing.interpolate(self, a, b, n, **options)
+        Args:
+            image: Pillow picture or file; cut and resized to the model's size.
+            prompt: the picture's caption, or nothing.
+            num_steps: more lose less.
+            guidance_scale: 1 is off; guidance makes the way back less sure.
+
+        Raises:
+            LatentDiffError: the picture cannot be read, or a number is out of range.
+        """
+        return editing.invert(self, image, prompt, num_steps, guidance_scale)
+
+    def interpolate(self, a: Any, b: Any, n: int = 8, **options: Unpack[SamplingOptions]) -> list[Image.Image]:
+        """Walk from one end to the other, in noise and in text features at once.
+
+        Args:
+            a: a prompt, a picture, or a pair (picture, prompt). A picture is inverted first, by `ddim`.
+            b: the other end.
+            n: pictures, both ends included; from 2 up.
+            options: as in a call. With one `seed` both prompts start from the same noise, with two each from its own.
+
+        Raises:
+            LatentDiffError: a setting is out of range.
+        """
+        return editing.interpolate(self, a, b, n, options)
 
     def exaggerate(
-        self, prompt: str, feature: str | tuple[str, str], amount: float = 1.0, **options: Any
+        self,
+        prompt: str,
+        feature: str | tuple[str, str],
+        amount: float = 1.0,
+        *,
+        image: Picture | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[Image.Image]:
-        """Draw a prompt with more, or less, of a feature (see latentdiff/sampling/editing.py)."""
-        return editing.exaggerate(self, prompt, feature, amount, **options)
+        """Sample a prompt with more, or less, of a feature.
 
-    def _draw(self, prompts: list[str], recipe: Recipe, source: Source | None = None) -> list[Image.Image]:
-        seeds = recipe.seeds(len(prompts) * recipe.num_images)
-        images = draw_batches(self, self.features(prompts, recipe), seeds, recipe, source)
+        Args:
+            prompt: what to sample, "a noto emoji of a face".
+            feature: the same with the feature, "a noto emoji of a smiling face"; or a pair (without, with).
+            amount: 0 changes nothing, 1 adds the difference once, negative numbers take away.
+            image: start from this picture's noise, found by `invert` with the prompt, instead of the seed's.
+            options: as in a call; with an image the sampler is `ddim`, and guidance is off unless given.
+
+        Raises:
+            LatentDiffError: a setting is out of range.
+        """
+        return editing.exaggerate(self, prompt, feature, amount, image, options)
+
+    def _sample(
+        self, prompts: list[str], settings: SamplingSettings, init: InitImage | None = None
+    ) -> list[Image.Image]:
+        seeds = settings.seeds(len(prompts) * settings.num_images)
+        images = self.sample_images(self.features(prompts, settings), seeds, settings, init)
         for place, image in enumerate(images):
-            facts = recipe.facts(prompts, place, seeds[place])
-            image.info[RECIPE_KEY] = json.dumps(facts if source is None else {**facts, "strength": source.strength})
+            facts = settings.metadata(prompts, place, seeds[place])
+            image.info[METADATA] = json.dumps(facts if init is None else {**facts, "strength": init.strength})
         return images
 
-    def latent_shape(self, recipe: Recipe) -> tuple[int, int, int]:
-        """(c, h, w) of what the recipe draws."""
-        factor = self.vae.config.downsampling
-        return (self.unet.config.in_channels, *recipe.latent_size(factor, self.image_size // factor))
 
-    def latents_of(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] to latents (B, c, h, w), float32."""
-        weights = self.vae.decoder.conv_in.weight
-        with torch.no_grad():
-            return self.vae.encode(pixels.to(weights.device, weights.dtype)).float()
+def _signature() -> inspect.Signature:
+    """That of a call with the settings spelt out, for `help` and notebooks."""
+    names, kinds = SamplingSettings.model_fields, inspect.Parameter
+    first = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in ("self", "prompt")]
+    rest = [kinds(name, kinds.KEYWORD_ONLY, default=field.default) for name, field in names.items()]
+    return inspect.Signature([*first, *rest])
 
-    def pixel_size(self, recipe: Recipe) -> tuple[int, int]:
-        """Height and width of what the recipe draws."""
-        factor = self.vae.config.downsampling
-        _, height, width = self.latent_shape(recipe)
-        return height * factor, width * factor
+
+LatentPipeline.__call__.__signature__ = _signature()  # type: ignore[attr-defined]

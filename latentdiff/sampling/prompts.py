@@ -1,9 +1,7 @@
 """Prompts to text features, with weights: in "a (red:1.4) apple" the word red counts 1.4 times."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +16,7 @@ MAX_WEIGHT = 10.0
 
 
 class Span(NamedTuple):
-    """Letters `start` to `stop` of a prompt and their weight."""
+    """Characters `start` to `stop` of a prompt and their weight."""
 
     start: int
     stop: int
@@ -54,20 +52,23 @@ def as_list(prompt: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def text_features(encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
+def text_features(
+    encoder: TextEncoder, prompts: Sequence[str], encode: Callable[[list[str]], Tensor] | None = None
+) -> Tensor:
     """Features (B, L, D). A weight w moves a token's feature from the empty prompt's at its place: 1 changes nothing.
 
-    Every distinct prompt is encoded once.
+    Every distinct prompt is encoded once, by `encode` where it is given: a call of the encoder in another way.
 
     Raises:
         LatentDiffError: a weight beyond 10.
         TextEncoderError: a prompt is not valid text.
     """
     parsed = {prompt: parse(prompt) for prompt in prompts}
-    context: Tensor = encoder([text for text, _ in parsed.values()])
+    encode = encode or encoder
+    context = encode([text for text, _ in parsed.values()])
     weights = torch.stack([token_weights(encoder, *parts) for parts in parsed.values()])
     if bool((weights != 1).any()):
-        empty = encoder.null_context()
+        empty = encode([""])
         context = torch.where((weights == 1)[..., None].to(context.device), context,
                               empty + weights[..., None].to(context) * (context - empty))  # fmt: skip
     place = {prompt: index for index, prompt in enumerate(parsed)}

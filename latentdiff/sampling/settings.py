@@ -5,10 +5,11 @@ Nothing heavy is imported here: the command line shows these settings in its hel
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..errors import LatentDiffError, check_choice
 
@@ -21,6 +22,14 @@ MAX_SIDE = 16384  # pixels
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 NOT_IN_METADATA = {"seed", "num_images", "latents", "batch_size", "progress", "enable_grad", "negative_prompt"}
+
+
+def _interval(value: object) -> object:
+    if isinstance(value, list | tuple) and len(value) == 2 and all(is_int(one) or type(one) is float for one in value):
+        return tuple(value)
+    if value is not None:
+        raise ValueError("two numbers (low, high), of sigma/alpha")
+    return None
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -60,7 +69,7 @@ class SamplingSettings(BaseModel):
     """How strongly to follow the prompt; 1 is off, and twice as fast."""
     guidance_rescale: Number = 0.0
     """0 to 1: against oversaturation (arXiv 2305.08891)."""
-    guidance_interval: Annotated[tuple[Number, Number], Field(strict=False)] | None = None
+    guidance_interval: Annotated[tuple[float, float] | None, BeforeValidator(_interval)] = None
     """Noise levels sigma/alpha, low and high, between which guidance is on (arXiv 2404.07724)."""
     sampler: Any = "dpmpp_2m"
     """`ddpm`, `ddim`, `euler`, `dpmpp_2m`, `dpmpp_2m_sde`, or a diffusers scheduler object."""
@@ -87,13 +96,14 @@ class SamplingSettings(BaseModel):
     def __init__(self, **values: Any) -> None:
         for name in values:
             check_choice("setting", name, type(self).model_fields)
-        values = {name: value.tolist() if type(value).__module__ == "numpy" else value for name, value in values.items()}
+        values = {key: value.tolist() if type(value).__module__ == "numpy" else value for key, value in values.items()}
         try:
             super().__init__(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            name, expected = first["loc"][0], first["msg"].removeprefix("Input should be ")
-            raise LatentDiffError(f"{name}={values[str(name)]!r:.200}: expected {expected}") from None
+            name, message = str(first["loc"][0]), first["msg"].replace("a valid ", "a ")
+            expected = re.sub("^(Input should be|Value error,) ", "", message)
+            raise LatentDiffError(f"{name}={values[name]!r:.200}: expected {expected}") from None
 
     @classmethod
     def of(cls, options: SamplingOptions) -> SamplingSettings:
@@ -108,14 +118,14 @@ class SamplingSettings(BaseModel):
         """
         if self.latents is not None and (found := len(self.latents)) != count:
             raise LatentDiffError(f"latents are {found} for {count} pictures: give one for each")
-        if self.seed is None:
+        first = self.seed
+        if first is None:
             import torch
 
             first = int(torch.randint(2**31, (), dtype=torch.int64))
-            return [first + place for place in range(count)]
-        if not is_int(self.seed) and not isinstance(self.seed, list | tuple | range):
-            raise LatentDiffError(f"seed={self.seed!r}: expected a whole number, or one for each picture")
-        seeds = [self.seed + place for place in range(count)] if is_int(self.seed) else list(self.seed)
+        if not is_int(first) and not isinstance(first, list | tuple | range):
+            raise LatentDiffError(f"seed={first!r}: expected a whole number, or one for each picture")
+        seeds = [first + place for place in range(count)] if is_int(first) else list(first)
         if len(seeds) != count:
             raise LatentDiffError(f"seed has {len(seeds)} numbers for {count} pictures: give one, or one for each")
         for seed in seeds:
@@ -130,12 +140,11 @@ class SamplingSettings(BaseModel):
             LatentDiffError: there are neither one nor as many as prompts.
         """
         given = self.negative_prompt
-        negatives = [given] * count if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
-        if len(negatives) != count or not all(isinstance(prompt, str) for prompt in negatives):
-            raise LatentDiffError(
-                f"negative_prompt={given!r}: expected one string, or one for each of {count} prompts"
-            )
-        return negatives
+        if isinstance(given, str):
+            return [given] * count
+        if isinstance(given, list | tuple) and len(given) == count and all(isinstance(text, str) for text in given):
+            return list(given)
+        raise LatentDiffError(f"negative_prompt={given!r}: expected one string, or one for each of {count} prompts")
 
     def latent_size(self, factor: int, default: int) -> tuple[int, int]:
         """Height and width of the latents.

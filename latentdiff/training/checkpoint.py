@@ -11,8 +11,6 @@ A checkpoint is written under another name, brought to the disk, read back, and 
 or not at all. Deleting goes the same way in reverse. One process at a time may save into a folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The PatchGAN discriminator of the autoencoder's training, and the losses of both players."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Literal

@@ -7,8 +7,6 @@ After step t the average is the sum over steps i of w_i * weights_i with
 so the initial weights leave no trace, and the width of the window is a fixed share, sigma_rel, of the training so far.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,21 +52,21 @@ class EMA:
         torch._foreach_add_(self.tensors, 0.0)
 
     @torch.no_grad()
-    def update(self, step: int, moves: Tensor | None = None) -> None:
+    def update(self, step: int, step_is_finite: Tensor | None = None) -> None:
         """Take in the parameters as they are after a step.
 
         Args:
             step: number of the step, counted from 1; at 1 the average becomes the parameters themselves.
-            moves: () on the parameters' device; 1, or 0 where the step was skipped, and then no bit of the average
-                changes. The host never reads it. The parameters must be finite all the same, as they are where the
-                optimizer skipped the step too: zero times NaN is NaN.
+            step_is_finite: () on the parameters' device; 1, or 0 where the step was skipped, and then no bit of the
+                average changes. The host never reads it. The parameters must be finite all the same, as they are
+                where the optimizer skipped the step too: zero times NaN is NaN.
 
         Raises:
             LatentDiffError: `step` is below 1.
         """
         if step < 1:
             raise LatentDiffError(f"step={step}: the average counts steps from 1")
-        share = self._share(step) if moves is None else self._share(step) * moves
+        share = self._share(step) if step_is_finite is None else self._share(step) * step_is_finite
         if self.tensors[0].device.type == "cpu":  # memory is what limits it: one pass instead of three
             for average, parameter in zip(self.tensors, self._parameters, strict=True):
                 average.lerp_(parameter, share)

@@ -23,26 +23,18 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType
 import latentdiff
 
 from ..config import Config
-from ..device import computes_in_bf16
+from ..data.order import BatchPlan
+from ..device import DTYPES, computes_in_bf16
 from ..errors import LatentDiffError, check_choice
+from ..sections import TrainSection
 
-LIBRARIES = (
-    "torch",
-    "accelerate",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "safetensors",
-    "numpy",
-    "pillow",
-)
+LIBRARIES = ("torch", "accelerate", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pillow")
 if sys.platform != "win32":
     import fcntl
 
 LOCKS: dict[Path, int] = {}  # files that this process holds open and locked
 
 LONGEST_WAIT = timedelta(hours=12)  # for another process, which may be encoding or writing a checkpoint
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -66,6 +58,16 @@ class Launch:
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return bool(self.accelerator.is_main_process)
+
+    def batch_plan(self, section: TrainSection) -> BatchPlan:
+        """Which pictures of a step are this process's.
+
+        Raises:
+            LatentDiffError: the processes cannot share the batch evenly.
+        """
+        accelerator = self.accelerator
+        return BatchPlan(section.batch_size, accelerator.process_index, accelerator.num_processes,
+                         section.micro_batch_size)  # fmt: skip
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of the passes; weights stay float32."""

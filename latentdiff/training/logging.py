@@ -1,7 +1,5 @@
 """What a run says while it runs: a line every few steps, `log.jsonl`, and accelerate's trackers."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -18,7 +16,7 @@ from .launch import Launch
 PHASES = ("data", "model", "optimizer")
 
 
-class Record:
+class MetricLogger:
     """Sums metrics on the device and reads them when a line is written: the only place where the loop waits for it."""
 
     def __init__(self, run: Launch, folder: Path, name: str, first_step: int, steps: int, batch_size: int) -> None:
@@ -38,11 +36,11 @@ class Record:
         yield
         self._spent[name] += time.perf_counter() - start
 
-    def add(self, metrics: Mapping[str, Tensor], moves: Tensor) -> None:
-        """Add one step's metrics, () each, where `moves` is 1; they are summed where they are."""
+    def add(self, metrics: Mapping[str, Tensor], step_is_finite: Tensor) -> None:
+        """Add one step's metrics, () each, where `step_is_finite` is 1; they are summed where they are."""
         for name, value in metrics.items():
-            total, steps = self._sums.get(name, (torch.zeros_like(value), torch.zeros_like(moves)))
-            self._sums[name] = total + torch.where(moves > 0, value.detach(), 0.0), steps + moves
+            total, steps = self._sums.get(name, (torch.zeros_like(value), torch.zeros_like(step_is_finite)))
+            self._sums[name] = total + torch.where(step_is_finite > 0, value.detach(), 0.0), steps + step_is_finite
 
     def log(self, step: int, extra: Mapping[str, float]) -> dict[str, float]:
         """Write the mean of the steps since the last line that were finite, and where their time went."""
@@ -79,7 +77,7 @@ class Record:
         self.run.accelerator.trackers = []
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def untimed(self) -> Iterator[None]:
         """Validation and saving: their time is not the steps'."""
         start = time.perf_counter()
         yield

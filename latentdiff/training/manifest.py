@@ -1,7 +1,5 @@
 """What a checkpoint says of its own files, and whether that is still true."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 Nothing here waits for the device: whether a step counts is a number on the device that the kernels read there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..sections import TrainSection
 from .ema import EMA
+from .parallel import gather_full, local_shard
 
 FP16_SCALE, FP16_GROWTH = 2.0**16, 2000  # loss scale to begin with; finite steps after which it doubles
 
@@ -29,7 +28,7 @@ def learning_rate(step: int, section: TrainSection) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-class Updater:
+class TrainState:
     """The optimizer of some parameters and their moving average, on the part of them that lies on this process.
 
     Under FSDP a parameter is a DTensor; AdamW and the average work element by element, so they work on the local part.
@@ -45,7 +44,7 @@ class Updater:
         """Take groups of named parameters, each with its learning rate."""
         self.section = section
         self.parameters = {name: parameter for group, _ in groups for name, parameter in group.items()}
-        self.local = {name: _leaf(parameter) for name, parameter in self.parameters.items()}
+        self.local = {name: local_shard(parameter) for name, parameter in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
             [{"params": [self.local[name] for name in group], "base": lr} for group, lr in groups],
             lr=section.learning_rate,
@@ -77,24 +76,24 @@ class Updater:
         return squares.sqrt() / self.loss_scale
 
     @torch.no_grad()
-    def update(self, step: int, norm: Tensor, moves: Tensor) -> None:
-        """Take the step, counted from 1, where `moves` is 1; where it is 0 nothing changes by a bit.
+    def update(self, step: int, norm: Tensor, step_is_finite: Tensor) -> None:
+        """Take the step, counted from 1, where `step_is_finite` is 1; where it is 0 nothing changes by a bit.
 
         Args:
             step: for the learning rate and the average.
             norm: what `gradient_norm` gave; a larger one than `max_grad_norm` is scaled down to it.
-            moves: () on the device.
+            step_is_finite: () on the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * learning_rate(step, self.section)
         clip = (norm / self.section.max_grad_norm).clamp(min=1.0)
         optimizer: Any = self.optimizer  # the fused kernels read both from here, as torch's GradScaler has it
-        optimizer.grad_scale = torch.where(moves > 0, clip * self.loss_scale, torch.ones_like(clip))
-        optimizer.found_inf = 1.0 - moves
+        optimizer.grad_scale = torch.where(step_is_finite > 0, clip * self.loss_scale, torch.ones_like(clip))
+        optimizer.found_inf = 1.0 - step_is_finite
         self.optimizer.step()
-        self.ema.update(step, moves)
+        self.ema.update(step, step_is_finite)
         if self.fp16:
-            self._adjust_scale(moves)
+            self._adjust_scale(step_is_finite)
         for tensor in (*self.parameters.values(), *self.local.values()):
             tensor.grad = None
 
@@ -104,18 +103,18 @@ class Updater:
         Under FSDP all processes must ask; tensor by tensor is gathered and put on the CPU where it is to be kept.
         """
         parts = self._parts(what)
-        tensors = ((name, whole(parameter, parts[name])) for name, parameter in self.parameters.items())
+        tensors = ((name, gather_full(parameter, parts[name])) for name, parameter in self.parameters.items())
         return {name: tensor for name, tensor in tensors if keep}
 
-    def state(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+    def tensors(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint must hold; under FSDP all processes must ask, also those that keep nothing."""
-        state = {what: self.named(what, keep=keep) for what in ("weights", "ema", "exp_avg", "exp_avg_sq")}
+        tensors = {what: self.named(what, keep=keep) for what in ("weights", "ema", "exp_avg", "exp_avg_sq")}
         first = self.optimizer.state[next(iter(self.local.values()))]["step"]
-        return {**state, "scalars": {"step": first, "scale": self.loss_scale, "since_growth": self.since_growth}}
+        return {**tensors, "scalars": {"step": first, "scale": self.loss_scale, "since_growth": self.since_growth}}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Put back what `state` gave."""
+        """Put back what `tensors` gave."""
         for what in ("weights", "ema", "exp_avg", "exp_avg_sq"):
             parts = self._parts(what)
             for name, parameter in self.parameters.items():
@@ -135,28 +134,11 @@ class Updater:
             return dict(zip(self.local, self.ema.tensors, strict=True))
         return {name: self.optimizer.state[tensor][what] for name, tensor in self.local.items()}
 
-    def _adjust_scale(self, moves: Tensor) -> None:
+    def _adjust_scale(self, step_is_finite: Tensor) -> None:
         """Halve the loss scale after an overflow, double it after many steps without one (arXiv 1710.03740, 3.2)."""
-        self.since_growth.copy_(torch.where(moves > 0, self.since_growth + 1, torch.zeros_like(self.since_growth)))
+        steps = torch.where(step_is_finite > 0, self.since_growth + 1, torch.zeros_like(self.since_growth))
+        self.since_growth.copy_(steps)
         grows = self.since_growth >= FP16_GROWTH
-        factor = torch.where(moves > 0, torch.where(grows, 2.0, 1.0), 0.5)
+        factor = torch.where(step_is_finite > 0, torch.where(grows, 2.0, 1.0), 0.5)
         self.loss_scale.mul_(factor)
         self.since_growth.mul_((~grows).float())
-
-
-def _leaf(parameter: nn.Parameter) -> Tensor:
-    """The part of a parameter that lies here, sharing its memory."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local().detach().requires_grad_()
-    return parameter
-
-
-def whole(parameter: nn.Parameter, part: Tensor | None = None) -> Tensor:
-    """A parameter, or what belongs to it element by element, gathered from all processes; `part` is what lies here."""
-    part = _leaf(parameter).detach() if part is None else part
-    if not isinstance(parameter, DTensor):
-        return part
-    sharded = DTensor.from_local(
-        part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
-    return sharded.full_tensor().cpu()

@@ -1,14 +1,13 @@
-"""A module for several processes: as it is, DDP, or FSDP where the launcher asks for it; compiled on request."""
-
-from __future__ import annotations
+"""A module on several processes: as it is, DDP, or FSDP where the launcher asks for it; and its parameters there."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..sections import TrainSection
@@ -57,3 +56,21 @@ def no_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     if isinstance(inner, DistributedDataParallel) and not last:
         return inner.no_sync()
     return nullcontext()
+
+
+def local_shard(parameter: nn.Parameter) -> Tensor:
+    """The part of a parameter that lies here, sharing its memory."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach().requires_grad_()
+    return parameter
+
+
+def gather_full(parameter: nn.Parameter, part: Tensor | None = None) -> Tensor:
+    """A parameter, or what belongs to it element by element, gathered from all processes; `part` is what lies here."""
+    part = local_shard(parameter).detach() if part is None else part
+    if not isinstance(parameter, DTensor):
+        return part
+    sharded = DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+    return sharded.full_tensor().cpu()

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from latentdiff.diffusion.schedule import at_least_float32
-from latentdiff.errors import LatentDiffError
+from latentdiff.errors import LatentDiffError, complain
+from latentdiff.files.tensors import Stored, check_tensors, open_tensors
 
 # VGG16 (arXiv 1409.1556): five stages of 3x3 convolutions, each but the first after a 2x2 maximum pooling. The numbers
 # are torchvision's names of the convolutions, `features.0`, `features.2`, ...
@@ -19,7 +19,6 @@ WIDTHS = (64, 128, 256, 512, 512)
 MIN_SIZE = 16  # four poolings leave one pixel
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # lpips' form of ImageNet's mean and deviation
 NORM_EPS = 1e-10
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that weights may have
 
 
 class PerceptualLoss(nn.Module):
@@ -86,14 +85,15 @@ class PerceptualLoss(nn.Module):
         Raises:
             LatentDiffError: no such file, damaged, or a tensor is missing, misshapen or not of floating point.
         """
-        model = cls()
-        found: dict[str, Tensor] = {}
+        model, path = cls(), Path(path)
+        found: dict[str, Stored] = {}
         expected = {_name_in_file(name): list(tensor.shape) for name, tensor in model.state_dict().items()}
-        for file in _weight_files(Path(path)):
-            found |= _read(file, expected)
-        if missing := sorted(expected.keys() - found.keys()):
-            raise LatentDiffError(f"{path}: lacks {len(missing)} tensors of LPIPS: {', '.join(missing[:3])}, …")
-        model.load_state_dict({name: found[_name_in_file(name)] for name in model.state_dict()})
+        for file in _weight_files(path):
+            here = {name: tensor for name, tensor in open_tensors(file).items() if name in expected}
+            check_tensors(file, here, {name: [expected[name]] for name in here}, "LPIPS")
+            found |= here
+        complain(path, "lacks", expected.keys() - found.keys())
+        model.load_state_dict({name: found[_name_in_file(name)].read(torch.float32) for name in model.state_dict()})
         return model
 
 
@@ -109,20 +109,3 @@ def _weight_files(path: Path) -> list[Path]:
     if files[0].suffix != ".safetensors":
         raise LatentDiffError(f"{path}: expected a .safetensors file; pickled weights are never opened")
     return files
-
-
-def _read(file: Path, expected: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Those of the expected tensors that the file has, float32, each checked before it is read."""
-    found = {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in expected.keys() & set(tensors.keys()):
-                stored = tensors.get_slice(name)
-                if stored.get_shape() != expected[name] or stored.get_dtype() not in FLOATS:
-                    raise LatentDiffError(
-                        f"{file}: {name} is {stored.get_dtype()} {stored.get_shape()}; expected {expected[name]} floats"
-                    )
-                found[name] = tensors.get_tensor(name).float()
-    except SafetensorError as error:
-        raise LatentDiffError(f"{file}: damaged or not a safetensors file ({error})") from None
-    return found

@@ -1,17 +1,44 @@
 """Being asked to stop: by a signal, or by the end of the launcher that started this process."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
 import time
+from enum import IntEnum
 from types import FrameType
 from typing import Self
 
-ASKING = (signal.SIGTERM, signal.SIGINT)
 ECHO = 2.0  # seconds within which a second SIGINT is the first one again: the terminal sends it, and so does a launcher
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by `accelerate launch` and by `torchrun`
+
+
+class StopReason(IntEnum):
+    """Why a training ends before its last step. Where processes have several, the largest is everybody's."""
+
+    NONE = 0
+    BROKEN_PICTURES = 1
+    NOT_FINITE = 2
+    SIGINT = 3
+    LAUNCHER_GONE = 4
+    SIGTERM = 5
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells have it; 1 where none was sent."""
+        if self is StopReason.SIGINT:
+            return 128 + signal.SIGINT
+        return 128 + signal.SIGTERM if self >= StopReason.LAUNCHER_GONE else 1
+
+    def sentence(self, why: str | None = None) -> str:
+        """For the user; `why` is what this process knows of it."""
+        if self is StopReason.LAUNCHER_GONE:
+            return "the launcher is gone"
+        if self in ASKING.values():
+            return self.name
+        return why or "too many broken pictures in another process"
+
+
+ASKING = {signal.SIGTERM: StopReason.SIGTERM, signal.SIGINT: StopReason.SIGINT}
 
 
 class StopFlag:
@@ -31,19 +58,16 @@ class StopFlag:
 
     def __init__(self, parent: int | None = None) -> None:
         """Watch for `parent`, the process that started this one; None: whichever is the parent now."""
-        self._reason: str | None = None
+        self._reason = StopReason.NONE
         self._since = 0.0  # when the first signal came
         self._previous: dict[signal.Signals, signal.Handlers | object] = {}
         # Compared later with its value now, not with 1: in a container, process 1 may well be the launcher.
         self._launcher = (parent or os.getppid()) if any(name in os.environ for name in LAUNCHERS) else None
 
-    def requested(self) -> str | None:
-        """Why to stop: "SIGTERM", "SIGINT" or "the launcher is gone", whichever was first; None to go on.
-
-        Cheap enough for every step.
-        """
-        if self._reason is None and self._launcher is not None and os.getppid() != self._launcher:
-            self._reason = "the launcher is gone"
+    def requested(self) -> StopReason:
+        """The first reason to stop, NONE to go on. Cheap enough for every step."""
+        if not self._reason and self._launcher is not None and os.getppid() != self._launcher:
+            self._reason = StopReason.LAUNCHER_GONE
         return self._reason
 
     def __enter__(self) -> Self:
@@ -65,6 +89,6 @@ class StopFlag:
         now = time.monotonic()
         if not self._since:
             self._since = now
-            self._reason = self._reason or signal.Signals(number).name
+            self._reason = self._reason or ASKING[signal.Signals(number)]
         elif number == signal.SIGINT and now - self._since >= ECHO:
             raise KeyboardInterrupt

@@ -7,8 +7,6 @@
 <output>/model/                    the finished model, as diffusers opens it
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
@@ -26,17 +24,17 @@ from vae import VAE
 from ..assets import part_folder
 from ..config import Config
 from ..data.cache import LatentCache, TextCache, pictures_digest
-from ..data.order import BatchPlan
 from ..data.shards import Shards, differences, remove_others
 from ..data.sources import Source, open_source
 from ..diffusion.process import Process
 from ..errors import LatentDiffError
-from ..files.model_folder import save_model
+from ..files.export import save_model
 from ..files.open import read_json
 from ..files.scheduler import read_scheduler, scheduler_config
+from .fingerprint import fingerprint, first_difference
 from .latent import LatentTraining
 from .launch import Launch, launch
-from .loop import first_difference, run_facts, run_training
+from .loop import run_training
 from .vae import VAETraining
 from .vae_finish import finish_vae
 
@@ -51,7 +49,7 @@ def train_vae(config: Config, run: Launch | None = None) -> Path:
     """
     run = run or launch(config)
     folder = run.folder / "vae"
-    facts = run_facts(run, "vae", "train_vae")
+    facts = fingerprint(run, "vae", "train_vae")
     if config.vae.pretrained:
         raise LatentDiffError(
             f"vae.pretrained={config.vae.pretrained}: there is no VAE to train; leave it out to train one"
@@ -74,7 +72,7 @@ def encode(config: Config, run: Launch | None = None) -> tuple[Caches, Caches]:
     vae = open_vae(run)
     sources = open_source(config.data)
     torch.manual_seed(config.seed)
-    return make_caches(run, sources, vae, open_text_encoder(run, sources[0]))
+    return make_caches(run, sources, vae, open_text_encoder(config, sources[0]).to(run.device))
 
 
 def train_latent(config: Config, run: Launch | None = None) -> Path:
@@ -86,14 +84,14 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     run = run or launch(config)
     folder = run.folder / "model"
     vae = open_vae(run)
-    facts = run_facts(run, "vae", "text_encoder", "unet", "diffusion", "train_latent")
+    facts = fingerprint(run, "vae", "text_encoder", "unet", "diffusion", "train_latent")
     if _is_done(folder, facts, config.train_latent.steps, run):
         return folder
     check_batches(run)
     scheduler_config(config.diffusion.process())  # refuses now what could not be written at the end
     sources = open_source(config.data)
     torch.manual_seed(config.seed)
-    text_encoder = open_text_encoder(run, sources[0])
+    text_encoder = open_text_encoder(config, sources[0]).to(run.device)
     unet = new_unet(config, vae, text_encoder)
     for line in _doubts(config):
         run.report(f"warning: unet.pretrained={config.unet.pretrained}: {line}")
@@ -126,7 +124,7 @@ def preflight(run: Launch) -> None:
     config = run.config
     check_batches(run)
     scheduler_config(config.diffusion.process())
-    encoder = open_text_encoder(run, open_source(config.data)[0])
+    encoder = open_text_encoder(config, open_source(config.data)[0])
     named = config.vae.pretrained
     vae = VAE.from_pretrained(part_folder(named, "vae")) if named else None
     with torch.device("meta"):
@@ -141,7 +139,7 @@ def check_batches(run: Launch) -> None:
     """
     for name, section in (("train_vae", run.config.train_vae), ("train_latent", run.config.train_latent)):
         try:
-            BatchPlan(section.batch_size, 0, run.accelerator.num_processes, section.micro_batch_size)
+            run.batch_plan(section)
         except LatentDiffError as error:
             raise LatentDiffError(f"{name}.{error}") from None
 
@@ -160,7 +158,7 @@ def open_vae(run: Launch) -> VAE:
             "or name a trained one with vae.pretrained=FOLDER (`latentdiff train` does both stages)"
         )
     if not named:
-        _is_done(folder, run_facts(run, "vae", "train_vae"), 0, run, quiet=True)  # raises where it is another one
+        _is_done(folder, fingerprint(run, "vae", "train_vae"), 0, run, quiet=True)  # raises where it is another one
     vae = VAE.from_pretrained(folder)
     size, factor = run.config.data.image_size, vae.config.downsampling
     if size % factor:
@@ -168,21 +166,19 @@ def open_vae(run: Launch) -> VAE:
     return vae.to(run.device)
 
 
-def open_text_encoder(run: Launch, source: Source) -> TextEncoder:
+def open_text_encoder(config: Config, source: Source) -> TextEncoder:
     """The text encoder that the config names, or a new one with a vocabulary learnt from the captions."""
-    section = run.config.text_encoder
+    section = config.text_encoder
     if section.pretrained:
         folder = part_folder(section.pretrained, "text_encoder")
         try:
-            encoder = TextEncoder.from_pretrained(folder, max_length=section.max_length)
+            return TextEncoder.from_pretrained(folder, max_length=section.max_length)
         except TextEncoderError as error:
             raise LatentDiffError(f"text_encoder.pretrained={section.pretrained}: text_encoder.{error}"
                                   if str(error).startswith("max_length") else str(error)) from None  # fmt: skip
-    else:
-        captions = (caption for several in source.all_captions() for caption in several)
-        tokenizer = train_tokenizer(captions, vocab_size=section.vocab_size, max_length=section.max_length)
-        encoder = TextEncoder.new(section.build(), tokenizer)
-    return encoder.to(run.device)
+    captions = (caption for several in source.all_captions() for caption in several)
+    tokenizer = train_tokenizer(captions, vocab_size=section.vocab_size, max_length=section.max_length)
+    return TextEncoder.new(section.build(), tokenizer)
 
 
 def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
@@ -271,14 +267,13 @@ def _is_done(folder: Path, facts: dict[str, Any], steps: int, run: Launch, *, qu
         before, taken = done["facts"], done["steps"]
     except (OSError, ValueError, KeyError):
         return False
-    for name, now in facts.items():
-        difference = None if name == "precision" else first_difference(name, before.get(name), now)
-        if difference is not None:
-            section, former, new = difference
-            raise LatentDiffError(
-                f"{folder}: was made with {section}={former!r} and now it is {new!r}; choose another `output`, "
-                "or delete the folder and its training to make it again"
-            )
+    difference = first_difference(before, {name: now for name, now in facts.items() if name != "precision"})
+    if difference is not None:
+        name, former, new = difference
+        raise LatentDiffError(
+            f"{folder}: was made with {name}={former!r} and now it is {new!r}; choose another `output`, "
+            "or delete the folder and its training to make it again"
+        )
     if taken < steps:
         return False
     if not quiet:

@@ -1,9 +1,10 @@
 """Training of the autoencoder: reconstruction, KL, perceptual, adversarial (arXiv 2112.10752, appendix G)."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +13,17 @@ from torch import Tensor, nn
 from vae import VAE, DiagonalGaussian
 
 from ..data.batches import PixelBatch, PixelBatches, micro_batches
-from ..data.cache import read_pixels, to_pixels
-from ..data.order import BatchPlan
-from ..data.pictures import PictureError
+from ..data.cache import read_pixels
+from ..data.pictures import PictureError, to_pixels
 from ..data.sources import Source
 from ..evaluation.grid import comparison_grid
 from ..evaluation.metrics import psnr, ssim
-from ..sections import DataConfig
+from ..sections import DataConfig, TrainVAESection
 from .discriminator import Discriminator, discriminator_loss, generator_loss
+from .fingerprint import fingerprint
 from .launch import Launch
-from .logging import Record
-from .loop import run_facts
-from .optimizer import Updater
+from .logging import MetricLogger
+from .optimizer import TrainState
 from .parallel import distributed, no_sync
 from .perceptual import PerceptualLoss
 from .vae_losses import adaptive_weight, load_perceptual, reconstruction_nll
@@ -43,8 +43,64 @@ class Autoencoder(nn.Module):
         return reconstruction, posterior.mean, posterior.logvar
 
 
+@dataclass(frozen=True)
+class AutoencoderLosses:
+    """What autoencoder and discriminator minimise; means over values, so 1 / (C H W) of LDM's."""
+
+    inner: Autoencoder
+    model: nn.Module  # the same, wrapped for several processes
+    inner_discriminator: Discriminator | None
+    discriminator: nn.Module | None  # the same, wrapped
+    perceptual: nn.Module
+    section: TrainVAESection
+    autocast: Callable[[], AbstractContextManager[Any]]
+    average: Callable[[Tensor], Tensor]  # over the processes
+
+    def autoencoder(
+        self, pixels: Tensor, noise: Tensor, loss_scale: Tensor, *, use_discriminator: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss, metrics and reconstruction of pixels (B, 3, H, W) through the draw that noise (B, c, h, w) makes."""
+        with self.autocast():
+            reconstruction, mean, logvar = self.model(pixels, noise)
+            perceptual = self.perceptual(pixels, reconstruction) * self.section.perceptual_weight
+        num_values = pixels[0].numel()
+        nll = reconstruction_nll(
+            pixels, reconstruction, self.inner.log_variance, self.section.reconstruction, perceptual
+        )
+        kl = DiagonalGaussian(mean, logvar).kl().mean()
+        reconstruction_loss = nll.mean() / num_values
+        loss = reconstruction_loss + self.section.kl_weight * kl / num_values
+        metrics = {"loss": loss, "perceptual": perceptual.mean(), "kl": kl}
+        if use_discriminator and self.inner_discriminator is not None:
+            self.inner_discriminator.requires_grad_(False)
+            with self.autocast():
+                adversarial_loss = generator_loss(self.inner_discriminator(reconstruction).float())
+            self.inner_discriminator.requires_grad_(True)
+            weight = self._adaptive_weight(reconstruction_loss, adversarial_loss, loss_scale)
+            loss = loss + self.section.adversarial_weight * weight * adversarial_loss
+            metrics |= {"generator_loss": adversarial_loss, "adaptive_weight": weight}
+        metrics["l1"] = (pixels - reconstruction.detach().float()).abs().mean()
+        return loss, {name: value.detach() for name, value in metrics.items()}, reconstruction.detach()
+
+    def discriminate(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
+        """The discriminator's loss, ()."""
+        assert self.discriminator is not None
+        with self.autocast():
+            logits = self.discriminator(torch.cat([pixels, reconstruction.to(pixels.dtype)])).float()
+        return discriminator_loss(*logits.chunk(2))
+
+    def _adaptive_weight(self, reconstruction_loss: Tensor, adversarial_loss: Tensor, loss_scale: Tensor) -> Tensor:
+        """From gradients averaged over the processes, so that any number of them weighs alike."""
+        last_layer = self.inner.vae.decoder.conv_out.weight
+        grads = [
+            torch.autograd.grad(loss * loss_scale, last_layer, retain_graph=True)[0]
+            for loss in (reconstruction_loss, adversarial_loss)
+        ]
+        return adaptive_weight(*self.average(torch.stack(grads) / loss_scale))
+
+
 class VAETraining:
-    """The task: `learn`, `validate`, and what a checkpoint holds. See `loop.Task`."""
+    """`train_step`, `validate`, and what a checkpoint holds. See `loop.Training`."""
 
     name = "train_vae"
 
@@ -62,17 +118,20 @@ class VAETraining:
         run.report(sentence)
         fp16 = run.precision == "fp16"
         trained = {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
-        self.updaters = {"vae": Updater([(trained, section.learning_rate)], section, fp16=fp16)}
+        self.states = {"vae": TrainState([(trained, section.learning_rate)], section, fp16=fp16)}
+        inner_discriminator, self.discriminator = None, None
         if section.adversarial_weight > 0:
-            self.inner_critic = Discriminator(section.discriminator_width, section.discriminator_layers).to(run.device)
-            self.critic = distributed(self.inner_critic, run, section)
-            rate = section.discriminator_learning_rate
-            self.updaters["critic"] = Updater([(dict(self.inner_critic.named_parameters()), rate)], section, fp16=fp16)
+            inner_discriminator = Discriminator(section.discriminator_width, section.discriminator_layers)
+            self.discriminator = distributed(inner_discriminator.to(run.device), run, section)
+            group = (dict(inner_discriminator.named_parameters()), section.discriminator_learning_rate)
+            self.states["discriminator"] = TrainState([group], section, fp16=fp16)
+        self.losses = AutoencoderLosses(self.inner, self.model, inner_discriminator, self.discriminator,
+                                        self.perceptual, section, run.autocast,
+                                        lambda gradients: run.accelerator.reduce(gradients, "mean"))  # fmt: skip
         size = config.data.image_size // vae.config.downsampling
         self.latent_shape = (vae.config.latent_channels, size, size)
-        self.plan = BatchPlan(section.batch_size, run.accelerator.process_index, run.accelerator.num_processes,
-                              section.micro_batch_size)  # fmt: skip
-        self.facts = {**run_facts(run, "vae", "train_vae"), "pictures": len(self.train_source)}
+        self.plan = run.batch_plan(section)
+        self.fingerprint = {**fingerprint(run, "vae", "train_vae"), "pictures": len(self.train_source)}
 
     def batches(self, start: int, stop: int) -> Iterator[list[PixelBatch]]:
         """The micro-batches of steps start ... stop - 1."""
@@ -80,35 +139,46 @@ class VAETraining:
         dataset = PixelBatches(self.train_source, config.data, self.plan, config.seed, self.latent_shape)
         return micro_batches(dataset, self.plan, start, stop, config.workers, self.run.device.type == "cuda")
 
-    def learn(self, batches: list[PixelBatch], step: int, record: Record) -> tuple[dict[str, Tensor], Tensor]:
-        """One step of the autoencoder, and of the discriminator once it takes part: both move, or neither."""
-        playing = "critic" in self.updaters and step >= self.section.adversarial_start
-        sums: dict[str, Tensor] = {}
-        with record.phase("model"):
+    def train_step(self, batches: list[PixelBatch], step: int, log: MetricLogger) -> tuple[dict[str, Tensor], Tensor]:
+        """One training step, counted from 1, of the autoencoder, and of the discriminator once it takes part.
+
+        Returns:
+            The metrics, () each; 1 where the step was finite and moved both, else 0 (and neither moved), ().
+        """
+        discriminator = self.discriminator if step >= self.section.adversarial_start else None
+        states = [state for name, state in self.states.items() if name == "vae" or discriminator is not None]
+        metrics: dict[str, Tensor] = {}
+        with log.phase("model"):
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
                 pixels = to_pixels(batch.images.to(self.run.device, non_blocking=True))
-                metrics, reconstruction = self._autoencode(pixels, batch.noise, playing, last, len(batches))
-                if playing:
-                    metrics["critic_loss"] = self._criticise(pixels, reconstruction, last, len(batches))
-                for name, value in metrics.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value / len(batches)
-        with record.phase("optimizer"):
-            active = [self.updaters["vae"], *([self.updaters["critic"]] if playing else [])]
-            norms = [updater.gradient_norm() for updater in active]
-            moves = torch.stack(norms).isfinite().all().float()
-            for updater, norm in zip(active, norms, strict=True):
-                updater.update(step, norm, moves)
-        sums["norm"] = norms[0]
-        return sums, moves
+                noise, scale = batch.noise.to(self.run.device, non_blocking=True), states[0].loss_scale
+                with no_sync(self.model, last=last):
+                    loss, found, reconstruction = self.losses.autoencoder(
+                        pixels, noise, scale, use_discriminator=discriminator is not None
+                    )
+                    torch.autograd.backward(loss * scale / len(batches))
+                if discriminator is not None:
+                    with no_sync(discriminator, last=last):
+                        loss = self.losses.discriminate(pixels, reconstruction)
+                        torch.autograd.backward(loss * states[1].loss_scale / len(batches))
+                    found["discriminator_loss"] = loss.detach()
+                for name, value in found.items():
+                    metrics[name] = metrics.get(name, torch.zeros_like(value)) + value / len(batches)
+        with log.phase("optimizer"):
+            norms = [state.gradient_norm() for state in states]
+            step_is_finite = torch.stack(norms).isfinite().all().float()
+            for state, norm in zip(states, norms, strict=True):
+                state.update(step, norm, step_is_finite)
+        return {**metrics, "norm": norms[0]}, step_is_finite
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
         """PSNR, SSIM and the perceptual term on held-out pictures, without noise; EMA and raw; and a grid of some."""
-        updater = self.updaters["vae"]
+        state = self.states["vae"]
         self.inner.eval()
         raw = self._quality()[0]
-        with updater.ema.swapped([tensor.detach() for tensor in updater.local.values()]):
+        with state.ema.swapped([tensor.detach() for tensor in state.local.values()]):
             averaged, shown = self._quality()
         self.inner.train()
         values = {f"validation_{name}": value for name, value in averaged.items()}
@@ -123,56 +193,10 @@ class VAETraining:
 
     def finish(self) -> tuple[VAE, float]:
         """The averaged VAE, and the log-variance of its decoder."""
-        average = self.updaters["vae"].named("ema")
+        average = self.states["vae"].named("ema")
         self.inner.load_state_dict({**self.inner.state_dict(), **average})
         self.inner.vae.enable_gradient_checkpointing(False)
         return self.inner.vae.eval(), float(self.inner.log_variance.detach())
-
-    def _autoencode(
-        self, pixels: Tensor, noise: Tensor, playing: bool, last: bool, parts: int
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients of one micro-batch for the autoencoder. Losses are a mean over values, so 1 / (C H W) of LDM's."""
-        section, updater = self.section, self.updaters["vae"]
-        with no_sync(self.model, last=last):
-            with self.run.autocast():
-                reconstruction, mean, logvar = self.model(pixels, noise.to(self.run.device, non_blocking=True))
-                perceptual = self.perceptual(pixels, reconstruction) * section.perceptual_weight
-            values = pixels[0].numel()
-            nll = reconstruction_nll(
-                pixels, reconstruction, self.inner.log_variance, section.reconstruction, perceptual
-            )
-            kl = DiagonalGaussian(mean, logvar).kl().mean()
-            fit = nll.mean() / values
-            loss = fit + section.kl_weight * kl / values
-            metrics = {"loss": loss, "perceptual": perceptual.mean(), "kl": kl}
-            if playing:
-                self.inner_critic.requires_grad_(False)
-                with self.run.autocast():
-                    fooled = generator_loss(self.inner_critic(reconstruction).float())
-                self.inner_critic.requires_grad_(True)
-                weight = self._adaptive_weight(fit, fooled)
-                loss = loss + section.adversarial_weight * weight * fooled
-                metrics |= {"generator_loss": fooled, "adaptive_weight": weight}
-            torch.autograd.backward(loss * updater.loss_scale / parts)
-        metrics["l1"] = (pixels - reconstruction.float()).abs().mean()
-        return {name: value.detach() for name, value in metrics.items()}, reconstruction.detach()
-
-    def _criticise(self, pixels: Tensor, reconstruction: Tensor, last: bool, parts: int) -> Tensor:
-        """Gradients of one micro-batch for the discriminator."""
-        with no_sync(self.critic, last=last):
-            with self.run.autocast():
-                real, fake = self.critic(torch.cat([pixels, reconstruction.to(pixels.dtype)])).float().chunk(2)
-            loss = discriminator_loss(real, fake)
-            torch.autograd.backward(loss * self.updaters["critic"].loss_scale / parts)
-        return loss.detach()
-
-    def _adaptive_weight(self, fit: Tensor, fooled: Tensor) -> Tensor:
-        """From gradients averaged over the processes, so that any number of them weighs alike."""
-        last_layer = self.inner.vae.decoder.conv_out.weight
-        scale = self.updaters["vae"].loss_scale
-        grads = [torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0] for loss in (fit, fooled)]
-        fit_grad, fooled_grad = self.run.accelerator.reduce(torch.stack(grads) / scale, "mean")
-        return adaptive_weight(fit_grad, fooled_grad)
 
     def _quality(self) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
         """Means over the held-out pictures, which the processes share; and this one's pictures with reconstructions."""

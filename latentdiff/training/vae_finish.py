@@ -1,7 +1,5 @@
 """The end of VAE training: latents of mean 0 and standard deviation 1, a look at their shape, half-precision checks."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

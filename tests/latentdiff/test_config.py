@@ -123,7 +123,7 @@ def test_json_there_and_back():
 
 
 def test_a_model_that_exists_has_its_own_shape():
-    """What does not count is neither recorded in a run nor printed on its card."""
+    """What is ignored is neither recorded in a run nor printed on its card."""
     names = [f"{part}.pretrained=builtin:emoji-64" for part in ("vae", "unet", "text_encoder")]
     values = load_config("emoji-64", names).model_dump(mode="json")
     assert values["vae"] == values["unet"] == {"pretrained": "builtin:emoji-64"}

@@ -12,11 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.config import load_config, recipes
 from latentdiff.errors import LatentDiffError
-from latentdiff.plan import DEVICES, GIB, plan
-from latentdiff.plan.flops import Autocast, Counter, build_models
+from latentdiff.plan import DEVICES, plan
+from latentdiff.plan.counting import Autocast, Counter
+from latentdiff.plan.devices import GIB
+from latentdiff.plan.models import build_models
 from latentdiff.training.checkpoint import newest_checkpoint, save_checkpoint
 from latentdiff.training.discriminator import Discriminator
-from latentdiff.training.optimizer import Updater
+from latentdiff.training.optimizer import TrainState
 from latentdiff.training.vae import Autoencoder
 from unet import UNet, UNetConfig
 from vae import VAE
@@ -132,24 +134,24 @@ def test_state_is_that_of_a_real_training():
     config = load_config("debug")
     inner = Autoencoder(VAE(config.vae.build(32)), True)
     critic = Discriminator(8, 2)
-    updaters = [Updater([({name: p for name, p in module.named_parameters() if p.requires_grad}, 1e-3)],
+    trained = [TrainState([({name: p for name, p in module.named_parameters() if p.requires_grad}, 1e-3)],
                         config.train_vae) for module in (inner, critic)]  # fmt: skip
     memory = plan(config, device="h100").stages[0].memory
-    parameters = [p for updater in updaters for p in updater.local.values()]
+    parameters = [p for state in trained for p in state.local.values()]
     assert memory.weights == memory.gradients == sum(p.nbytes for p in parameters)
-    assert memory.average == sum(tensor.nbytes for updater in updaters for tensor in updater.ema.tensors)
-    states = [state for updater in updaters for state in updater.optimizer.state.values()]
+    assert memory.average == sum(tensor.nbytes for state in trained for tensor in state.ema.tensors)
+    states = [state for one in trained for state in one.optimizer.state.values()]
     assert memory.optimizer == sum(tensor.nbytes for state in states for tensor in state.values())
 
 
 def test_checkpoint_size_is_that_of_a_real_checkpoint(tmp_path):
     config = load_config("debug")
-    updater = Updater([(dict(UNet(TINY).named_parameters()), 1e-3)], config.train_latent)
-    save_checkpoint(tmp_path, 1, updater.state(), {})
+    state = TrainState([(dict(UNet(TINY).named_parameters()), 1e-3)], config.train_latent)
+    save_checkpoint(tmp_path, 1, state.tensors(), {})
     checkpoint = newest_checkpoint(tmp_path, print)
     assert checkpoint is not None
     size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
-    assert size == pytest.approx(16 * sum(p.numel() for p in updater.parameters.values()), rel=0.05)
+    assert size == pytest.approx(16 * sum(p.numel() for p in state.parameters.values()), rel=0.05)
 
 
 def test_full_size_models_have_their_known_parameters():

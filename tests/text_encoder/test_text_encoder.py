@@ -1,6 +1,8 @@
 """TextEncoder: BERT three ways and CLIP, equal to what diffusers' pipelines feed their UNets."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -77,6 +79,14 @@ def as_a_pipeline_encodes(model, tokenizer, prompts: list[str]) -> tuple[torch.T
         requires_safety_checker=False,
     )
     return pipeline.encode_prompt(prompts, "cpu", 1, True)
+
+
+def test_the_import_is_light():
+    """transformers takes seconds, and who draws or trains a UNet alone needs none of it."""
+    heavy = {"transformers", "tokenizers", "huggingface_hub", "diffusers"}
+    script = f"import sys, unet, vae; from text_encoder import TextEncoder; sys.exit(str({heavy} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.stderr.strip() == "set()"
 
 
 def test_a_new_bert(encoder):
@@ -253,28 +263,29 @@ def change_weights(folder, change):
     ("spoil", "message"),
     [
         (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot be opened"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json: not valid JSON"),
         (lambda f: set_config(f, model_type="gpt2"), "model_type 'gpt2' is not supported; only bert"),
         (lambda f: set_config(f, auto_map={"AutoModel": "evil.Model"}), "'auto_map', which is refused"),
         (lambda f: set_config(f, trust_remote_code=True), "'trust_remote_code', which is refused"),
         (lambda f: set_config(f, _attn_implementation_internal="evil/kernel"), "which is refused"),
         (lambda f: set_config(f, hidden_size=64), "cannot be opened"),
-        (lambda f: set_config(f, hidden_size="32"), "cannot be opened"),
-        (lambda f: set_config(f, num_attention_heads=0), "cannot be opened"),
-        (lambda f: set_config(f, num_hidden_layers=1), "the weights have 16 tensors too many: encoder"),
-        (lambda f: set_config(f, num_hidden_layers=3), "the weights lack 16 tensors"),
+        (lambda f: set_config(f, hidden_size="32"), r"config\.json: cannot be used \(.*'hidden_size'"),
+        (lambda f: set_config(f, num_attention_heads=0), r"config\.json: cannot be used"),
+        (lambda f: set_config(f, num_hidden_layers=1), "has, and this text encoder has not, 16 tensors: encoder"),
+        (lambda f: set_config(f, num_hidden_layers=10**9), r"num_hidden_layers=1000000000; the file has \d+ tensors"),
+        (lambda f: set_config(f, num_hidden_layers=3), "lacks 16 tensors: encoder"),
         (lambda f: set_config(f, is_decoder=True), "'is_decoder', which is refused"),
         (lambda f: set_config(f, use_attention_mask="no"), "use_attention_mask='no': expected true or false"),
         (lambda f: set_config(f, model_type=["bert"]), "is not supported; only bert"),
-        (lambda f: (f / "config.json").write_text("[1]"), "cannot be opened"),
-        (lambda f: change_weights(f, lambda w: w.pop("embeddings.LayerNorm.weight")), "the weights lack 1 tensor"),
+        (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
+        (lambda f: change_weights(f, lambda w: w.pop("embeddings.LayerNorm.weight")), "lacks 1 tensor: embeddings"),
         (
             lambda f: change_weights(f, lambda w: w.update({"embeddings.LayerNorm.bias": torch.zeros(5)})),
             "cannot be opened",
         ),
         (
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
-            "cannot be opened",
+            "damaged or not a safetensors file",
         ),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "never opened"),
         (lambda f: (f.parent / "tokenizer").rename(f.parent / "elsewhere"), "no tokenizer there; expected one of"),

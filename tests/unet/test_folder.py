@@ -39,6 +39,7 @@ def edit_config(folder, **changes):
             {"layers_per_block": 10**9},
             "layers_per_block=1000000000 is not supported; it is .* from 1 to 100",
         ),
+        ({"layers_per_block": 100}, "levels x layers_per_block x transformer_layers_per_block is 200, .* at most 128"),
         ({"transformer_layers_per_block": 10**30}, "transformer_layers_per_block=1000000000"),
         ({"block_out_channels": [32, 2**64]}, "block_out_channels=18446744073709551616"),
         ({"downsample_padding": True}, "downsample_padding=True is not supported; only 1 is"),

@@ -40,7 +40,7 @@ def test_latents_and_raw_code(pixels, relative_error):
         assert relative_error(latents.mean, 0.5 * (z.mean - 0.25)) < 1e-6
         assert relative_error(latents.std, 0.5 * z.std) < 1e-6
         noise = torch.randn_like(z.mean)
-        assert relative_error(vae.unscale(latents.shifted(noise)), z.shifted(noise)) < 1e-6
+        assert relative_error(vae.unscale(latents.reparameterize(noise)), z.reparameterize(noise)) < 1e-6
         assert relative_error(vae.decode(vae.scale(z.mean)), vae.decode_z(z.mean)) < 1e-5
         assert vae.encode(pixels).shape == (2, 3, 6, 4)
 
@@ -129,6 +129,7 @@ def test_wrong_inputs(vae, call, message):
         ({"shift_factor": math.nan}, "shift_factor=nan"),
         ({"sample_size": "x"}, "sample_size='x'"),
         ({"layers_per_block": 10**9}, "layers_per_block=1000000000"),
+        ({"layers_per_block": 65}, "levels x layers_per_block is 130, which is not supported; at most 128 is"),
         ({"scaling_factor": "1"}, "scale_factor='1'"),
         ({"mid_block_add_attention": "yes"}, "mid_attention='yes'"),
         ({"use_quant_conv": 1}, "quant_convs=1"),

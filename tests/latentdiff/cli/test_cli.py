@@ -1,13 +1,25 @@
 """The command line: a user's mistake is one line on stderr and exit code 1, never a traceback."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from latentdiff.cli import app
-from latentdiff.cli.errors import plain_errors
+from latentdiff.cli import COMMANDS, app, plain_errors, run_stage
+from latentdiff.config import load_config
+from latentdiff.training import stages
+
+ALL_HELP = """
+import sys
+from typer.testing import CliRunner
+from latentdiff.cli import COMMANDS, app
+for command in ("", "data", *COMMANDS):
+    assert "Usage" in CliRunner().invoke(app, [*command.split(), "--help"]).output, command
+print(*{"torch", "transformers", "numpy", "PIL", "datasets", "accelerate", "diffusers"} & set(sys.modules))
+"""
 
 
 @pytest.fixture
@@ -18,11 +30,30 @@ def invoke(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("command", ["", "train", "train-vae", "train-latent", "encode", "data", "data check"])
+@pytest.mark.parametrize("command", ["", "data", *COMMANDS])
 def test_help(invoke, command):
     result = invoke(*command.split(), "--help")
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+def test_help_imports_nothing_heavy():
+    """It appears at once: torch alone takes seconds to import."""
+    done = subprocess.run([sys.executable, "-c", ALL_HELP], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("as_script", [False, True])
+def test_train_latent_without_a_config_trains_the_demo(invoke, monkeypatch, as_script):
+    trained = []
+    monkeypatch.setattr(stages, "train_latent", trained.append)
+    if as_script:
+        monkeypatch.setattr(sys, "argv", ["train_latent.py", "seed=1"])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            run_stage("train-latent")
+    else:
+        assert invoke("train-latent", "seed=1").exit_code == 0
+    assert trained == [load_config("demo", ["seed=1"])]
 
 
 def test_the_schema_is_json(invoke):
@@ -98,5 +129,8 @@ def test_out_of_memory_says_what_takes_less(capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496")
     assert "micro_batch_size" in said
+    with pytest.raises(SystemExit), plain_errors():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    assert capsys.readouterr().err.startswith("error: CUDA out of memory. A training takes less with")
     with pytest.raises(RuntimeError, match="shape"), plain_errors():  # ours, to be reported
         torch.zeros(2).view(3)

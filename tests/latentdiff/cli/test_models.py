@@ -1,4 +1,4 @@
-"""`latentdiff sample`, `inspect`, `export`, and the example of every command's help."""
+"""`latentdiff sample`, `evaluate`, `inspect`, `export`, and the example of every command's help."""
 
 import json
 import re
@@ -13,10 +13,11 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from latentdiff import LatentDiffError, LatentPipeline
-from latentdiff.cli import app
-from latentdiff.cli.evaluate import _data_of
+from latentdiff.cli import COMMANDS, app
+from latentdiff.cli.models import _data_of
 from latentdiff.config import load_config
-from latentdiff.data.cache import read_pixels, to_pixels
+from latentdiff.data.cache import read_pixels
+from latentdiff.data.pictures import to_pixels
 from latentdiff.data.sources import open_source
 from latentdiff.evaluation.metrics import psnr
 from latentdiff.sections import DataConfig
@@ -172,7 +173,7 @@ def test_inspect(invoke):
 def test_export_and_open_again(invoke, place, form):
     target = "exported" if form == "folder" else "exported.safetensors"
     result = invoke(
-        f"export runs/mine {target} --format {form} --precision fp16 --licence mit --data 'my own pictures'"
+        f"export runs/mine {target} --format {form} --precision fp16 --license mit --data 'my own pictures'"
     )
     assert result.exit_code == 0, result.output
     before = LatentPipeline.from_pretrained(place / "runs/mine", dtype=torch.float32, device="cpu")
@@ -241,19 +242,7 @@ def test_a_damaged_model(invoke, place):
 def examples() -> dict[str, str]:
     """What the help of every command says to type."""
     found = {}
-    for name in (
-        "train",
-        "train-vae",
-        "encode",
-        "train-latent",
-        "data check",
-        "schema",
-        "sample",
-        "inspect",
-        "export",
-        "plan",
-        "evaluate",
-    ):
+    for name in COMMANDS:
         text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", CliRunner().invoke(app, [*name.split(), "--help"]).output).split())
         (example,) = re.findall(r"Example: latentdiff (.*?) (?:Arguments|Options)", text)
         found[name] = example

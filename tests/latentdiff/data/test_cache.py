@@ -10,8 +10,9 @@ from PIL import Image
 
 from latentdiff import LatentDiffError
 from latentdiff.data.batches import LatentBatches, ValidationBatches
-from latentdiff.data.cache import LatentCache, TextCache, read_pixels, to_pixels
+from latentdiff.data.cache import LatentCache, TextCache, read_pixels
 from latentdiff.data.order import BatchPlan
+from latentdiff.data.pictures import to_pixels
 from latentdiff.data.sources import open_source
 from text_encoder import TextEncoder, TextEncoderConfig, train_tokenizer
 from vae import VAE, VAEConfig
@@ -156,16 +157,19 @@ def test_cached_or_not_a_step_is_the_same(batches, vae):
     """The draw from the cached posterior is that of encoding the picture in the step, to float16's rounding."""
     cached, online = batches()[3], batches(cached=False)[3]
     with torch.no_grad():
-        x0 = vae.latent_posterior(to_pixels(online.images)).shifted(online.posterior_noise)
+        x0 = vae.latent_posterior(to_pixels(online.images)).reparameterize(online.posterior_noise)
     assert torch.allclose(cached.x0, x0, atol=5e-3)
-    for name in ("noise", "t", "tokens", "context_mask"):
-        assert torch.equal(getattr(cached, name), getattr(online, name)), name
+    for ours, theirs in zip(
+        (cached.noise, cached.t, *cached.text), (online.noise, online.t, *online.text), strict=True
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_processes_slice_the_global_batch(batches):
     whole, halves = batches()[4], [batches(rank=rank, world=2)[4] for rank in (0, 1)]
-    for name in ("x0", "noise", "t", "tokens"):
+    for name in ("x0", "noise", "t"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
+    assert torch.equal(whole.text.tokens, torch.cat([half.text.tokens for half in halves]))
 
 
 def test_timesteps_are_stratified(batches):
@@ -177,7 +181,7 @@ def test_timesteps_are_stratified(batches):
 def test_captions_are_drawn_and_dropped(batches, encoder):
     """Each of the two captions, and the empty prompt at its rate, within 4 standard errors."""
     rows = batches(dropout=0.25)
-    tokens = torch.cat([rows[number].tokens for number in range(100)])
+    tokens = torch.cat([rows[number].text.tokens for number in range(100)])
     empty, first = ((tokens == encoder.tokenize([text]).tokens).all(1) for text in ("", ""))
     assert abs(empty.float().mean() - 0.25) < 4 * (0.25 * 0.75 / 800) ** 0.5
     word = encoder.tokenize(["picture"]).tokens[0, 1]
@@ -192,7 +196,7 @@ def test_a_broken_picture_is_replaced_by_the_next(batches, source, folder):
         after = batches(cached=cached, max_broken=0.5)[0]
         assert torch.equal(before.t, after.t)
         assert torch.equal(before.noise, after.noise)
-        assert after.tokens.shape == before.tokens.shape
+        assert after.text.tokens.shape == before.text.tokens.shape
     assert after.broken == [(source.name(1), "format")]
 
 

@@ -64,9 +64,9 @@ def test_the_places_of_all_processes_are_the_batch(world, micro, batch):
     except LatentDiffError:
         assert batch % (world * (micro or 1))
         return
-    places = [place for plan in plans for part in range(plan.passes) for place in plan.places(part)]
+    places = [place for plan in plans for part in range(plan.accumulation_steps) for place in plan.global_indices(part)]
     assert sorted(places) == list(range(batch))
-    assert all(len(plan.places(0)) == plan.pictures_a_pass for plan in plans)
+    assert all(len(plan.global_indices(0)) == plan.pictures_a_pass for plan in plans)
 
 
 def test_an_uneven_batch_is_refused():

@@ -13,9 +13,9 @@ import pytest
 from datasets.utils.logging import is_progress_bar_enabled
 
 from latentdiff.data import tables
+from latentdiff.data.folders import split_of_file
 from latentdiff.data.pictures import PictureError
 from latentdiff.data.sources import hold_out, open_source, read_quarantine
-from latentdiff.data.splits import split_of_file
 from latentdiff.errors import LatentDiffError
 
 SOME = [f"{number:02}.png" for number in range(12)]
@@ -218,8 +218,8 @@ def test_builtin(config):
     [("train-00000.tar", "train"), ("a/Dev_2.parquet", "validation"), ("my.clean-x.tar", "clean-x"),
      ("trains.parquet", ""), ("constraint.tar", ""), ("testing.tar", "test")],
 )  # fmt: skip
-def test_split_of_a_file(name, split):
-    assert split_of_file(name, ("clean-x", "validation")) == split
+def test_split_of_a_file(config, name, split):
+    assert split_of_file(name, config("x", train_split="clean-x")) == split
 
 
 @pytest.mark.parametrize("source", ["owner/name", "s3://bucket/*.parquet"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from latentdiff import Schedule
-from latentdiff.diffusion.process import add_noise, bound_term, prior_term
+from latentdiff.diffusion.bound import bound_term, prior_term
+from latentdiff.diffusion.process import add_noise
 
 
 def nodes(count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,21 +11,19 @@ from diffusers.training_utils import compute_snr
 from torch.distributions import Independent, Normal, kl_divergence
 
 from latentdiff import LatentDiffError, Schedule
+from latentdiff.diffusion.bound import bound_term, gaussian_kl, prior_term
 from latentdiff.diffusion.process import (
     PREDICTIONS,
     Gaussian,
     add_noise,
-    bound_term,
     check_prediction,
     convert,
     diffusion_loss,
     forward_kernel,
     forward_step,
     from_x0,
-    gaussian_kl,
     loss_weight,
     posterior,
-    prior_term,
     reverse_step,
     reverse_variance,
     sample_timesteps,

@@ -8,9 +8,10 @@ from PIL import Image
 
 from latentdiff import LatentDiffError, LatentPipeline
 from latentdiff.data.cache import read_pixels
-from latentdiff.evaluation import model
-from latentdiff.evaluation.concepts import Drawn
-from latentdiff.sampling.settings import Recipe
+from latentdiff.data.sources import open_source
+from latentdiff.evaluation import concepts
+from latentdiff.evaluation import evaluate as report
+from latentdiff.sampling.settings import SamplingSettings
 from latentdiff.sections import DataConfig
 
 
@@ -38,13 +39,14 @@ def copier(monkeypatch):
     """Draws the training picture of each prompt itself, perhaps in the mirror."""
 
     def install(data, *, mirrored):
-        def copies(_, source, concepts, chosen, recipe):
-            order = [place for place in chosen for _ in range(recipe.num_images)]
-            images = [read_pixels(source, place, data)[:, :: -1 if mirrored else 1] for place in order]
-            return Drawn([source.captions(place)[0] for place in order], [concepts[place] for place in order],
-                         recipe.seeds(len(order)), [Image.fromarray(image) for image in images])  # fmt: skip
+        def copies(_, captions, seeds, settings):
+            train, _ = open_source(data)
+            places = {train.captions(place)[0]: place for place in range(len(train))}
+            order = [places[caption] for caption in captions for _ in range(settings.num_images)]
+            images = [read_pixels(train, place, data)[:, :: -1 if mirrored else 1] for place in order]
+            return [Image.fromarray(image) for image in images]
 
-        monkeypatch.setattr(model, "draw_concepts", copies)
+        monkeypatch.setattr(concepts, "sample_concepts", copies)
 
     return install
 
@@ -52,14 +54,14 @@ def copier(monkeypatch):
 @pytest.mark.parametrize(("most", "flip"), [(20_000, False), (9, False), (20_000, True)])
 def test_a_perfect_copier_is_always_right(pipe, pictures, copier, monkeypatch, tmp_path, most, flip):
     """Also where not all pictures are looked at, one is broken, and it copies in the mirror what it saw there."""
-    monkeypatch.setattr(model, "MOST_TRAINING", most)
+    monkeypatch.setattr(report, "MOST_TRAINING", most)
     data = DataConfig(source=str(pictures), image_size=64, flip=flip)
     copier(data, mirrored=flip)
-    recipe = Recipe(num_images=2, seed=3)
-    found = model.evaluate(pipe, data, recipe, style="^a (photo|drawing) of ")
+    settings = SamplingSettings(num_images=2, seed=3)
+    found = report.evaluate(pipe, data, settings, style="^a (photo|drawing) of ")
     assert [entry.top1 for entry in found.concepts.agreements] == [1.0, 1.0]
     assert [entry.shuffled for entry in found.concepts.agreements] == [0.0, 0.0]
-    assert found.concepts.num_gallery == min(most, 40) - (most == 20_000)  # of nine none is the broken one
+    assert found.concepts.gallery == min(most, 40) - (most == 20_000)  # of nine none is the broken one
     found.write(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "drawn.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == list(range(3, 3 + len(rows)))
@@ -78,23 +80,23 @@ def test_a_perfect_copier_is_always_right(pipe, pictures, copier, monkeypatch, t
      ("builtin:emoji-mini", "builtin:emoji-mini")],
 )  # fmt: skip
 def test_the_source_is_named_without_its_folders(pipe, source, said):
-    assert model._settings(pipe, DataConfig(source=source), Recipe(seed=0), "")["source"] == said
+    assert report._settings(pipe, DataConfig(source=source), SamplingSettings(seed=0), "")["source"] == said
 
 
 def test_copies_in_the_mirror_are_wrong_where_training_saw_none(pipe, pictures, copier):
     data = DataConfig(source=str(pictures), image_size=64, flip=False)
     copier(data, mirrored=True)
-    found = model.evaluate(pipe, data, Recipe(seed=3), style="^a (photo|drawing) of ")
+    found = report.evaluate(pipe, data, SamplingSettings(seed=3), style="^a (photo|drawing) of ")
     assert found.concepts.agreements[0].top1 < 1.0
 
 
 def test_pictures_of_one_thing(pipe, pictures, tmp_path):
     """What can be measured is measured; and one picture cannot be told from nothing."""
     data = DataConfig(source=str(pictures), image_size=64)
-    found = model.evaluate(pipe, data, Recipe(seed=0), style=".*")
+    found = report.evaluate(pipe, data, SamplingSettings(seed=0), style=".*")
     assert found.concepts is None
     assert any("left out" in line for line in found.lines())
     found.write(tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text())["concepts"] is None
     with pytest.raises(LatentDiffError, match="1 concepts asked for: two at least"):
-        model.evaluate(pipe, data, Recipe(seed=0), num_concepts=1)
+        report.evaluate(pipe, data, SamplingSettings(seed=0), num_concepts=1)

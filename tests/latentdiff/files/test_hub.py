@@ -22,6 +22,14 @@ variant = sys.argv[1] or None
 pipe = LatentPipeline.from_pretrained("someone/model", variant=variant)
 pipe("a 3d emoji of a red apple", num_steps=1, seed=0)[0].save(sys.argv[2])
 """
+ENCODE = """
+import sys
+from safetensors.torch import save_file
+from text_encoder import TextEncoder
+variant = sys.argv[1] or None
+encoder = TextEncoder.from_pretrained("someone/model", variant=variant)
+save_file({"context": encoder(["a red apple"])}, sys.argv[2])
+"""
 
 
 @pytest.fixture
@@ -70,18 +78,18 @@ def hub(tmp_path):
 
 
 @pytest.fixture
-def drawn(hub, tmp_path):
-    """What someone/model draws, as PNG, in a process that has never heard of it."""
+def made(hub, tmp_path):
+    """The file that a program makes with someone/model, in a process that has never heard of it."""
 
-    def draw(variant="", **more):
+    def make(program, variant="", **more):
         environment = {**os.environ, "HF_ENDPOINT": hub[1], "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"),
                        "HF_HUB_DISABLE_XET": "1", **more}  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", OPEN, variant, tmp_path / "drawn.png"], env=environment,
+        done = subprocess.run([sys.executable, "-c", program, variant, tmp_path / "made.png"], env=environment,
                               capture_output=True, text=True, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return (tmp_path / "drawn.png").read_bytes()
+        return (tmp_path / "made.png").read_bytes()
 
-    return draw
+    return make
 
 
 def as_variant(folder, name):
@@ -90,7 +98,7 @@ def as_variant(folder, name):
         file.rename(file.with_suffix(f".{name}.safetensors"))
 
 
-def test_only_what_is_needed_and_then_from_the_cache(hub, drawn):
+def test_only_what_is_needed_and_then_from_the_cache(hub, made):
     folder, _, asked = hub
     unneeded = ["v1-5-pruned.safetensors", "safety_checker/model.safetensors", "unet/diffusion_pytorch_model.bin",
                 "unet/diffusion_pytorch_model.non_ema.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
@@ -98,21 +106,49 @@ def test_only_what_is_needed_and_then_from_the_cache(hub, drawn):
     for file in unneeded:
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(b"not to be fetched")
-    first = drawn()
+    first = made(OPEN)
     needed = {"model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))}
     assert needed <= set(asked)
     assert not set(unneeded) & set(asked)
-    assert drawn(HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9") == first  # no hub in reach: from the cache
+    assert made(OPEN, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9") == first  # no hub in reach: from the cache
+
+
+@pytest.fixture
+def text_hub(hub):
+    """The hub offers a text encoder alone, in one folder with its tokenizer, as `bert-base-uncased` is there."""
+    folder, _, asked = hub
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for file in part.iterdir() if part.name in ("text_encoder", "tokenizer") else ():
+            file.rename(folder / file.name)
+        shutil.rmtree(part)
+    for file in ("model_index.json", "evaluation.json"):
+        (folder / file).unlink()
+    return folder, asked
+
+
+@pytest.mark.parametrize("variant", ["", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_a_text_encoder(text_hub, made, variant):
+    """Config, tokenizer and safetensors weights; nothing that is pickled, and no code."""
+    folder, asked = text_hub
+    if variant:
+        as_variant(folder, variant)
+    needed = {file.name for file in folder.iterdir() if file.suffix in (".json", ".txt", ".safetensors")}
+    for file in ("pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "model.bf16.safetensors", "modeling_bert.py"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(b"not to be fetched")
+    first = made(ENCODE, variant)
+    assert set(asked) == needed
+    assert made(ENCODE, variant, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9") == first
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["fp16", ""])
-def test_variants(hub, drawn, variant):
+def test_variants(hub, made, variant):
     """The one that is asked for; or, where a part has no other, its only one."""
     folder, _, asked = hub
     as_variant(folder if variant else folder / "text_encoder", "fp16")
     if variant:
         (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"not to be fetched")
-    drawn(variant)
+    made(OPEN, variant)
     assert "text_encoder/model.fp16.safetensors" in asked
     assert "unet/diffusion_pytorch_model.safetensors" not in asked or not variant

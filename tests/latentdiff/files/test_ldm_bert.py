@@ -45,8 +45,8 @@ def test_spoilt_folders(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layer_norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LatentDiffError, match="the weights lack 1 tensor"):
+    with pytest.raises(LatentDiffError, match="lacks 1 tensor: model"):
         load_ldm_bert(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(LatentDiffError, match="cannot be opened"):
+    with pytest.raises(LatentDiffError, match=r"model\.safetensors: no such file"):
         load_ldm_bert(folder)

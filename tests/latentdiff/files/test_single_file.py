@@ -392,7 +392,7 @@ def test_damaged_files(small):
         small.write_bytes(raw)
         write_header(small, header)
         refused(small, "damaged or not a safetensors file")
-    with pytest.raises(LatentDiffError, match=r"nowhere\.safetensors: cannot be opened \(No such file"):
+    with pytest.raises(LatentDiffError, match=r"nowhere\.safetensors: no such file"):
         read_single_file(small.with_name("nowhere.safetensors"))
 
 
@@ -406,7 +406,7 @@ def test_header_bomb(small):
 
 def test_duplicate_keys(small):
     header = json.dumps(read_header(small))
-    write_header(small, header[:-1] + f', "{UNET_KEY}": {{}}}}')
+    write_header(small, f'{header[:-1]}, "{UNET_KEY}": {json.dumps(read_header(small)[UNET_KEY])}}}')
     refused(small, f"its header has the key '{UNET_KEY}' twice")
     write_header(small, header.replace('"format": "pt"', '"format": "pt", "format": "pt"'))
     refused(small, "its header has the key 'format' twice")
@@ -450,8 +450,8 @@ def test_tensors_and_config_disagree(small, change, message):
         ("unet", {"block_out_channels": [4, 400_000]}, r"has shape .*; the config says"),
         ("vae", {"latent_channels": 0}, "latent_channels=0"),
         ("text_encoder", {"num_hidden_layers": 10**9}, r"num_hidden_layers=1000000000; the file has \d+ tensors"),
-        ("text_encoder", {"hidden_size": "big"}, "its text encoder's config cannot be used"),
-        ("text_encoder", {"model_type": "llama"}, "model_type is 'llama'; choose one of bert"),
+        ("text_encoder", {"hidden_size": "big"}, "its text encoder's config: cannot be used \\(.*'hidden_size'"),
+        ("text_encoder", {"model_type": "llama"}, "model_type 'llama' is not supported; only bert"),
         ("text_encoder", {"auto_map": {"AutoModel": "evil.Model"}}, "'auto_map', which is refused"),
         ("scheduler", {"prediction_type": "score"}, "its scheduler: prediction_type='score' is not supported"),
         ("tokenizer", {"../../evil": "text"}, r"latentdiff\.tokenizer in its header has '\.\./\.\./evil'"),

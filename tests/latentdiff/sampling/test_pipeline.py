@@ -11,7 +11,7 @@ from latentdiff import LatentDiffError, LatentPipeline
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.evaluation.metrics import psnr
 from latentdiff.sampling.images import load_images
-from latentdiff.sampling.settings import Options, Recipe, Settings
+from latentdiff.sampling.settings import SamplingOptions, SamplingSettings
 from text_encoder import TextEncoderError, TokenOverflowWarning
 
 PROMPTS = ["a red apple", "a blue car on the road", "an emoji of a smiling face", "a green apple"] * 2
@@ -74,7 +74,7 @@ def test_guidance(pipe, relative_error):
     settings = {**FEW, "sampler": "ddim"}
 
     def latents(prompt="a red apple", **options):
-        return pipe.draw_features(pipe.features([prompt], Recipe(**options)), **settings, **options)
+        return pipe.sample_features(pipe.features([prompt], SamplingSettings(**options)), **settings, **options)
 
     off, on = latents(guidance_scale=1), latents(guidance_scale=5.0)
     assert relative_error(latents(guidance_scale=5.0, negative_prompt="a red apple"), off) < 1e-5
@@ -124,13 +124,13 @@ def test_inpaint_keeps_what_the_mask_does_not_cover(pipe, sampler):
 
 def test_kept_latents_are_exact_at_every_step(pipe):
     """The kept part ends as the picture's own latents, not nearly, whatever the sampler."""
-    from latentdiff.sampling.loop import Source, draw_batch, last
+    from latentdiff.sampling.loop import InitImage, last
 
     latents, mask = pipe.encode(picture()), torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1
     for sampler in SAMPLERS:
-        recipe = Recipe(num_steps=5, sampler=sampler)
-        steps = draw_batch(pipe, pipe.features(["a car"], recipe), [0], recipe, Source(latents, 1.0, mask))
+        settings = SamplingSettings(num_steps=5, sampler=sampler)
+        steps = pipe.steps(pipe.features(["a car"], settings), [0], settings, InitImage(latents, 1.0, mask))
         torch.testing.assert_close(last(steps).x[..., 8:], latents[..., 8:], atol=1e-5, rtol=0)
 
 
@@ -142,14 +142,14 @@ def test_sizes(pipe):
 def test_an_embedding_can_be_optimised_towards_a_picture(pipe):
     """Gradients from pixels through the decoder, all steps and both guided passes to the text features."""
     target = load_images([picture()], (32, 32))
-    recipe = Recipe(num_steps=3, guidance_scale=2.0)
-    features = pipe.features(["a red apple"], recipe)
+    settings = SamplingSettings(num_steps=3, guidance_scale=2.0)
+    features = pipe.features(["a red apple"], settings)
     wanted = features.wanted.clone().requires_grad_()
     optimizer = torch.optim.Adam([wanted], lr=0.5)
     noise = torch.randn(1, 4, 16, 16)
     losses = []
     for _ in range(8):
-        latents = pipe.draw_features(features._replace(wanted=wanted), num_steps=3, guidance_scale=2.0, latents=noise,
+        latents = pipe.sample_features(features._replace(wanted=wanted), num_steps=3, guidance_scale=2.0, latents=noise,
                                      enable_grad=True)  # fmt: skip
         loss = (pipe.pixels(latents) - target).square().mean()
         optimizer.zero_grad()
@@ -157,15 +157,15 @@ def test_an_embedding_can_be_optimised_towards_a_picture(pipe):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.98 * losses[0]
-    assert not pipe.draw_features(features._replace(wanted=wanted), num_steps=1).requires_grad
+    assert not pipe.sample_features(features._replace(wanted=wanted), num_steps=1).requires_grad
 
 
 def test_inversion_finds_the_noise(pipe, relative_error):
     """A drawn picture's latents, inverted, are drawn again."""
-    recipe = Recipe(num_steps=50, guidance_scale=1.0, sampler="ddim")
+    settings = SamplingSettings(num_steps=50, guidance_scale=1.0, sampler="ddim")
     inverted = pipe.invert(picture(), "a red apple", num_steps=50)
-    again = pipe.draw_features(pipe.features(["a red apple"], recipe), num_steps=50, guidance_scale=1.0, sampler="ddim",
-                               latents=inverted.latents)  # fmt: skip
+    features = pipe.features(["a red apple"], settings)
+    again = pipe.sample_features(features, num_steps=50, guidance_scale=1.0, sampler="ddim", latents=inverted.latents)
     assert relative_error(again, pipe.encode(picture())) < 0.1
     assert inverted.vae_psnr - inverted.psnr < 1.0
     shown = load_images([inverted.image], (32, 32))
@@ -211,7 +211,7 @@ def test_slerp_keeps_noise_noise():
 
 
 def test_a_recipe_and_its_keywords_agree():
-    assert set(Recipe.__dataclass_fields__) == set(Options.__annotations__) | set(Settings.__annotations__)
+    assert set(SamplingSettings.model_fields) == set(SamplingOptions.__annotations__)
 
 
 def test_device_and_dtype(pipe, tmp_path):

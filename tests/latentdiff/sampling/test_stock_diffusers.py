@@ -192,15 +192,15 @@ def test_a_scheduler_of_another_model_is_refused(pipe):
 @pytest.mark.parametrize("strength", [0.35, 0.4, 1.0])
 def test_scheduler_objects_start_from_pictures(pipe, tmp_path, open_stock, relative_error, kind, strength):
     """From stock diffusers' own starting points; schedulers that evaluate twice a step do not start in the middle."""
-    from latentdiff.sampling.loop import Source, draw_batch, last
-    from latentdiff.sampling.settings import Recipe
+    from latentdiff.sampling.loop import InitImage, last
+    from latentdiff.sampling.settings import SamplingSettings
 
     if kind.startswith("Heun"):  # it knows no zero terminal SNR
         pipe = LatentPipeline(vae=pipe.vae, unet=pipe.unet, text_encoder=pipe.text_encoder, schedule=Schedule.named())
     scheduler = getattr(diffusers, kind).from_config(pipe.scheduler_config)
     latents = torch.randn(1, 4, 16, 16)
-    recipe = Recipe(num_steps=20, sampler=scheduler, guidance_scale=1.0, guidance_interval=(0.1, 3.0))
-    ours = last(draw_batch(pipe, pipe.features(["a car"], recipe), [3], recipe, Source(latents, strength))).x
+    settings = SamplingSettings(num_steps=20, sampler=scheduler, guidance_scale=1.0, guidance_interval=(0.1, 3.0))
+    ours = last(pipe.steps(pipe.features(["a car"], settings), [3], settings, InitImage(latents, strength))).x
     scheduler.set_timesteps(20)
     begin = (20 - int(20 * strength)) * scheduler.order
     times = scheduler.timesteps[begin:]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import BertModel, BertTokenizerFast  # noqa: F401 (imported once, before the processes are forked)
 
 from latentdiff.cli import plain_errors
 from latentdiff.config import load_config
@@ -30,7 +31,7 @@ def run(overrides, stage="train", accident=None, at=0, environment=None, recipe=
 
 
 def kill_at_step(at):
-    before(TASKS, "learn", at, die)
+    before(TASKS, "train_step", at, die)
 
 
 def kill_while_saving(at):
@@ -45,21 +46,21 @@ def full_disk(at):
 
 
 def terminate(at):
-    before(TASKS, "learn", at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before(TASKS, "train_step", at, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def not_finite(at):
     """NaN in the noise of step `at`, or of all from step -at on; with several processes, the last one's only."""
     here = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
     for task in TASKS:
-        original = task.learn
+        original = task.train_step
 
-        def learn(self, batches, step, record, original=original):
+        def train_step(self, batches, step, log, original=original):
             if here and (step == at or (at < 0 and step >= -at)):
                 batches = [batch._replace(noise=torch.full_like(batch.noise, torch.nan)) for batch in batches]
-            return original(self, batches, step, record)
+            return original(self, batches, step, log)
 
-        task.learn = learn
+        task.train_step = train_step
 
 
 def float64(_):

@@ -3,8 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from latentdiff import LatentPipeline
+from latentdiff.evaluation.grid import labelled_grid
+from latentdiff.training.preview import PreviewNoise
 
 STAGES = ("train_vae", "train_latent")
 
@@ -119,8 +125,8 @@ def test_two_processes_play_against_the_discriminator_as_one_does(train, log):
     """
     for name, processes in (("one", 1), ("two", 2)):
         assert train(name, *EVERY_STEP, stage="train_vae", processes=processes, accident="float64") == 0
-    assert len(log("one", "critic_loss", stage="train_vae")) == 10  # it takes part
-    for value in ("loss", "norm", "adaptive_weight", "critic_loss"):
+    assert len(log("one", "discriminator_loss", stage="train_vae")) == 10  # it takes part
+    for value in ("loss", "norm", "adaptive_weight", "discriminator_loss"):
         assert worst(*(log(name, value, stage="train_vae") for name in ("one", "two"))) < 1e-12, value
 
 
@@ -139,6 +145,24 @@ def test_fsdp_trains_saves_and_continues(train, state, log, weights, whole, tmp_
         sharded, one = (weights(f / "model" / f"{part}.safetensors") for f in (tmp_path / "run", whole / "fp32"))
         assert sharded.keys() == one.keys()
         assert all(torch.allclose(sharded[name], one[name], atol=2e-5) for name in one)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_previews_are_what_the_pipeline_samples(train, whole, tmp_path, processes):
+    """Weights of words included; on two processes with FSDP, where the text encoder runs inside the model's call."""
+    shutil.copytree(whole / "fp32" / "vae", tmp_path / "run" / "vae")
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if processes > 1 else {}
+    prompts = ["a (red:3) circle", "a red circle", "a blue square"]
+    override = f"validation.prompts={json.dumps(prompts)}"
+    assert train("run", override, stage="train_latent", processes=processes, environment=fsdp) == 0
+    pipe = LatentPipeline.from_pretrained(tmp_path / "run", device="cpu", dtype=torch.float32)
+    noise = PreviewNoise(0, len(prompts), (4, 16, 16), pipe.device).draw()
+    images = pipe(prompts, latents=noise, num_steps=4)
+    weighted, plain = (np.asarray(image).astype(int) for image in images[:2])
+    assert np.abs(weighted - plain).max() > 5  # the weight does something
+    expected = np.asarray(labelled_grid(images, prompts, columns=2)).astype(int)
+    preview = np.asarray(Image.open(tmp_path / "run/train_latent/samples/step-00000020.png")).astype(int)
+    assert np.abs(preview - expected).max() <= 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])

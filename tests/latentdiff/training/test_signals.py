@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from latentdiff.training import signals
-from latentdiff.training.signals import LAUNCHERS, StopFlag
+from latentdiff.training.signals import LAUNCHERS, StopFlag, StopReason
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +28,10 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_raises_the_flag(name):
     with StopFlag() as flag:
-        assert flag.requested() is None
+        assert flag.requested() is StopReason.NONE
         os.kill(os.getpid(), signal.Signals[name])
-        assert flag.requested() == name
-    assert flag.requested() == name
+        assert flag.requested().name == name
+    assert flag.requested().name == name
 
 
 def test_the_first_reason_stays():
@@ -39,7 +39,7 @@ def test_the_first_reason_stays():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert flag.requested() == "SIGTERM"
+        assert flag.requested() is StopReason.SIGTERM
 
 
 def test_one_ctrl_c_may_arrive_twice(clock):
@@ -47,7 +47,7 @@ def test_one_ctrl_c_may_arrive_twice(clock):
         signal.raise_signal(signal.SIGINT)
         clock[0] += 1.9
         signal.raise_signal(signal.SIGINT)
-        assert flag.requested() == "SIGINT"
+        assert flag.requested() is StopReason.SIGINT
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
@@ -64,7 +64,7 @@ def test_a_second_sigterm_changes_nothing(clock):
         signal.raise_signal(signal.SIGINT)
         clock[0] += 100
         signal.raise_signal(signal.SIGTERM)
-        assert flag.requested() == "SIGINT"
+        assert flag.requested() is StopReason.SIGINT
 
 
 def test_handlers_are_put_back_also_after_an_exception():
@@ -85,9 +85,9 @@ def test_an_ignored_signal_stays_ignored():
     try:
         with StopFlag() as flag:
             signal.raise_signal(signal.SIGINT)
-            assert flag.requested() is None
+            assert flag.requested() is StopReason.NONE
             signal.raise_signal(signal.SIGTERM)
-            assert flag.requested() == "SIGTERM"
+            assert flag.requested() is StopReason.SIGTERM
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -104,28 +104,28 @@ def test_in_another_thread_it_catches_nothing():
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(before, None)]
+    assert seen == [(before, StopReason.NONE)]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_that_is_gone(monkeypatch, launcher):
     monkeypatch.setenv(launcher, "no")
     flag = StopFlag()
-    assert flag.requested() is None
+    assert flag.requested() is StopReason.NONE
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert flag.requested() == "the launcher is gone"
+    assert flag.requested() is StopReason.LAUNCHER_GONE
 
 
 def test_process_1_may_be_the_launcher(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert StopFlag().requested() is None
+    assert StopFlag().requested() is StopReason.NONE
 
 
 def test_a_shell_may_go(monkeypatch):
     flag = StopFlag()
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert flag.requested() is None
+    assert flag.requested() is StopReason.NONE
 
 
 CHILD = """
@@ -133,9 +133,9 @@ import runpy, sys, time
 flag = runpy.run_path(sys.argv[1])["StopFlag"]()
 print("started", flush=True)
 end = time.monotonic() + 20
-while flag.requested() is None and time.monotonic() < end:
+while not flag.requested() and time.monotonic() < end:
     time.sleep(0.005)
-print(flag.requested(), flush=True)
+print(flag.requested().name, flush=True)
 """
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
 
@@ -150,5 +150,5 @@ def test_a_real_launcher_dies_without_a_word():
     with launcher, launcher.stdout as lines:
         assert lines.readline() == "started\n"
         launcher.send_signal(signal.SIGTERM)
-        assert lines.readline() == "the launcher is gone\n"
+        assert lines.readline() == "LAUNCHER_GONE\n"
     assert launcher.returncode == -signal.SIGTERM

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentdiff import LatentDiffError, diffusion, schedule
+from latentdiff import LatentDiffError
 from latentdiff.config import load_config
 from latentdiff.data.sources import open_source
+from latentdiff.diffusion import process, schedule
 from latentdiff.training import launch as launching
 from latentdiff.training.latent import LatentTraining
-from latentdiff.training.logging import Record
-from latentdiff.training.loop import Skips
-from latentdiff.training.optimizer import Updater, learning_rate
+from latentdiff.training.logging import MetricLogger
+from latentdiff.training.loop import SkippedSteps
+from latentdiff.training.optimizer import TrainState, learning_rate
 from latentdiff.training.stages import make_caches, new_unet, open_text_encoder
 from latentdiff.training.vae import VAETraining
 from vae import VAE
@@ -54,7 +55,7 @@ def vae(run):
 @pytest.fixture
 def latent_task(run, vae, tmp_path):
     sources = open_source(run.config.data)
-    encoder = open_text_encoder(run, sources[0])
+    encoder = open_text_encoder(run.config, sources[0])
     caches = make_caches(run, sources, vae, encoder)
     return LatentTraining(run, tmp_path / "latent", sources, vae, new_unet(run.config, vae, encoder), encoder, caches)
 
@@ -68,9 +69,9 @@ def vae_task(run, vae, tmp_path):
 def test_a_step_never_waits_for_the_device(kind, request, run, tmp_path, monkeypatch):
     """On the CPU values may be looked at for free; with that switched off, as on a GPU, nothing is read."""
     task = request.getfixturevalue(f"{kind}_task")
-    record = Record(run, tmp_path, kind, 0, 100, 8)
-    skips = Skips(run.device)
-    for module in (schedule, diffusion):
+    log = MetricLogger(run, tmp_path, kind, 0, 100, 8)
+    skips = SkippedSteps(run.device)
+    for module in (schedule, process):
         monkeypatch.setattr(module, "looks_at_values", lambda x: False)
     read = []
     for name in ("tolist", "cpu", "numpy"):  # which go round the dispatcher
@@ -82,12 +83,12 @@ def test_a_step_never_waits_for_the_device(kind, request, run, tmp_path, monkeyp
     read.clear()  # batches are made on the CPU
     with Waits() as waits:
         for step in (1, 2, 13, 14):
-            metrics, moves = task.learn(batches[step - 1], step, record)
-            record.add(metrics, moves)
-            skips.add(moves)
+            metrics, finite = task.train_step(batches[step - 1], step, log)
+            log.add(metrics, finite)
+            skips.add(finite)
     assert waits.found == []
     assert read == []
-    record.log(14, {})
+    log.log(14, {})
     skips.read()
     assert read == ["tolist", "tolist"]  # the counter counts
     with Waits() as waits:
@@ -116,7 +117,7 @@ def test_the_update_is_adamw_with_clipping():
     section = load_config("debug", ["train_latent.max_grad_norm=0.7", "train_latent.warmup_steps=0"]).train_latent
     ours, theirs = tensors((3, 4), (5,)), None
     theirs = {name: torch.nn.Parameter(tensor.detach().clone()) for name, tensor in ours.items()}
-    updater = Updater([({"0": ours["0"]}, 1e-2), ({"1": ours["1"]}, 1e-3)], section)
+    state = TrainState([({"0": ours["0"]}, 1e-2), ({"1": ours["1"]}, 1e-3)], section)
     groups = [{"params": [theirs["0"]], "lr": 1e-2}, {"params": [theirs["1"]], "lr": 1e-3}]
     adamw = torch.optim.AdamW(groups, betas=section.betas, weight_decay=section.weight_decay, foreach=False)
     for step in range(1, 30):
@@ -125,28 +126,28 @@ def test_the_update_is_adamw_with_clipping():
             theirs[name].grad = ours[name].grad.clone()
         expected = torch.nn.utils.clip_grad_norm_(theirs.values(), section.max_grad_norm)
         adamw.step()
-        norm = updater.gradient_norm()
+        norm = state.gradient_norm()
         assert torch.allclose(norm, expected)
-        updater.update(step, norm, norm.isfinite().float())
+        state.update(step, norm, norm.isfinite().float())
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_gradient_moves_no_bit(value):
+def test_a_bad_gradient_finite_no_bit(value):
     section = load_config("debug").train_latent
     parameters = tensors((3, 4), (5,))
-    updater = Updater([(parameters, 1e-2)], section)
+    state = TrainState([(parameters, 1e-2)], section)
     for step in (1, 2, 3):
-        before = {what: {name: t.clone() for name, t in values.items()} for what, values in updater.state().items()}
+        before = {what: {name: t.clone() for name, t in values.items()} for what, values in state.tensors().items()}
         for parameter in parameters.values():
             parameter.grad = torch.randn_like(parameter)
         if step == 3:
             parameters["1"].grad[2] = value
-        norm = updater.gradient_norm()
-        updater.update(step, norm, norm.isfinite().float())
+        norm = state.gradient_norm()
+        state.update(step, norm, norm.isfinite().float())
         pairs = {f"{what}.{name}": (before[what][name], values[name])
-                 for what, values in updater.state().items() for name in values}  # fmt: skip
+                 for what, values in state.tensors().items() for name in values}  # fmt: skip
         moved = [name for name, (old, new) in pairs.items() if not torch.equal(old, new)]
         assert bool(moved) == (step < 3), moved
 
@@ -155,20 +156,20 @@ def test_fp16_scales_the_loss_and_halves_it_after_an_overflow():
     section = load_config("debug", ["train_latent.warmup_steps=0"]).train_latent
     plain, scaled = tensors((4,)), None
     scaled = {name: torch.nn.Parameter(tensor.detach().clone()) for name, tensor in plain.items()}
-    updaters = [Updater([(plain, 1e-2)], section), Updater([(scaled, 1e-2)], section, fp16=True)]
+    states = [TrainState([(plain, 1e-2)], section), TrainState([(scaled, 1e-2)], section, fp16=True)]
     for step in (1, 2):
         gradient = torch.randn(4)
-        for parameters, updater in zip((plain, scaled), updaters, strict=True):
-            parameters["0"].grad = gradient * updater.loss_scale
-            norm = updater.gradient_norm()
+        for parameters, state in zip((plain, scaled), states, strict=True):
+            parameters["0"].grad = gradient * state.loss_scale
+            norm = state.gradient_norm()
             assert torch.allclose(norm, gradient.norm())
-            updater.update(step, norm, norm.isfinite().float())
+            state.update(step, norm, norm.isfinite().float())
         assert torch.allclose(plain["0"], scaled["0"], atol=1e-6)
-    before = float(updaters[1].loss_scale)
+    before = float(states[1].loss_scale)
     scaled["0"].grad = torch.full((4,), math.inf)
-    norm = updaters[1].gradient_norm()
-    updaters[1].update(3, norm, norm.isfinite().float())
-    assert float(updaters[1].loss_scale) == before / 2
+    norm = states[1].gradient_norm()
+    states[1].update(3, norm, norm.isfinite().float())
+    assert float(states[1].loss_scale) == before / 2
 
 
 def test_fp16_on_a_cpu_is_refused():
@@ -184,10 +185,10 @@ def test_trackers(run, tmp_path):
 
 
 def test_metrics_are_means_and_the_time_is_accounted_for(run, tmp_path):
-    record = Record(run, tmp_path, "train", 0, 100, 8)
+    log = MetricLogger(run, tmp_path, "train", 0, 100, 8)
     for value in (1.0, 2.0, 6.0):
-        record.add({"loss": torch.tensor(value)}, torch.tensor(1.0))
-    assert record.log(3, {})["loss"] == 3.0
+        log.add({"loss": torch.tensor(value)}, torch.tensor(1.0))
+    assert log.log(3, {})["loss"] == 3.0
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert math.isclose(sum(line[f"time_{name}"] for name in ("data", "model", "optimizer", "other")), 1.0)
 
@@ -195,5 +196,5 @@ def test_metrics_are_means_and_the_time_is_accounted_for(run, tmp_path):
 def test_resuming_forgets_the_lines_that_come_again(run, tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    Record(run, tmp_path, "train", 2, 100, 8)
+    MetricLogger(run, tmp_path, "train", 2, 100, 8)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

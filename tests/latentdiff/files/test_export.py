@@ -10,7 +10,7 @@ from latentdiff import LatentDiffError
 from latentdiff.config import load_config
 from latentdiff.diffusion.process import to_x0
 from latentdiff.diffusion.samplers import make_rows, sample
-from latentdiff.files.model_folder import save_model
+from latentdiff.files.export import save_model
 from latentdiff.files.scheduler import scheduler_config
 from text_encoder import TextEncoder, train_tokenizer
 from unet import UNet

@@ -1,0 +1,109 @@
+"""What a pass costs, without computing it: the real model on PyTorch's meta device.
+
+Meta tensors have a shape and a dtype and no memory. FLOPs are counted operation by operation (2 a multiply-add), and
+memory by following every tensor from where it is made to where it is freed. Two things differ there from a real
+device and are put right by `Autocast`: autocast does not exist on the meta device, and attention would be written out.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+HALF_PRECISION: tuple[Any, ...] = (F.conv2d, F.linear, F.scaled_dot_product_attention)  # what autocast computes in it
+NORMS: tuple[Any, ...] = (F.group_norm, F.layer_norm)  # float32 under autocast on GPUs
+
+
+class Autocast(TorchFunctionMode):
+    """torch.autocast for meta tensors, as far as our models can tell; and attention as fused kernels compute it."""
+
+    def __init__(self, dtype: torch.dtype, *, norms_in_float32: bool) -> None:
+        """Compute in `dtype`; norms in float32, as on GPUs, or in the dtype that they meet, as on CPUs."""
+        super().__init__()
+        self.dtype = dtype
+        self.norm_dtype = torch.float32 if norms_in_float32 else None
+        self.copies: dict[int, Tensor] | None = {}  # kept until the forward pass is over; None: after it
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in HALF_PRECISION:
+            args = tuple(self._cast(value, self.dtype) for value in args)
+            kwargs = {name: self._cast(value, self.dtype) for name, value in kwargs.items()}
+        elif func in NORMS:
+            dtype = self.norm_dtype or args[0].dtype
+            args = tuple(self._cast(value, dtype) for value in args)
+            kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
+        if func is F.scaled_dot_product_attention:  # queries, keys, values; a mask costs next to nothing
+            attend = torch.ops.aten._scaled_dot_product_efficient_attention
+            query, key, value = args[:3]
+            return attend(query, key, value, None, compute_log_sumexp=query.requires_grad or key.requires_grad)[0]
+        return func(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`; what it recomputes is cast too.
+
+        By its public name a function mode would leave itself for the whole call.
+        """
+        self.copies = None
+        start = (torch.ones_like(loss),)
+        _engine_run_backward((loss,), start, False, False, (), allow_unreachable=True, accumulate_grad=True)
+        self.copies = {}
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
+            return value
+        if self.copies is None or not isinstance(value, nn.Parameter):
+            return value.to(dtype)
+        if id(value) not in self.copies:
+            self.copies[id(value)] = value.to(dtype)
+        return self.copies[id(value)]
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """FLOPs of what runs within the `with`; bytes of the tensors that it made and that are not freed yet.
+
+    PyTorch's FlopCounterMode has the same formulas, but it keeps tensors alive where activations are recomputed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0  # of matrix products, convolutions and attention: all but a few per cent of the work
+        self.live = self.peak = 0  # bytes now, and at most
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors([args, kwargs])}
+        result = func(*args, **kwargs)
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known and storage._cdata not in given:
+                self._known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _freed(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.live -= size
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, list | tuple) else []

@@ -1,0 +1,127 @@
+"""The three models of a run, and the batches they are trained on, on PyTorch's meta device: shapes without memory."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from text_encoder import TextEncoder
+from text_encoder.files import MODELS
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+from ..assets import part_folder
+from ..config import Config
+from ..data.batches import CachedBatch, LatentBatch, RawBatch, Tokens
+from ..errors import LatentDiffError
+from ..files.open import read_json
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """As much of a tokenizer as a text encoder asks for before there is text."""
+
+    size: int
+    model_max_length: int
+    pad_token_id: int = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Models:
+    """The three models of a run, on the meta device, and what had to be assumed of them."""
+
+    vae: VAE
+    text_encoder: TextEncoder
+    unet: UNet
+    image_size: int  # pixels a side
+    notes: tuple[str, ...] = ()
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w)."""
+        size = self.image_size // self.vae.config.downsampling
+        return self.vae.config.latent_channels, size, size
+
+    def tokens(self, batch: int) -> Tokens:
+        """Captions of a batch."""
+        length = self.text_encoder.max_length
+        with torch.device("meta"):
+            return Tokens(torch.zeros(batch, length, dtype=torch.int64), torch.ones(batch, length, dtype=torch.bool))
+
+    def images(self, batch: int) -> Tensor:
+        """Pictures of a batch, (B, H, W, 3) uint8."""
+        return torch.empty(batch, self.image_size, self.image_size, 3, dtype=torch.uint8, device="meta")
+
+    def noise(self, batch: int) -> Tensor:
+        """Noise of a batch, or its latents, (B, c, h, w)."""
+        return torch.empty(batch, *self.latent_shape, device="meta")
+
+    def latent_batch(self, batch: int, *, cached: bool, caches_text: bool) -> LatentBatch:
+        """A micro-batch of latent training."""
+        t, text = torch.zeros(batch, dtype=torch.int64, device="meta"), self.tokens(batch)
+        given: Tokens | Tensor = text
+        if caches_text:
+            width = self.text_encoder.context_dim
+            given = torch.empty(*text.tokens.shape, width, dtype=torch.float16, device="meta")
+        if cached:
+            return CachedBatch(self.noise(batch), self.noise(batch), t, given, [])
+        return RawBatch(self.images(batch), self.noise(batch), self.noise(batch), t, given, [])
+
+    def cast(self, dtype: torch.dtype) -> Models:
+        """Copies with weights in another dtype, without gradients: for drawing."""
+        vae, text, unet = copy.deepcopy((self.vae, self.text_encoder, self.unet))
+        for model in (vae, text, unet):
+            model.to(dtype).eval().requires_grad_(False)
+        unet.enable_gradient_checkpointing(False)
+        return Models(vae, text, unet, self.image_size)
+
+
+def build_models(config: Config) -> Models:
+    """The models that a config describes; of pretrained ones the configs are read, and nothing else.
+
+    Raises:
+        LatentDiffError: the sizes do not fit, or a named model is not there.
+    """
+    notes: list[str] = []
+    with torch.device("meta"):
+        named = _values("vae", config.vae.pretrained)
+        vae = VAE(VAEConfig.from_diffusers(named) if named else config.vae.build(config.data.image_size))
+        text = _text_encoder(config, notes)
+        if config.data.image_size % (factor := vae.config.downsampling):
+            raise LatentDiffError(f"data.image_size={config.data.image_size}: expected a multiple of {factor}")
+        size = config.data.image_size // factor
+        named, channels = _values("unet", config.unet.pretrained), vae.config.latent_channels
+        unet = UNet(UNetConfig.from_diffusers(named) if named else config.unet.build(channels, text.context_dim, size))
+    return Models(vae, text, unet, config.data.image_size, tuple(notes))
+
+
+def _values(part: str, named: str | None) -> Any:
+    if not named:
+        return None
+    return read_json(Path(part_folder(named, part)) / "config.json", f"{part}.pretrained={named} needs it")
+
+
+def _text_encoder(config: Config, notes: list[str]) -> TextEncoder:
+    from transformers import BertConfig, BertModel, PretrainedConfig
+
+    section = config.text_encoder
+    if not section.pretrained:
+        notes.append(f"text_encoder.vocab_size={section.vocab_size} is the most; captions may give fewer entries")
+        return TextEncoder.new(section.build(), Vocabulary(section.vocab_size, section.max_length))
+    try:  # a folder, or what was downloaded before: the network is not asked
+        folder = part_folder(section.pretrained, "text_encoder")
+        values, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
+        kind: Any = MODELS[str(values.get("model_type"))]
+        sizes = kind.config_class.from_dict(values.get("text_config", values))
+    except (OSError, KeyError):
+        notes.append(f"{section.pretrained} is not on this machine: BERT-base is assumed in its place")
+        kind, sizes = BertModel, BertConfig()
+    return TextEncoder(kind(sizes), Vocabulary(sizes.vocab_size, section.max_length), section.max_length)
