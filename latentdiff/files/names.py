@@ -21,6 +21,15 @@ Layout = list[tuple[nn.Module, dict[str, str]]]  # models, and ours to the file'
 UNET, VAE_ = "model.diffusion_model.", "first_stage_model."
 TEXT, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 
+# Endings of files that are never opened, and why.
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+NO_PICKLES = (
+    "a pickle, which can run code: pickled weights are never opened; where you trust it, convert it to safetensors: "
+    "python -c \"import sys, torch; from safetensors.torch import save_file; d = torch.load(sys.argv[1], 'cpu', "
+    "weights_only=True); save_file({k: v.clone().contiguous() for k, v in d.get('state_dict', d).items() "
+    "if hasattr(v, 'shape')}, sys.argv[2])\" model.ckpt model.safetensors"
+)
+
 # Inside a layer, ours: theirs. The UNet's transformers have the same names on both sides.
 UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
                "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip

@@ -12,8 +12,8 @@ from vae import VAE
 from ..assets import ASSETS, INDEX, shipped_models
 from ..diffusion.process import Process
 from ..errors import LatentDiffError
+from .names import NO_PICKLES, PICKLES
 from .scheduler import read_scheduler
-from .single_file import NO_PICKLES, PICKLES, read_single_file
 from .tensors import read_json
 
 __all__ = ["Parts", "find_model", "open_folder", "open_model", "read_json"]
@@ -55,6 +55,8 @@ def open_model(
     place = find_model(name, variant)
     if place.is_dir():
         return open_folder(place, device=device, dtype=dtype, variant=variant)
+    from .single_file import read_single_file  # which loads transformers
+
     vae, unet, text_encoder, scheduler = read_single_file(place, tokenizer=tokenizer, device=device, dtype=dtype)
     return Parts(_upcast(vae, dtype), unet, text_encoder, read_scheduler(scheduler, place))
 

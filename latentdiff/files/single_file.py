@@ -22,20 +22,13 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 from ..errors import LatentDiffError
-from .names import IGNORED, Layout, Plan, infer_plan, make_layout
+from .names import IGNORED, NO_PICKLES, PICKLES, Layout, Plan, infer_plan, make_layout
 from .scheduler import read_scheduler
 from .tensors import Stored, check_dtype, check_tensors, open_file, staged
 
 OURS = "latentdiff."  # our keys in the header: what rebuilds each part, as JSON
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 MAX_HEADER = 32 * 2**20  # bytes; of a whole model in one file, with its tokenizer
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-NO_PICKLES = (
-    "a pickle, which can run code: pickled weights are never opened; where you trust it, convert it to safetensors: "
-    "python -c \"import sys, torch; from safetensors.torch import save_file; d = torch.load(sys.argv[1], 'cpu', "
-    "weights_only=True); save_file({k: v.clone().contiguous() for k, v in d.get('state_dict', d).items() "
-    "if hasattr(v, 'shape')}, sys.argv[2])\" model.ckpt model.safetensors"
-)
 PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 

@@ -104,10 +104,8 @@ def launch(config: Config) -> Launch:
             sys.stderr.flush()
 
     if (asked := processes_asked()) > accelerator.num_processes:
-        report(
-            f"warning: {asked} processes were asked for and {accelerator.num_processes} came up; on a CPU use "
-            f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {asked} ..."
-        )
+        report(f"warning: {asked} processes were asked for and {accelerator.num_processes} came up; on a CPU use "
+               f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {asked} ...")  # fmt: skip
     several = accelerator.num_processes > 1
     group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT) if several else None
     run = Launch(config, accelerator, Path(config.output), precision, report, parent, group)

@@ -39,9 +39,7 @@ def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
         "std": after.std.tolist(),
         "skewness": after.skewness.tolist(),
         "excess_kurtosis": after.excess_kurtosis.tolist(),
-        "largest_correlation": float(
-            (after.correlation - torch.eye(after.channels, device=after.mean.device)).abs().max()
-        ),
+        "largest_correlation": float((after.correlation - torch.eye(after.channels).to(after.mean)).abs().max()),
         "kl_nats_per_picture": before.kl,
         "kl_bits_per_dimension": before.bits_per_dimension,
         "decoder_likelihood": likelihood,
@@ -50,9 +48,8 @@ def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
         "half_precision": half_precision(vae, held_out),
     }
     if run.is_main:
-        vae.cpu().save_pretrained(
-            folder, facts={"decoder_likelihood": likelihood, "decoder_log_scale": repr(log_scale)}
-        )
+        facts = {"decoder_likelihood": likelihood, "decoder_log_scale": repr(log_scale)}
+        vae.cpu().save_pretrained(folder, facts)
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     run.report(
         f"{folder}: latents of {after.num_pictures} pictures have mean 0 and standard deviation 1 per channel to "
