@@ -79,7 +79,11 @@ class Worker:
 
     def __init__(self, place: Path, folder: Path, threads: int) -> None:
         command = [sys.executable, __file__, str(place), "--serve", str(folder), "--threads", str(threads)]
-        environment = {**os.environ, "PYTHONPATH": f"{place.resolve()}:{HERE}"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{place.resolve()}:{HERE}",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }  # or its idle threads take time from the other's
         self.process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE)  # fmt: skip
         self.digest = ""
