@@ -80,7 +80,8 @@ def sample_timesteps(
     """Random timesteps (batch_size,) on the CPU, each uniform over 0 ... T-1.
 
     Stratified, the range is cut into `batch_size` equal parts, one draw falls in each, and the draws are shuffled: the
-    same expectation, less variance (arXiv 2107.00630, appendix I.1), and every slice of a batch is fair.
+    same expectation, less variance (arXiv 2107.00630, appendix I.1), and every slice of a batch is fair. (The trainings
+    draw theirs picture by picture, unshuffled: `sample_timestep` in data/batches.py.)
     """
     if batch_size < 1 or num_timesteps < 1:
         raise LatentDiffError(

@@ -99,14 +99,9 @@ class ModelParts:
             return Features(context, text_features(self.text_encoder, unwanted) if guided else None)
 
     def steps(
-        self,
-        features: Features,
-        seeds: Sequence[int],
-        settings: SamplingSettings,
-        init: InitImage | None = None,
-        *,
-        first: int = 0,
-    ) -> Iterator[Step]:
+        self, features: Features, seeds: Sequence[int], settings: SamplingSettings, init: InitImage | None = None,
+        *, first: int = 0,
+    ) -> Iterator[Step]:  # fmt: skip
         """Sample pictures together, yielding after every step.
 
         Args:

@@ -101,8 +101,8 @@ class SamplingSettings(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            name, message = str(first["loc"][0]), first["msg"].replace("a valid ", "a ")
-            expected = re.sub("^(Input should be|Value error,) ", "", message)
+            name, expected = str(first["loc"][0]), re.sub("^(Input should be|Value error,) ", "", first["msg"])
+            expected = expected.replace("valid integer", "whole number").replace("valid ", "")
             raise LatentDiffError(f"{name}={values[name]!r:.200}: expected {expected}") from None
 
     @classmethod

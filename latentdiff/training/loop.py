@@ -31,7 +31,7 @@ class Training(Protocol):
 
     @property
     def states(self) -> Mapping[str, TrainState]:
-        """What step_is_finite the weights, and all that a checkpoint must hold."""
+        """What moves the weights, and all that a checkpoint must hold."""
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:

@@ -58,7 +58,7 @@ class PreviewNoise:
 
     def draw(self) -> Tensor:
         """The next noise, (B, c, h, w)."""
-        streams = (draws(self.seed, "samples", self.drawn, place) for place in range(self.count))
+        streams = [draws(self.seed, "samples", self.drawn, place) for place in range(self.count)]
         self.drawn += 1
         arrays = [stream.standard_normal(self.shape, dtype=np.float32) for stream in streams]
         return torch.from_numpy(np.stack(arrays)).to(self.device)

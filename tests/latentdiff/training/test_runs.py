@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from latentdiff import LatentPipeline
+from latentdiff.data.order import draws
 from latentdiff.evaluation.grid import labelled_grid
-from latentdiff.training.preview import PreviewNoise
 
 STAGES = ("train_vae", "train_latent")
 
@@ -156,7 +156,8 @@ def test_previews_are_what_the_pipeline_samples(train, whole, tmp_path, processe
     override = f"validation.prompts={json.dumps(prompts)}"
     assert train("run", override, stage="train_latent", processes=processes, environment=fsdp) == 0
     pipe = LatentPipeline.from_pretrained(tmp_path / "run", device="cpu", dtype=torch.float32)
-    noise = PreviewNoise(0, len(prompts), (4, 16, 16), pipe.device).draw()
+    streams = [draws(0, "samples", 0, place) for place in range(len(prompts))]
+    noise = torch.from_numpy(np.stack([stream.standard_normal((4, 16, 16), dtype=np.float32) for stream in streams]))
     images = pipe(prompts, latents=noise, num_steps=4)
     weighted, plain = (np.asarray(image).astype(int) for image in images[:2])
     assert np.abs(weighted - plain).max() > 5  # the weight does something
