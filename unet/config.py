@@ -187,12 +187,8 @@ class UNetConfig:
 
 # Other spellings of the same network that diffusers accepts: one value repeated for every level, null for false.
 PER_LEVEL = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "only_cross_attention")
-SAME = {
-    ("act_fn", "swish"): "silu",
-    ("mid_block_only_cross_attention", False): None,
-    ("use_linear_projection", None): False,
-    ("upcast_attention", None): False,
-}
+SAME = {("act_fn", "swish"): "silu", ("mid_block_only_cross_attention", False): None,
+        ("use_linear_projection", None): False, ("upcast_attention", None): False}  # fmt: skip
 
 
 def _simplest(key: str, value: Any) -> Any:

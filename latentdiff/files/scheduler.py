@@ -13,21 +13,11 @@ from ..errors import LatentDiffError
 PREDICTIONS: dict[Prediction, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours: diffusers'
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 # Schedulers of this forward process, and what each takes for a missing `timestep_spacing`.
-SPACINGS: dict[str, Spacing] = {
-    "DDIMScheduler": "leading",
-    "DDPMScheduler": "leading",
-    "PNDMScheduler": "leading",
-    "DDIMInverseScheduler": "leading",
-    "DPMSolverMultistepScheduler": "linspace",
-    "DPMSolverSinglestepScheduler": "linspace",
-    "DEISMultistepScheduler": "linspace",
-    "UniPCMultistepScheduler": "linspace",
-    "EulerDiscreteScheduler": "linspace",
-    "EulerAncestralDiscreteScheduler": "linspace",
-    "HeunDiscreteScheduler": "linspace",
-    "KDPM2DiscreteScheduler": "linspace",
-    "LMSDiscreteScheduler": "linspace",
-}
+LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DDIMInverseScheduler")
+LINSPACE = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler",
+            "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+            "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler")  # fmt: skip
+SPACINGS: dict[str, Spacing] = {**dict.fromkeys(LEADING, "leading"), **dict.fromkeys(LINSPACE, "linspace")}
 
 
 def scheduler_config(process: Process) -> dict[str, Any]:

@@ -21,12 +21,17 @@ MAX_SIDE = 16384  # pixels
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=False)]
 NOT_IN_METADATA = {"seed", "num_images", "latents", "batch_size", "progress", "enable_grad", "negative_prompt"}
 
 
 def _interval(value: object) -> object:
-    if isinstance(value, list | tuple) and len(value) == 2 and all(is_int(one) or type(one) is float for one in value):
-        return tuple(value)
+    if (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(is_int(one) or isinstance(one, float) for one in value)
+    ):
+        return tuple(map(float, value))
     if value is not None:
         raise ValueError("two numbers (low, high), of sigma/alpha")
     return None
@@ -88,15 +93,16 @@ class SamplingSettings(BaseModel):
     """Standard normal noise to start from, (pictures, c, h, w), instead of the seed's."""
     batch_size: Count = 16
     """Pictures at a time."""
-    progress: bool = True
+    progress: Flag = True
     """A bar, where there is a terminal."""
-    enable_grad: bool = False
+    enable_grad: Flag = False
     """Keep the graph, from the text features to the latents."""
 
     def __init__(self, **values: Any) -> None:
         for name in values:
             check_choice("setting", name, type(self).model_fields)
-        values = {key: value.tolist() if type(value).__module__ == "numpy" else value for key, value in values.items()}
+        values = {key: value.tolist() if type(value).__module__ == "numpy" and key != "latents" else value
+                  for key, value in values.items()}  # fmt: skip
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -116,8 +122,8 @@ class SamplingSettings(BaseModel):
         Raises:
             LatentDiffError: not one each, or out of range.
         """
-        if self.latents is not None and (found := len(self.latents)) != count:
-            raise LatentDiffError(f"latents are {found} for {count} pictures: give one for each")
+        if (shape := getattr(self.latents, "shape", ())) and shape[0] != count:
+            raise LatentDiffError(f"latents are {shape[0]} for {count} pictures: give one for each")
         first = self.seed
         if first is None:
             import torch
@@ -169,7 +175,9 @@ class SamplingSettings(BaseModel):
         """
         if self.latents is None:
             return None
-        found = tuple(getattr(self.latents, "shape", [type(self.latents).__name__]))
+        from torch import Tensor
+
+        found = tuple(self.latents.shape) if isinstance(self.latents, Tensor) else type(self.latents).__name__
         if found[1:] != shape or not len(part := self.latents[place]):
             raise LatentDiffError(f"latents are {found}; expected (pictures, {', '.join(map(str, shape))})")
         return part

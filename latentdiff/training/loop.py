@@ -142,6 +142,8 @@ def restore(training: Training, run: Launch, folder: Path, skips: SkippedSteps) 
     _check_same_run(checkpoint, training)
     for name, state in training.states.items():
         kinds = [file.removeprefix(f"{name}-") for file in checkpoint.names() if file.startswith(f"{name}-")]
+        if not kinds:
+            raise LatentDiffError(f"{checkpoint.path}: has no {name}-weights; delete the checkpoints to begin again")
         state.load({kind: checkpoint.tensors(f"{name}-{kind}") for kind in kinds})
     skips.counts = checkpoint.tensors("skips")["counts"].to(run.device)
     run.report(f"{training.name}: going on from step {checkpoint.step}")
