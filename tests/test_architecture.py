@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -162,6 +163,21 @@ def test_no_circle():
 def test_the_top_is_seen_at_one_look():
     entries = {path.name for path in (ROOT / "latentdiff").iterdir() if path.name != "__pycache__"}
     assert len(entries - {"__init__.py", "__init__.pyi", "__main__.py", "py.typed"}) <= 16
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import unet, vae, text_encoder", "transformers tokenizers diffusers pydantic PIL huggingface_hub"),
+        ("from latentdiff import LatentPipeline", "transformers tokenizers diffusers datasets accelerate"),
+        ("import latentdiff, latentdiff.errors, latentdiff.sampling.settings", "torch numpy PIL transformers"),
+    ],
+)
+def test_imports_cost_no_more_than_they_must(statement, absent):
+    """`import unet` costs what torch costs; transformers alone would be as much again."""
+    check = f"import sys; {statement}; print([name for name in {absent.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
 
 
 # What a stranger asks, the words he searches for, and the file that answers.
