@@ -64,7 +64,7 @@ class SamplingSettings(BaseModel):
         LatentDiffError: a setting is unknown or out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     negative_prompt: Any = ""
     """What to steer away from: one for all prompts, or one each."""
