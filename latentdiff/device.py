@@ -46,3 +46,9 @@ def as_device(device: torch.device | str | None) -> torch.device:
         return best_device() if device is None else torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise LatentDiffError(f"device={str(device)!r}: not there ({str(error).splitlines()[0]})") from None
+
+
+def check_attention(name: str, device: torch.device) -> None:
+    """Raise where an attention backend does not run on the device."""
+    if name == "xformers" and device.type != "cuda":
+        raise LatentDiffError(f"attention=xformers: needs an NVIDIA GPU, not {device.type}; choose sdpa")

@@ -71,15 +71,16 @@ class ModelSection(Section):
     """A new model of some shape, or one that exists: then the shape is its own, and none is recorded."""
 
     pretrained: str | None = None
-    also_counts: ClassVar[tuple[str, ...]] = ()  # where one is named
+    also_used: ClassVar[tuple[str, ...]] = ()  # settings that are no sizes, so a pretrained model has them too
 
     def sizes(self) -> dict[str, Any]:
-        """All settings but its name."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name != "pretrained"}
+        """The settings that a pretrained model brings along."""
+        others = {"pretrained", *self.also_used}
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in others}
 
     @model_serializer(mode="wrap")
     def _what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        kept = set(type(self).model_fields) if self.pretrained is None else {"pretrained", *self.also_counts}
+        kept = set(type(self).model_fields) if self.pretrained is None else {"pretrained", *self.also_used}
         return {name: value for name, value in serialize(self).items() if name in kept}
 
 
@@ -105,7 +106,7 @@ class TextEncoderSection(ModelSection):
 
     pretrained: str | None = None
     """Folder or hub name of a BERT, or `builtin:emoji-64`; then only `train` and `max_length` below are used."""
-    also_counts: ClassVar[tuple[str, ...]] = ("train", "max_length")
+    also_used: ClassVar[tuple[str, ...]] = ("train", "max_length")
     train: bool = True
     """Train it with the UNet; a frozen one lets its features be cached."""
     width: Positive = 256
@@ -125,7 +126,8 @@ class UNetSection(ModelSection):
     """Shape of the UNet (see unet/config.py); channels and context width follow from the VAE and the text encoder."""
 
     pretrained: str | None = None
-    """Folder of a trained UNet to start from, or `builtin:emoji-64`; then the sizes below are not used."""
+    """Folder of a trained UNet to start from, or `builtin:emoji-64`; then the sizes below are ignored."""
+    also_used: ClassVar[tuple[str, ...]] = ("attention",)
     block_out_channels: tuple[Positive, ...] = (320, 640, 1280, 1280)
     layers_per_block: Positive = 2
     attention_levels: tuple[Count, ...] = (0, 1, 2)
@@ -134,6 +136,8 @@ class UNetSection(ModelSection):
     transformer_layers: Positive = 1
     linear_projection: bool = False
     norm_groups: Positive = 32
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Backend of the attention layers; `xformers` needs an NVIDIA GPU and `pip install 'latentdiff[xformers]'`."""
 
     def build(self, latent_channels: int, context_dim: int, sample_size: int) -> UNetConfig:
         """The UNet's own config."""

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import types
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -30,6 +32,23 @@ def relative_error():
         return float((value - reference).norm() / reference.norm())
 
     return measure
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """Stands in for xformers, which runs on NVIDIA GPUs only, with its documented (B, N, h, C/h) layout; its calls."""
+    calls = []
+
+    def memory_efficient_attention(q, k, v):
+        calls.append(q.shape)
+        weights = torch.einsum("bnhc,bmhc->bhnm", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
+        return torch.einsum("bhnm,bmhc->bnhc", weights, v)
+
+    module = types.ModuleType("xformers.ops")
+    module.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    return calls
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..device import as_device, computes_in_bf16
+from ..device import as_device, check_attention, computes_in_bf16
 from ..diffusion.samplers import Step
 from ..files.export import save_model
 from ..files.open import open_model
@@ -39,6 +39,7 @@ class LatentPipeline(ModelParts):
         dtype: torch.dtype | None = None,
         variant: str | None = None,
         tokenizer: str | Path | None = None,
+        attention: str = "sdpa",
     ) -> Self:
         """Open a model.
 
@@ -49,13 +50,16 @@ class LatentPipeline(ModelParts):
             dtype: None: bfloat16 where the device computes in it, else float32.
             variant: of the weight files, such as `fp16`.
             tokenizer: folder, for a single file that brings none.
+            attention: backend of the UNet's attention layers, `sdpa` or `xformers` (NVIDIA GPUs; the extra `xformers`).
 
         Raises:
             LatentDiffError: it is not there, damaged, or not supported.
         """
         place = as_device(device)
+        check_attention(attention, place)
         dtype = (torch.bfloat16 if computes_in_bf16(place) else torch.float32) if dtype is None else dtype
         parts = open_model(name, device=place, dtype=dtype, variant=variant, tokenizer=tokenizer)
+        parts.unet.set_attention_backend(attention)
         return cls(vae=parts.vae, unet=parts.unet, text_encoder=parts.text_encoder, **parts.process._asdict())
 
     def save_pretrained(self, folder: str | Path) -> None:

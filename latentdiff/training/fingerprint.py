@@ -7,7 +7,8 @@ from .launch import Launch
 
 # Settings that may change between a run and its continuation.
 RESUMABLE_KEYS = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "validate_every", "validate_first",
-                  "max_skipped", "compile", "micro_batch_size", "gradient_checkpointing", "max_broken"}  # fmt: skip
+                  "max_skipped", "compile", "micro_batch_size", "gradient_checkpointing", "attention",
+                  "max_broken"}  # fmt: skip
 
 
 def fingerprint(run: Launch, *sections: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import latentdiff
 
 from ..config import Config
 from ..data.order import BatchPlan
-from ..device import DTYPES, computes_in_bf16
+from ..device import DTYPES, check_attention, computes_in_bf16
 from ..errors import LatentDiffError, check_choice
 from ..sections import TrainSection
 
@@ -132,6 +132,7 @@ def check_device(config: Config, accelerator: Accelerator) -> None:
             )
     if config.train_latent.compile and wants_fsdp(accelerator):
         raise LatentDiffError("train_latent.compile=true: not together with FSDP")
+    check_attention(config.unet.attention, accelerator.device)
 
 
 def wants_fsdp(accelerator: Accelerator) -> bool:

@@ -187,10 +187,18 @@ def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
     Raises:
         LatentDiffError, UNetError: the one it names is not there, or does not fit them.
     """
-    named, size = config.unet.pretrained, config.data.image_size // vae.config.downsampling
+    size = config.data.image_size // vae.config.downsampling
     channels, width = vae.config.latent_channels, text_encoder.context_dim
-    if not named:
-        return UNet(config.unet.build(channels, width, size))
+    if named := config.unet.pretrained:
+        unet = _pretrained_unet(config, named, channels, width)
+        unet.config = replace(unet.config, sample_size=size)
+    else:
+        unet = UNet(config.unet.build(channels, width, size))
+    unet.set_attention_backend(config.unet.attention)
+    return unet
+
+
+def _pretrained_unet(config: Config, named: str, channels: int, width: int) -> UNet:
     folder = Path(part_folder(named, "unet"))
     with torch.device("cpu"):  # also where shapes alone are asked for
         unet, learnt = UNet.from_pretrained(folder), _process(folder.parent)
@@ -201,7 +209,6 @@ def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
     if learnt is not None and learnt.prediction != config.diffusion.prediction:
         raise LatentDiffError(f"unet.pretrained={named}: it predicts {learnt.prediction}, and diffusion.prediction="
                               f"{config.diffusion.prediction}; set that to {learnt.prediction}")  # fmt: skip
-    unet.config = replace(unet.config, sample_size=size)
     return unet
 
 

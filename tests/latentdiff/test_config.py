@@ -126,7 +126,8 @@ def test_a_model_that_exists_has_its_own_shape():
     """What is ignored is neither recorded in a run nor printed on its card."""
     names = [f"{part}.pretrained=builtin:emoji-64" for part in ("vae", "unet", "text_encoder")]
     values = load_config("emoji-64", names).model_dump(mode="json")
-    assert values["vae"] == values["unet"] == {"pretrained": "builtin:emoji-64"}
+    assert values["vae"] == {"pretrained": "builtin:emoji-64"}
+    assert values["unet"] == {"pretrained": "builtin:emoji-64", "attention": "sdpa"}
     assert values["text_encoder"] == {"pretrained": "builtin:emoji-64", "train": True, "max_length": 24}
     assert load_config("emoji-64").model_dump()["unet"]["block_out_channels"] == (96, 192, 256)
 

@@ -1,16 +1,20 @@
-"""Which CPUs compute in bfloat16 by default."""
+"""Which CPUs compute in bfloat16 by default, and which attention runs where."""
 
 import pytest
 import torch
 
-from latentdiff.device import computes_in_bf16, multiplies_bf16
+from latentdiff import LatentDiffError, LatentPipeline
+from latentdiff.config import load_config
+from latentdiff.device import check_attention, computes_in_bf16, multiplies_bf16
+from latentdiff.training.stages import new_unet
+from unet import UNetError
 
 
 @pytest.mark.parametrize(
     ("cpu", "expected"),
     [
         ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, True),
-        ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False),  # half of float32's rate
+        ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False),  # half the speed of float32
         ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
         ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, False),
         ({"architecture": "aarch64"}, False),
@@ -21,6 +25,34 @@ def test_multiplies_bf16(cpu, expected):
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_this_cpu_is_asked(monkeypatch, found):
+def test_this_cpu_is_queried(monkeypatch, found):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "Intel Xeon", "amx_bf16": found})
     assert computes_in_bf16(torch.device("cpu")) is found
+
+
+def test_xformers_needs_an_nvidia_gpu():
+    check_attention("xformers", torch.device("cuda"))
+    check_attention("sdpa", torch.device("cpu"))
+    with pytest.raises(LatentDiffError, match="attention=xformers: needs an NVIDIA GPU, not cpu; choose sdpa"):
+        LatentPipeline.from_pretrained(device="cpu", attention="xformers")
+    with pytest.raises(UNetError, match="'flash' is unknown; choose 'sdpa' or 'xformers'"):
+        LatentPipeline.from_pretrained(device="cpu", attention="flash")
+
+
+@pytest.mark.parametrize("pretrained", [(), ("unet.pretrained=builtin:emoji-64",)])
+def test_a_run_trains_with_the_attention_that_its_config_names(xformers, relative_error, pretrained):
+    parts = LatentPipeline.from_pretrained(device="cpu")
+    x, t = torch.randn(2, parts.unet.config.in_channels, 8, 8), torch.tensor([3, 500])
+    context = torch.randn(2, 5, parts.text_encoder.context_dim)
+
+    def output(name):
+        torch.manual_seed(0)
+        config = load_config("emoji-64", [f"unet.attention={name}", *pretrained])
+        unet = new_unet(config, parts.vae, parts.text_encoder)
+        torch.nn.init.normal_(unet.conv_out.weight)
+        return unet(x, t, context).detach()
+
+    expected = output("sdpa")
+    assert not xformers
+    assert relative_error(output("xformers"), expected) < 1e-5
+    assert xformers
