@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from .errors import LatentDiffError
+from .installation import check_installation
 
 __version__ = "0.1.0"
 __all__ = ["LatentDiffError", "LatentPipeline", "Schedule", "__version__"]
@@ -18,4 +19,5 @@ LAZY = {"LatentPipeline": "latentdiff.sampling.pipeline", "Schedule": "latentdif
 def __getattr__(name: str) -> Any:
     if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check_installation()
     return getattr(import_module(LAZY[name]), name)

@@ -1,53 +1,82 @@
-"""The wheel, built and imported from another folder: a checkout hides what the package forgot."""
+"""The sdist and the wheel, built and imported from another folder, since a checkout hides missing files."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import typer
+
+import latentdiff
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("latentdiff", "unet", "vae", "text_encoder")
 RECIPES = "train_configs"  # installed as latentdiff.recipes
-METADATA = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+FOLDERS = (*PACKAGES, RECIPES, "benchmarks", "docs", "examples", "tests", ".ci")
+FILES = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "train_vae.py",
+         "train_latent.py", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE")  # fmt: skip
 
 IMPORT_EVERYTHING = """
 import importlib, pathlib, socket, sys
 
 def no_network(*args, **kwargs):
-    raise OSError("the network was asked for")
+    raise OSError("network access is not allowed here")
 
-sys.modules["torchvision"] = sys.modules["xformers"] = None  # importing them fails, as where they are missing
+sys.modules["torchvision"] = sys.modules["xformers"] = None  # importing them fails, as if they were not installed
 socket.socket.connect = socket.getaddrinfo = no_network
 site = pathlib.Path(sys.argv[1])
 for name in sys.argv[2:]:
     module = importlib.import_module(name)
     assert pathlib.Path(module.__file__).is_relative_to(site), module.__file__
-assert "diffusers" not in sys.modules  # whoever only draws does not pay for it
+assert "diffusers" not in sys.modules  # sampling must not import it
 assert "debug" in sys.modules["latentdiff.config"].recipes()  # a recipe is found by its name
 """
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built offline from a copy of the sources, so that nothing left in the checkout helps."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for package in (*PACKAGES, RECIPES):
-        shutil.copytree(ROOT / package, folder / "source" / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in METADATA:
+def build(folder: Path) -> None:
+    """Build the sdist from a copy of the sources, so that nothing left in the checkout helps, and the wheel from it."""
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
         shutil.copy(ROOT / name, folder / "source")
+    program = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=folder / "source", check=True, capture_output=True)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        files.extractall(folder, filter="data")
+    (folder / archive.name.removesuffix(".tar.gz")).rename(folder / "sdist")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", folder, folder / "source"], check=True, capture_output=True)
-    (built,) = folder.glob("*.whl")
+    subprocess.run([*command, "--wheel-dir", folder, folder / "sdist"], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def sdist(once) -> Path:
+    """The sdist, unpacked."""
+    return once("package", build) / "sdist"
+
+
+@pytest.fixture(scope="session")
+def wheel(once) -> Path:
+    """The wheel, built offline from the sdist."""
+    (built,) = once("package", build).glob("*.whl")
     return built
 
 
+def test_the_sdist_has_every_file(sdist):
+    sources = {path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.is_file()}
+    sources = {str(path.relative_to(ROOT)) for path in sources if path.parent.name != "__pycache__"} | set(FILES)
+    found = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+    assert sources <= found
+    assert {name for name in found - sources if ".egg-info/" not in name and "build/" not in name} <= {"PKG-INFO"}
+
+
 def test_contents(wheel):
-    """Every module, recipe and asset, py.typed and the licence; nothing else at the top level."""
+    """Every module, recipe and asset, py.typed and the license, and nothing else at the top level."""
     names = zipfile.ZipFile(wheel).namelist()
     recipes = {f"latentdiff/recipes/{path.relative_to(ROOT / RECIPES)}" for path in (ROOT / RECIPES).rglob("*.yaml")}
     assert "latentdiff/recipes/debug.yaml" in recipes <= set(names)
@@ -85,4 +114,41 @@ def test_metadata_names_what_is_imported(wheel):
     assert {"torch", "transformers", "accelerate", "diffusers", "datasets", "safetensors", "xformers"} <= required
     assert "torchvision" not in required
     assert "License: Apache-2.0" in metadata
-    assert "torch==" in (ROOT / "constraints.txt").read_text().split("\n")[2]  # first and pinned
+    assert "Typing :: Typed" in metadata
+    assert f"\nVersion: {latentdiff.__version__}\n" in metadata
+    assert "torch==" in (ROOT / "constraints.txt").read_text().split("\n")[2]  # first, and pinned
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "overwritten",
+            r"unet/__init__.py: the package 'unet' of latentdiff was overwritten: run `pip uninstall unet`",
+        ),
+        ("missing", "the package 'vae' of latentdiff is missing: run `pip install --force-reinstall --no-deps"),
+        ("hidden", r"text_encoder.py hides the package 'text_encoder' of latentdiff: rename or remove that file"),
+    ],
+)
+def test_import_names_taken_by_others(wheel, tmp_path, case, message):
+    """PyPI has a distribution `unet`, installed over ours here; and whose folder has no text_encoder.py?"""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    if case == "overwritten":
+        (site / "unet/__init__.py").write_text("from .unet import UNet\n")
+        (site / "unet/unet.py").write_text("class UNet: ...\n")
+        (site / "unet-0.8.1.dist-info").mkdir()
+        (site / "unet-0.8.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: unet\nVersion: 0.8.1\n")
+        (site / "unet-0.8.1.dist-info/RECORD").write_text("unet/__init__.py,,\nunet/unet.py,,\n")
+    elif case == "missing":
+        shutil.rmtree(site / "vae")
+    else:
+        (tmp_path / "text_encoder.py").write_text("")
+    libraries = Path(typer.__file__).parents[1]  # without what makes an editable install of ours, which -S leaves out
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{libraries}", "PYTHONSAFEPATH": ""}
+    for words in (["-m", "latentdiff", "schema"], ["-c", "from latentdiff import LatentPipeline"]):
+        run = subprocess.run([sys.executable, "-S", *words], cwd=tmp_path, env=environment, capture_output=True,
+                             text=True, check=False)  # fmt: skip
+        assert run.returncode == 1
+        assert re.search(message, run.stderr), run.stderr
+        assert words[0] == "-c" or run.stderr.count("\n") == 1

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..installation import check_installation
 from . import models, training
 from .errors import plain_errors
 
@@ -39,6 +40,7 @@ def _printing(command: Callable[..., Iterable[object]]) -> Callable[..., None]:
     @wraps(command)
     def run(**options: object) -> None:
         with plain_errors():
+            check_installation()
             for line in command(**options):
                 typer.echo(line)
 
