@@ -1,6 +1,7 @@
-"""The commands of README and docs run as they stand there, but for what takes hours: recipes are made small."""
+"""The commands in README and docs run as written, except that recipes that take hours are shrunk."""
 
 import os
+import pydoc
 import re
 import shlex
 import subprocess
@@ -8,25 +9,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
+from latentdiff.config import Config
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_HERE = ("pip ", "source ")  # they change the environment that the tests run in; CI installs by them
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OTHERS = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+NOT_HERE = ("pip ", "source ")  # they would change the environment of the tests; CI runs them
 SMALL = ("trackers=[]", "train_vae.steps=4", "train_latent.steps=4", "train_vae.warmup_steps=1",
          "train_latent.warmup_steps=1", "train_vae.adversarial_start=5", "data.max_broken=0.5")  # fmt: skip
 TRAININGS = r"train_vae\.py|train_latent\.py|latentdiff (train|train-vae|encode|train-latent)\b"
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of a page's bash blocks, without comments."""
+    """Return the lines of a page's bash blocks, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     lines = [shlex.join(shlex.split(line, comments=True)) for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
 
 def small(line: str, name: str) -> str:
-    """The same command, hours shorter: the recipe `debug`, an output of its own, two processes instead of eight."""
+    """Shrink a command: the recipe `debug`, an output of its own, two processes instead of eight."""
     line = line.replace("latentdiff evaluate", "latentdiff evaluate --concepts 4")
     if not re.search(TRAININGS, line):
         return line.replace("runs/emoji-64", "runs/mine")
@@ -38,22 +43,64 @@ def small(line: str, name: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_make_targets_exist(page):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     named = re.findall(r"^make ([a-z-]+)|`make (?:PYTHON=\S+ )?([a-z-]+)`", page.read_text(), re.MULTILINE)
     assert {first or second for first, second in named} <= set(targets)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert "://" in link or (page.parent / link).exists(), link
 
 
+def in_navigation(entries: list) -> list[str]:
+    """Return the pages in a navigation of mkdocs.yml, nested or not, titled or not."""
+    pages = []
+    for entry in entries:
+        (entry,) = entry.values() if isinstance(entry, dict) else (entry,)
+        pages += in_navigation(entry) if isinstance(entry, list) else [entry]
+    return pages
+
+
+def test_the_site_has_every_page():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]]
+    assert sorted(in_navigation(site["nav"])) == sorted(pages)
+
+
+def test_the_api_reference_names_what_exists():
+    names = [name for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)]
+    assert "latentdiff.sampling.pipeline.LatentPipeline" in names
+    for name in names:
+        assert pydoc.locate(name), name
+
+
+@pytest.mark.slow
+def test_site(tmp_path):
+    """It builds without a warning, fetches nothing from elsewhere, and explains every setting of a run."""
+    for needed in ("mkdocs", "material", "mkdocstrings_handlers.python", "latex2mathml"):
+        pytest.importorskip(needed)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
+                          env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for page in tmp_path.rglob("*.html"):
+        assert not re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=.?(?:https?:)?//", page.read_text()), page
+    formulas = (tmp_path / "mathematics.html").read_text()
+    assert "<math" in formulas
+    assert "arithmatex" not in formulas
+    reference = (tmp_path / "api/configuration.html").read_text()
+    for name, section in Config.model_fields.items():
+        for key in getattr(section.annotation, "model_fields", [name]):
+            assert f"<code>{key}</code>" in reference, (name, key)
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """What a clone has at its top, and a folder of pictures: one place for all pages, as a reader would have."""
+    """Return a function that runs commands in a clone with a folder of pictures, shared by all pages."""
     place = tmp_path_factory.mktemp("checkout")
     for name in ("train_vae.py", "train_latent.py", "train_configs", "examples", "benchmarks", "constraints.txt"):
         (place / name).symlink_to(ROOT / name)
@@ -73,13 +120,13 @@ def checkout(tmp_path_factory):
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done.stdout + done.stderr
 
-    run(small("latentdiff train", "0").replace("runs/line-0", "runs/mine") + " --config debug")  # that pages speak of
+    run(small("latentdiff train", "0").replace("runs/line-0", "runs/mine") + " --config debug")  # which the pages use
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands(checkout, page):
     for number, line in enumerate(commands(page)):
         if not line.startswith((*NOT_HERE, "make ")):
-            assert "done already" not in checkout(small(line, f"{page.stem}-{number}"))
+            assert "already done" not in checkout(small(line, f"{page.stem}-{number}"))
