@@ -1,4 +1,4 @@
-"""Train the UNet: `accelerate launch train_latent.py --config NAME [section.key=value ...]`; without one, `demo`."""
+"""Train the UNet: `accelerate launch train_latent.py --config demo [section.key=value ...]`; `demo` is the default."""
 
 from latentdiff.cli import run_stage
 

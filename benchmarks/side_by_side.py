@@ -1,8 +1,8 @@
-"""Ours and diffusers with the same weights in one run: first equality, then time in turns, then peak memory.
+"""Our models against diffusers' with the same weights: first equality, then time in alternation, then peak memory.
 
-Three sides: `diffusers` as documented (NCHW, eager), diffusers `tuned` (channels-last; on CUDA also fused q, k, v)
-and `ours`. A task is what is timed, such as one forward pass. TF32 is off throughout, PyTorch's default for matrix
-products but not for convolutions.
+There are three sides: `diffusers` as documented (NCHW, eager), diffusers `tuned` (channels-last; on CUDA also fused
+q, k, v) and `ours`. A task is what is timed, such as one forward pass. TF32 is always off, which is PyTorch's default
+for matrix products but not for convolutions.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from torch import Tensor, nn
 SIDES = ("diffusers", "tuned", "ours")
 TRAINING = "forward + backward"  # the task with gradients: loss = output.square().mean()
 OUTPUT_LIMIT = 1e-5  # relative error in float32
-GRADIENT_LIMIT = 1e-4  # that of the first layer's gradient, which went through every layer twice
+GRADIENT_LIMIT = 1e-4  # for the gradient of the first layer, which passes through every layer twice
 BFLOAT16_FACTOR = 1.5  # our bfloat16 error over diffusers' own, both against float32
-NOTES = """side / ours: ratio of the median times with its bootstrap 90 % interval; above 1, ours is quicker.
+NOTES = """side / ours: ratio of the median times with its bootstrap 90 % interval; above 1, ours is faster.
 peak: the most that one call holds beyond what was held before it (weights, inputs). On a CPU: resident memory (VmHWM)
-during the second call of a process that does nothing else; on CUDA: what PyTorch's allocator handed out."""
+during the second call of a process that does nothing else; on CUDA: memory allocated by PyTorch."""
 
 Inputs = dict[str, Tensor]
 Step = Callable[[], Tensor]
@@ -56,17 +56,17 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-    """One kind of model on both sides. A new process can receive it: nothing here is a closure or a tensor."""
+    """One kind of model on both sides; can be sent to a new process, as nothing here is a closure or a tensor."""
 
     ours: Any  # class with from_pretrained(folder, device=, dtype=)
     theirs: Any  # class of diffusers with from_pretrained(folder, torch_dtype=)
     tasks: tuple[str, ...]
-    build: Callable[[str], Any]  # size -> diffusers' model, same random weights every time
+    build: Callable[[str], Any]  # size -> diffusers' model, with the same random weights every time
     inputs: Callable[[str, int], Inputs]  # size, batch -> float32 and int64 tensors, the same every time
     forward: Callable[[str, str, Any, Inputs], Step]  # side, task, model, inputs -> one forward pass
 
     def open(self, side: str, folder: Path, dtype: str, device: str) -> Any:
-        """The model of one side with the weights in the folder."""
+        """Open the model of one side with the weights in the folder."""
         if side == "ours":
             return self.ours.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
         model = self.theirs.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
@@ -77,8 +77,8 @@ class Contest:
         return model
 
     def step(self, side: str, task: str, model: nn.Module, settings: Settings) -> Step:
-        """What is timed: a forward pass, or forward and backward, which gives the first layer's gradient."""
-        parameter = next(model.parameters())  # of the first convolution: its gradient passed through every layer
+        """Return what is timed: a forward pass, or forward and backward, which returns the first layer's gradient."""
+        parameter = next(model.parameters())  # of the first convolution: its gradient passes through every layer
         inputs = self.inputs(settings.size, settings.batch)
         for name, tensor in inputs.items():
             dtype = parameter.dtype if tensor.is_floating_point() else tensor.dtype
@@ -101,7 +101,7 @@ class Contest:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """An output compared with diffusers' in float32."""
+    """Comparison of an output with that of diffusers in float32."""
 
     dtype: str
     task: str
@@ -111,13 +111,13 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """False where the error is not a number, too."""
+        """Whether the error is within the limit; False if it is NaN."""
         return self.error <= self.limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was measured of one side at one task."""
+    """Measurements of one side on one task."""
 
     dtype: str
     task: str
@@ -125,25 +125,25 @@ class Row:
     median_ms: float
     p10_ms: float
     p90_ms: float
-    ratio: float  # this side's median over ours: above 1, ours is quicker
+    ratio: float  # this side's median over ours: above 1, ours is faster
     ratio_interval: tuple[float, float]
     peak_mib: float | None
     seconds: list[float]  # every timed call
 
 
 def outputs(contest: Contest, side: str, folder: Path, dtype: str, settings: Settings) -> Inputs:
-    """What every task gives, in float64 on the CPU."""
+    """Return the output of every task, in float64 on the CPU."""
     model = contest.open(side, folder, dtype, settings.device)
     return {task: contest.step(side, task, model, settings)().double().cpu() for task in contest.tasks}
 
 
 def check_equality(contest: Contest, folder: Path, settings: Settings) -> list[Check]:
-    """Every task of `tuned` and `ours`, in float32 and in the dtypes asked for, against diffusers in float32."""
+    """Compare every task of `tuned` and `ours`, in float32 and the requested dtypes, with diffusers in float32."""
     eager = dataclasses.replace(settings, compile=None)
     reference = outputs(contest, "diffusers", folder, "float32", eager)
 
     def errors(values: Inputs) -> dict[str, float]:
-        return {task: float((values[task] - good).norm() / good.norm()) for task, good in reference.items()}
+        return {task: float((values[task] - exact).norm() / exact.norm()) for task, exact in reference.items()}
 
     checks = []
     for dtype in dict.fromkeys(["float32", *settings.dtypes]):
@@ -158,9 +158,9 @@ def check_equality(contest: Contest, folder: Path, settings: Settings) -> list[C
 
 
 def measure(contest: Contest, folder: Path, settings: Settings) -> list[Row]:
-    """Time and memory of all sides at all tasks."""
+    """Measure time and memory of all sides on all tasks."""
     rows = []
-    multiprocessing.set_forkserver_preload([contest.theirs.__module__])  # where the processes' seconds would go
+    multiprocessing.set_forkserver_preload([contest.theirs.__module__])  # importing it takes most of a process's time
     for dtype in settings.dtypes:
         models = {side: contest.open(side, folder, dtype, settings.device) for side in SIDES}
         for task in contest.tasks:
@@ -178,13 +178,13 @@ def measure(contest: Contest, folder: Path, settings: Settings) -> list[Row]:
 
 
 def prepare(contest: Contest, side: str, task: str, folder: Path, dtype: str, settings: Settings) -> Step:
-    """A step in a process of its own."""
+    """Prepare a step in a separate process."""
     torch.set_num_threads(settings.threads)
     return contest.step(side, task, contest.open(side, folder, dtype, settings.device), settings)
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """What it takes to repeat the run."""
+    """Return what is needed to repeat the run."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
@@ -201,7 +201,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def table(rows: list[Row]) -> Table:
-    """One line a side, a rule after every task."""
+    """Return a table with one line per side, and a rule after every task."""
     result = Table("dtype", "task", "side", "median ms", "p10 – p90", "side / ours", "90 %", "peak MiB")
     for row in rows:
         low, high = row.ratio_interval
@@ -221,22 +221,22 @@ def table(rows: list[Row]) -> Table:
 
 
 def parse(description: str, sizes: tuple[str, ...], batch: int) -> Settings:
-    """The command line, with defaults that take less than four minutes on two cores."""
+    """Parse the command line; the defaults take less than four minutes on two cores."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", choices=sizes, default=sizes[0])
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=10, help="timed calls of every side")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--rounds", type=int, default=10, help="timed calls per side")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     modes = ("default", "reduce-overhead", "max-autotune")
-    parser.add_argument("--compile", choices=modes, help="torch.compile for all three sides, in this mode")
-    parser.add_argument("--json", type=Path, help="write everything, every timed call included, to this file")
+    parser.add_argument("--compile", choices=modes, help="use torch.compile for all three sides, in this mode")
+    parser.add_argument("--json", type=Path, help="write all results, including every timed call, to this file")
     return Settings(**vars(parser.parse_args()))
 
 
 def check_table(checks: list[Check]) -> Table:
-    """One line a comparison."""
+    """Return a table with one line per comparison."""
     result = Table("dtype", "task", "side", "relative error", "limit", "")
     for check in checks:
         verdict = "equal" if check.passed else "DIFFERENT"
@@ -245,30 +245,30 @@ def check_table(checks: list[Check]) -> Table:
 
 
 def run(contest: Contest, settings: Settings) -> int:
-    """Check, measure, print; 1 where the sides do not agree."""
+    """Check, measure and print; returns 1 if the sides do not agree."""
     torch.set_num_threads(settings.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     diffusers.utils.logging.disable_progress_bar()
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    facts = environment(settings)
-    console.print("\n".join(f"{name:10} {value}" for name, value in facts.items()))
+    setup = environment(settings)
+    console.print("\n".join(f"{name:10} {value}" for name, value in setup.items()))
     with tempfile.TemporaryDirectory() as folder:
         contest.build(settings.size).save_pretrained(folder)
         checks = check_equality(contest, Path(folder), settings)
         console.print(check_table(checks))
         if not all(check.passed for check in checks):
-            console.print("The sides do not compute the same: nothing was timed.")
+            console.print("The outputs of the sides differ; nothing was timed.")
             return 1
-        torch.compiler.reset()  # or the models of the checks would count as recompilations
+        torch.compiler.reset()  # otherwise the models of the checks would count as recompilations
         rows = measure(contest, Path(folder), settings)
     console.print(table(rows))
     console.print(NOTES)
     if settings.json is not None:
-        results = {"environment": facts, "settings": dataclasses.asdict(settings), "checks": checks, "rows": rows}
+        results = {"environment": setup, "settings": dataclasses.asdict(settings), "checks": checks, "rows": rows}
         settings.json.write_text(json.dumps(results, default=plain, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
 def plain(value: Any) -> Any:
-    """What JSON does not know: dataclasses and paths."""
+    """Convert dataclasses and paths for JSON."""
     return dataclasses.asdict(value) if isinstance(value, Check | Row) else str(value)

@@ -1,4 +1,4 @@
-"""Time of several functions in turns, the ratio of two of them, and the memory that one call takes."""
+"""Timing of several functions in alternation, ratios of their times, and the memory that one call takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-WARM_UP = 3  # calls of each function before the clock runs
+WARM_UP = 3  # untimed calls of each function
 RESAMPLES = 2000  # of the bootstrap
 M_MMAP_THRESHOLD = -3  # from malloc.h
 
@@ -23,7 +23,7 @@ Call = Callable[[], Any]
 
 
 def time_in_turns(calls: dict[str, Call], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every call. Each round makes every call once; the order goes through all permutations."""
+    """Return the seconds of every call. Each round calls every function once, in each permutation in turn."""
     for call in calls.values():
         for _ in range(WARM_UP):
             timed(call, device)
@@ -35,7 +35,7 @@ def time_in_turns(calls: dict[str, Call], rounds: int, device: str) -> dict[str,
 
 
 def timed(call: Call, device: str) -> float:
-    """Wall-clock seconds, the work on the device included."""
+    """Return the wall-clock seconds, including the work on the device."""
     if device == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
         torch.cuda.synchronize()
@@ -47,16 +47,16 @@ def timed(call: Call, device: str) -> float:
 
 
 def ratio_of_medians(above: list[float], below: list[float]) -> tuple[float, float, float]:
-    """The ratio and its bootstrap 90 % interval. Whole rounds are drawn, so what one moment slowed stays paired."""
+    """Return the ratio and its bootstrap 90 % interval; rounds are resampled, so simultaneous slowdowns stay paired."""
     rounds = np.array([above, below])  # (2, R)
-    draws = np.random.default_rng(0).integers(rounds.shape[1], size=(RESAMPLES, rounds.shape[1]))
-    medians = np.median(rounds[:, draws], axis=2)  # (2, RESAMPLES)
+    resampled = np.random.default_rng(0).integers(rounds.shape[1], size=(RESAMPLES, rounds.shape[1]))
+    medians = np.median(rounds[:, resampled], axis=2)  # (2, RESAMPLES)
     low, high = np.quantile(medians[0] / medians[1], [0.05, 0.95])
     return float(np.median(above) / np.median(below)), float(low), float(high)
 
 
 def peak_on_cuda(call: Call) -> float:
-    """MiB allocated at the peak of one call, above what was allocated before it."""
+    """Return the MiB allocated at the peak of one call, beyond what was allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -66,30 +66,30 @@ def peak_on_cuda(call: Call) -> float:
 
 
 def peak_in_new_process(prepare: Callable[..., Call], *arguments: Any) -> float | None:
-    """`peak_resident` of a process that does nothing else; None where the system is not Linux."""
+    """Run `peak_resident` in a process that does nothing else; returns None if the system is not Linux."""
     if sys.platform != "linux":
         return None
-    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:  # spawn, but imports only once
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:  # like spawn, but imports only once
         return pool.submit(peak_resident, prepare, *arguments).result()
 
 
 def peak_resident(prepare: Callable[..., Call], *arguments: Any) -> float:
-    """MiB of resident memory at the peak of the second call, above what the process held just before it.
+    """Return the MiB of resident memory at the peak of the second call, beyond what was held just before it.
 
-    The first call also loads code, and weights that so far were only mapped from their file. By Linux's VmHWM and
-    not `ru_maxrss`: that one starts at the parent's peak and cannot be reset.
+    The first call also loads code, and weights that were only memory-mapped before. Uses Linux's VmHWM rather than
+    `ru_maxrss`, which starts at the parent's peak and cannot be reset.
     """
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # tensors from 64 KiB up go back to the system when freed
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # freed tensors of 64 KiB or more are returned to the system
     call = prepare(*arguments)
     call()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak becomes what is held now
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak to the current value
     before = high_water_mark()
     call()
     return high_water_mark() - before
 
 
 def high_water_mark() -> float:
-    """MiB, the largest resident memory of this process since the last reset."""
+    """Return the largest resident memory of this process since the last reset, in MiB."""
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     fields = dict(line.split(":", 1) for line in status)
-    return int(fields["VmHWM"].split()[0]) / 1024  # given in KiB
+    return int(fields["VmHWM"].split()[0]) / 1024  # from KiB

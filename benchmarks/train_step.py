@@ -1,14 +1,13 @@
-"""One latent training step, ours and that of diffusers' text-to-image example: same UNet, same pictures, same dtype.
+"""One latent training step, ours and that of diffusers' text-to-image example: same UNet, pictures and dtype.
 
     python benchmarks/train_step.py [--config emoji-64] [--precision bf16] [--steps 20]
 
 The peer is the loop of diffusers' examples/text_to_image/train_text_to_image.py, written out with its classes: decode
 and transform the pictures, AutoencoderKL, BERT, DDPMScheduler, UNet2DConditionModel, min-SNR weights, AdamW,
-clip_grad_norm_; it encodes in every step, as that script does. `--use_ema` is an option there and always on here, so
-both are measured.
-Ours is `LatentTraining.train_step` with its batches, with the caches and without. The text encoder is frozen on all
-sides.
-Before anything is timed, one loss and its gradient are compared. Rounds alternate; the ratio is of medians.
+clip_grad_norm_. Like that script, it encodes in every step. EMA is optional there (`--use_ema`) and always on here, so
+the peer is measured with and without it.
+Ours is `LatentTraining.train_step` including its batches, with and without caches. The text encoder is always frozen.
+Before anything is timed, one loss and its gradient are compared. Rounds alternate; the ratio is that of medians.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ PEERS = {"diffusers' example": False, "diffusers' example, --use_ema": True}
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Config, Launch]:
-    """A VAE and a BERT with random weights, on disk, and a config that names them."""
+    """Save a VAE and a BERT with random weights; returns a config that names them, and its launch."""
     torch.manual_seed(0)
     config = load_config(arguments.config)
     VAE(config.vae.build(config.data.image_size)).save_pretrained(folder / "vae")
@@ -69,7 +68,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Config, Launch
 
 
 def our_task(config: Config, run: Launch, cached: bool) -> LatentTraining:
-    """Ours, with the weights that seed 0 gives; random last layers, or half of the network would have no gradient."""
+    """Return our training, with weights from seed 0; zero layers are randomized, so that all layers have gradients."""
     config = config.model_copy(update={"train_latent": config.train_latent.model_copy(update={"cache": cached})})
     run = replace(run, config=config)
     sources = open_source(config.data)
@@ -84,7 +83,7 @@ def our_task(config: Config, run: Launch, cached: bool) -> LatentTraining:
 
 
 def our_step(task: LatentTraining) -> Step:
-    """Batches and steps, as the loop does them."""
+    """Return a function that loads a batch and takes a step, as the training loop does."""
     batches = task.batches(0, 10**6)
     log = MetricLogger(task.run, task.run.folder, "benchmark", 0, 10**6, task.section.batch_size)
     number = iter(range(1, 10**6))
@@ -97,19 +96,19 @@ def our_step(task: LatentTraining) -> Step:
 
 
 class Peer:
-    """diffusers' example."""
+    """The training loop of diffusers' example."""
 
     def __init__(self, task: LatentTraining, folder: Path, use_ema: bool) -> None:
-        self.run, self.config, self.source = task.run, task.run.config, task.rows.source
+        self.run, self.config, self.source = task.run, task.run.config, task.data.source
         task.inner.unet.save_pretrained(folder / "unet")
         device = self.run.device
         self.vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").to(device).requires_grad_(False)
         self.text_encoder = BertModel.from_pretrained(folder / "text_encoder").to(device).requires_grad_(False)
         self.tokenizer = task.text_encoder.tokenizer
         self.unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").to(device).train()
-        facts = {name: value for name, value in scheduler_config(self.config.diffusion.process()).items()
-                 if name not in ("_class_name", "set_alpha_to_one")}  # fmt: skip
-        self.scheduler = diffusers.DDPMScheduler(**facts)
+        settings = {name: value for name, value in scheduler_config(self.config.diffusion.process()).items()
+                    if name not in ("_class_name", "set_alpha_to_one")}  # fmt: skip
+        self.scheduler = diffusers.DDPMScheduler(**settings)
         section = task.section
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=section.learning_rate, betas=section.betas,
                                            weight_decay=section.weight_decay)  # fmt: skip
@@ -117,7 +116,7 @@ class Peer:
         self.batch_size, self.random = section.batch_size, np.random.default_rng(0)
 
     def pictures(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pixels and tokens, decoded in the main process, as with the example's default of no workers."""
+        """Yield pixels and tokens, loaded in the main process, as by the example's default without workers."""
         while True:
             order = self.random.permutation(len(self.source))
             for indices in order[: len(order) // self.batch_size * self.batch_size].reshape(-1, self.batch_size):
@@ -128,7 +127,7 @@ class Peer:
                 yield to_pixels(torch.from_numpy(images)).contiguous(), ids["input_ids"]
 
     def loss(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """The example's loss for v prediction, with --snr_gamma where the recipe has min-SNR weights."""
+        """Return the example's loss for v prediction, with --snr_gamma if the recipe has min-SNR weights."""
         noisy = self.scheduler.add_noise(latents, noise, t)
         target = self.scheduler.get_velocity(latents, noise, t)
         prediction = self.unet(noisy, t, context, return_dict=False)[0]
@@ -140,7 +139,7 @@ class Peer:
         return (error.mean(dim=list(range(1, error.dim()))) * weights).mean()
 
     def steps(self) -> Step:
-        """One step of the example."""
+        """Return a function that takes one step of the example."""
         pictures = self.pictures()
 
         def step() -> float:
@@ -152,7 +151,7 @@ class Peer:
                 noise = torch.randn_like(latents)
                 t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),))
                 loss = self.loss(latents, noise, t, context)
-            average = loss.repeat(self.batch_size).mean()  # what the example gathers in every step
+            average = loss.repeat(self.batch_size).mean()  # the example gathers this in every step
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
             self.optimizer.step()
@@ -165,12 +164,12 @@ class Peer:
 
 
 def check_equal(task: LatentTraining, peer: Peer) -> None:
-    """One loss and the gradient of every weight, in float32, from the same numbers."""
-    batch = task.rows[0]
+    """Compare one loss and the gradient of every weight, in float32, on the same batch."""
+    batch = task.data[0]
     assert isinstance(batch, CachedBatch)
     assert isinstance(batch.text, torch.Tensor)
     frozen = replace(task.frozen, autocast=nullcontext)
-    x0, noise, t = frozen.draw(batch)
+    x0, noise, t = frozen.prepare(batch)
     output = frozen.predict(task.inner, add_noise(x0, noise, t, task.schedule), t, batch.text)
     settings = task.run.config.diffusion
     losses = diffusion_loss(output, x0, noise, t, settings.prediction, task.schedule, weighting=settings.weighting)
@@ -190,14 +189,14 @@ def check_equal(task: LatentTraining, peer: Peer) -> None:
 
 
 def peak_memory(arguments: argparse.Namespace) -> int:
-    """MiB that one contestant needs at most, in a process of its own."""
+    """Return the peak memory in MiB of one contestant, in a separate process."""
     command = [sys.executable, __file__, "--config", arguments.config, "--precision", arguments.precision]
     return int(subprocess.run([*command, "--alone", arguments.alone], capture_output=True, text=True, check=True)
                .stdout.split()[-1])  # fmt: skip
 
 
 def alone(arguments: argparse.Namespace) -> None:
-    """Three steps of one contestant; prints the peak resident memory."""
+    """Take three steps of one contestant, and print the peak resident memory."""
     with tempfile.TemporaryDirectory() as name:
         config, run = prepare(arguments, Path(name))
         if arguments.alone in OURS:
@@ -210,7 +209,7 @@ def alone(arguments: argparse.Namespace) -> None:
             step = peer.steps()
         for _ in range(3):
             step()
-    status = Path("/proc/self/status").read_text()  # getrusage would give the parent's peak where that is larger
+    status = Path("/proc/self/status").read_text()  # getrusage would return the parent's peak if that is larger
     print(int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) // 1024)
 
 
@@ -218,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="emoji-64")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each contestant a round")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each contestant per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -240,7 +239,7 @@ def main() -> None:
                 if number:  # the first round warms up
                     times[label].append((time.perf_counter() - start) / arguments.steps)
     reference = median(times["diffusers' example"])
-    print(f"{config.train_latent.batch_size} pictures of {config.data.image_size} px a step, {run.precision}, "
+    print(f"{config.train_latent.batch_size} pictures of {config.data.image_size} px per step, {run.precision}, "
           f"{torch.get_num_threads()} threads, {run.device}")  # fmt: skip
     for label, seconds in times.items():
         arguments.alone = label

@@ -11,7 +11,7 @@ from side_by_side import TRAINING, Contest, Inputs, Step, parse, run
 
 from unet import UNet
 
-FORWARD, CACHED = "forward", "forward, cached"  # cached: keys, values and time projections are computed beforehand
+FORWARD, CACHED = "forward", "forward, cached"  # cached: keys, values and time projections are precomputed
 LATENTS, TOKENS = 32, 77  # height and width of the latents, length of the text
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -36,8 +36,8 @@ def inputs(size: str, batch: int) -> Inputs:
     return {
         "x": torch.randn(batch, 4, LATENTS, LATENTS, generator=generator),
         "context": torch.randn(batch, TOKENS, SIZES[size]["cross_attention_dim"], generator=generator),
-        "step": torch.tensor(500),  # a sampler has one timestep for all
-        "t": torch.randint(1000, (batch,), generator=generator),  # training one for each
+        "step": torch.tensor(500),  # sampling uses one timestep for all
+        "t": torch.randint(1000, (batch,), generator=generator),  # training uses one for each
     }
 
 

@@ -37,7 +37,7 @@ def inputs(size: str, batch: int) -> Inputs:
 
 
 def forward(side: str, task: str, model: Any, inputs: Inputs) -> Step:
-    """Encode gives scaled latents and decode takes them, on both sides; training reconstructs through the mode."""
+    """Return one pass. On both sides, latents are scaled, and training reconstructs from the posterior's mode."""
     pixels, latents = inputs["pixels"], inputs["latents"]
     if side == "ours":
         return {

@@ -1,10 +1,10 @@
-"""Diffusion in one dimension, where every density can be written down: one picture that explains itself.
+"""Diffusion in one dimension, where every density is known in closed form: one self-explanatory picture.
 
     python examples/one_dimension.py --output outputs/one_dimension.png
 
 1. Forward: three bumps dissolve into N(0, 1), by x_t = alpha_t x0 + sigma_t noise.
-2. Backward, exactly: Bayes' rule gives q(x_{t-1} | x_t), no Gaussian if the step is big, nearly one if it is small.
-3. Backward, learned: so a chain of small Gaussian steps will do, and a network learns where each of them must go.
+2. Backward, exact: Bayes' rule gives q(x_{t-1} | x_t), nearly Gaussian if the step is small, but not if it is large.
+3. Backward, learned: so a chain of small Gaussian steps suffices, and a network learns the mean of each.
 """
 
 from __future__ import annotations
@@ -32,61 +32,61 @@ from latentdiff.diffusion.samplers import make_rows, sample
 
 try:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure  # without pyplot: draws with Agg and needs no screen
+    from matplotlib.figure import Figure  # without pyplot: renders with Agg and needs no display
 except ModuleNotFoundError:
-    sys.exit("this example draws with matplotlib, which is missing: pip install 'latentdiff[examples]'")
+    sys.exit("this example needs matplotlib: pip install 'latentdiff[examples]'")
 
-EXACT, GAUSSIAN, LEARNED, QUIET = "#1d4e89", "#e07a1f", "#12805c", "#555555"  # one colour, one meaning
+EXACT, GAUSSIAN, LEARNED, QUIET = "#1d4e89", "#e07a1f", "#12805c", "#555555"  # one color, one meaning
 GRID = torch.linspace(-5, 5, 20_001, dtype=torch.float64)
-HERE = -0.75  # the x_t from which part 2 looks back: between two bumps
+HERE = -0.75  # the x_t from which part 2 steps back: between two bumps
 TRAIN_STEPS, BATCH, CHAIN_STEPS, SAMPLES = 3000, 1024, 250, 20_000
 
 
-# --- the data, and what the forward process makes of them ---
+# --- the data and the forward process ---
 
 
 def normal(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """Density of N(mean, var) at x."""
+    """Return the density of N(mean, var) at x."""
     return torch.exp(-(x - mean).square() / (2 * var)) / (2 * math.pi * var).sqrt()
 
 
 class Mixture(NamedTuple):
-    """A weighted sum of K Gaussians on the line; each field is (..., K)."""
+    """A one-dimensional mixture of K Gaussians; each field is (..., K)."""
 
     weight: Tensor
     mean: Tensor
     std: Tensor
 
-    def draw(self, count: int) -> Tensor:
-        """Independent values, (count, 1), float32 as a network takes them."""
+    def sample(self, count: int) -> Tensor:
+        """Return independent samples, (count, 1), in float32 for the network."""
         which = torch.multinomial(self.weight, count, replacement=True)
         return (self.mean[which] + self.std[which] * torch.randn(count)).float()[:, None]
 
     def density(self, x: Tensor) -> Tensor:
-        """Probability density at x."""
+        """Return the probability density at x."""
         return (self.weight * normal(x[..., None], self.mean, self.std.square())).sum(-1)
 
     def noised(self, alpha: Tensor, sigma: Tensor) -> Mixture:
-        """The distribution of alpha * x0 + sigma * noise: a mixture again, each Gaussian moved and widened."""
+        """Return the distribution of alpha * x0 + sigma * noise: again a mixture, each Gaussian shifted and widened."""
         alpha, sigma = alpha[..., None], sigma[..., None]
         return Mixture(self.weight, alpha * self.mean, ((alpha * self.std).square() + sigma.square()).sqrt())
 
     def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """E[x0 | x_t = x]: the guess of each Gaussian, weighted by how likely x came from it."""
+        """Return E[x0 | x_t = x]: the estimate of each Gaussian, weighted by the probability that x came from it."""
         noised = self.noised(alpha, sigma)
         share = self.weight * normal(x[..., None], noised.mean, noised.std.square())
-        guess = self.mean + alpha[..., None] * (self.std / noised.std).square() * (x[..., None] - noised.mean)
-        return (share * guess).sum(-1) / share.sum(-1)
+        estimate = self.mean + alpha[..., None] * (self.std / noised.std).square() * (x[..., None] - noised.mean)
+        return (share * estimate).sum(-1) / share.sum(-1)
 
 
 DATA = Mixture(*torch.tensor([[0.3, 0.45, 0.25], [-1.3, 0.05, 1.4], [0.13, 0.28, 0.18]], dtype=torch.float64))
 
 
-# --- one step back, exactly ---
+# --- one exact step back ---
 
 
 def reverse_conditional(data: Mixture, x_t: float, t: int, schedule: Schedule) -> Tensor:
-    """q(x_{t-1} | x_t) on GRID by Bayes' rule: q(x_t | x_{t-1}) q(x_{t-1}) / q(x_t)."""
+    """Return q(x_{t-1} | x_t) on GRID by Bayes' rule: q(x_t | x_{t-1}) q(x_{t-1}) / q(x_t)."""
     here = torch.tensor(x_t, dtype=torch.float64)
     likelihood = normal(here, *forward_step(GRID, torch.tensor(t), schedule))
     prior = data.noised(schedule.alpha_prev[t], schedule.sigma_prev[t]).density(GRID)
@@ -95,40 +95,40 @@ def reverse_conditional(data: Mixture, x_t: float, t: int, schedule: Schedule) -
 
 
 def matched_gaussian(density: Tensor) -> tuple[Tensor, float, float]:
-    """The Gaussian with the mean and variance of a density on GRID; that mean; the standard deviation."""
+    """Return the Gaussian with the mean and variance of a density on GRID, that mean, and the standard deviation."""
     mean = torch.trapezoid(GRID * density, GRID)
     var = torch.trapezoid((GRID - mean).square() * density, GRID)
     return normal(GRID, mean, var), mean.item(), var.sqrt().item()
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:
-    """Share of the probability, 0 to 1, that has to move to turn one density on GRID into the other."""
+    """Return the share of the probability (0 to 1) that must move to turn one density on GRID into the other."""
     return 0.5 * torch.trapezoid((p - q).abs(), GRID).item()
 
 
 def step_back(num_timesteps: int) -> Tensor:
-    """q(x_{t-1} | x_t = HERE) a quarter of the way up. With `cosine`, alpha_t there is the same for every T."""
+    """Return q(x_{t-1} | x_t = HERE) at t = T/4, where `cosine` has the same alpha_t for every T."""
     return reverse_conditional(DATA, HERE, num_timesteps // 4 - 1, Schedule.named("cosine", num_timesteps))
 
 
-# --- the way back, learned ---
+# --- the learned way back ---
 
 
 def predict(network: nn.Module, x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """The network's v, (B, 1): it sees x_t and how much signal and noise there is in it."""
+    """Return the network's v, (B, 1), given x_t and the amounts of signal and noise in it."""
     alpha, sigma = schedule.at(t, x)
     return network(torch.cat([x, alpha.expand_as(x), sigma.expand_as(x)], dim=1))
 
 
 def train(schedule: Schedule) -> tuple[nn.Module, Tensor]:
-    """A trained network; its loss and the exact denoiser's on the same batches, (TRAIN_STEPS, 2)."""
+    """Train a network; returns it, and its loss and the exact denoiser's on the same batches, (TRAIN_STEPS, 2)."""
     layers = [nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)]
     network = nn.Sequential(*layers)
     optimizer = torch.optim.Adam(network.parameters())
     learning_rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-2, total_steps=TRAIN_STEPS)
     losses = torch.empty(TRAIN_STEPS, 2)
     for step in range(TRAIN_STEPS):
-        x0 = DATA.draw(BATCH)
+        x0 = DATA.sample(BATCH)
         noise = torch.randn_like(x0)
         t = sample_timesteps(BATCH, schedule.num_timesteps)
         x_t = add_noise(x0, noise, t, schedule)
@@ -137,7 +137,7 @@ def train(schedule: Schedule) -> tuple[nn.Module, Tensor]:
         loss.backward()
         optimizer.step()
         learning_rate.step()
-        # x_t does not tell which noise is in it, so the best v there is misses its target too: the loss has a floor.
+        # x_t does not determine its noise, so even the best possible v misses its target: the loss has a floor.
         best = from_x0(DATA.denoise(x_t, *schedule.at(t, x_t)), x_t, t, "v", schedule)
         floor = (best - target(x0, noise, t, "v", schedule)).square().mean()
         losses[step] = torch.stack([loss.detach(), floor])
@@ -146,7 +146,7 @@ def train(schedule: Schedule) -> tuple[nn.Module, Tensor]:
 
 @torch.no_grad()
 def run_chain(network: nn.Module, schedule: Schedule) -> tuple[list[float], Tensor]:
-    """From noise to data in CHAIN_STEPS Gaussian steps: the times t/T passed, and x there, (times, SAMPLES)."""
+    """Go from noise to data in CHAIN_STEPS Gaussian steps; returns the times t/T and the x there, (times, SAMPLES)."""
 
     def denoise(x: Tensor, t: int) -> Tensor:
         now = torch.tensor(t)
@@ -159,7 +159,7 @@ def run_chain(network: nn.Module, schedule: Schedule) -> tuple[list[float], Tens
 
 
 def ks_distance(samples: Tensor, data: Mixture) -> float:
-    """Kolmogorov-Smirnov: the largest gap between the samples' cumulative distribution and the true one."""
+    """Return the Kolmogorov-Smirnov distance: the largest gap between the empirical and the true CDF."""
     x = samples.double().sort().values[:, None]
     truth = (data.weight * torch.special.ndtr((x - data.mean) / data.std)).sum(-1)
     steps = torch.arange(len(x) + 1, dtype=torch.float64) / len(x)
@@ -168,7 +168,7 @@ def ks_distance(samples: Tensor, data: Mixture) -> float:
 
 # --- the picture ---
 
-PANELS = {  # title: what to see there
+PANELS = {  # title: caption
     "1   Forward: the data dissolve into noise": r"Every column is the density of $x_t = \alpha_t\,x_0 + \sigma_t\,$"
     "noise; seven are drawn sideways as lines. The three bumps of the data (left) widen, merge and end as N(0, 1).",
     "2a   One step back out of 8": rf"$q(x_{{t-1}}\,|\,x_t)$ for $x_t = {HERE}$, between two bumps:" + "\n"
@@ -198,14 +198,14 @@ def explain(ax: Axes, title: str, caption: str) -> None:
 def heat_map(ax: Axes, schedule: Schedule) -> None:
     x = torch.linspace(-3.2, 3.2, 400, dtype=torch.float64)
     density = DATA.noised(schedule.alpha[:, None], schedule.sigma[:, None]).density(x)
-    shade = density.T.sqrt().numpy()  # the square root, so that thin tails can be seen
+    shade = density.T.sqrt().numpy()  # square root, to make thin tails visible
     ax.imshow(shade, cmap="Blues", vmax=1.2, aspect="auto", origin="lower", extent=(0, 1, -3.2, 3.2))
     ax.set(xlabel="time $t\\,/\\,T$", ylabel="$x_t$", ylim=(-3.2, 3.2))
 
 
 def plot_forward(ax: Axes, schedule: Schedule) -> None:
     heat_map(ax, schedule)
-    scale = 0.065  # of a density drawn sideways, in units of t / T
+    scale = 0.065  # of a density plotted sideways, in units of t / T
     for time in (0.0, 0.1, 0.25, 0.4, 0.6, 0.8, 1.0):
         t = max(round(time * schedule.num_timesteps) - 1, 0)
         ax.plot(time + scale * DATA.noised(schedule.alpha[t], schedule.sigma[t]).density(GRID), GRID, color=EXACT)
@@ -268,8 +268,8 @@ def plot_samples(ax: Axes, samples: Tensor) -> str:
     return result
 
 
-def draw(schedule: Schedule, losses: Tensor, times: list[float], path: Tensor) -> tuple[Figure, list[str]]:
-    """The whole picture, and the results that its panels state."""
+def plot(schedule: Schedule, losses: Tensor, times: list[float], path: Tensor) -> tuple[Figure, list[str]]:
+    """Plot the complete figure; returns it and the results that its panels state."""
     figure = Figure(figsize=(17, 15.5), dpi=110)
     figure.text(0.045, 0.968, "Diffusion in one dimension", fontsize=22, fontweight="bold")
     figure.text(0.36, 0.968, "Blue is exact, orange is Gaussian, green is learned.", fontsize=15, color=QUIET)
@@ -289,14 +289,14 @@ def draw(schedule: Schedule, losses: Tensor, times: list[float], path: Tensor) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/one_dimension.png"), help="where the picture goes")
-    parser.add_argument("--seed", type=int, default=0, help="of the training and of the samples")
+    parser.add_argument("--output", type=Path, default=Path("outputs/one_dimension.png"), help="file to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of training and sampling")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # on matrices this small a second thread only costs time
+    torch.set_num_threads(1)  # with matrices this small, more threads are slower
     schedule = Schedule.named("cosine", zero_terminal_snr=True)
     network, losses = train(schedule)
-    figure, results = draw(schedule, losses, *run_chain(network, schedule))
+    figure, results = plot(schedule, losses, *run_chain(network, schedule))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output)
     print(*results, f"picture: {args.output}", sep="\n")

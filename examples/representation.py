@@ -1,4 +1,4 @@
-"""What else a trained model can do: find the noise of pictures, walk between two, turn a feature up. One sheet.
+"""What else a trained model can do: invert pictures to noise, interpolate, exaggerate a feature. One sheet.
 
 python examples/representation.py --model runs/emoji-64 --output outputs/representation.png
 """
@@ -24,8 +24,8 @@ AMOUNTS = (-2.0, 0.0, 1.0, 2.0, 4.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default=None, help="as LatentPipeline.from_pretrained takes it")
-    parser.add_argument("--config", default="emoji-64", help="recipe that names the training pictures")
+    parser.add_argument("--model", default=None, help="model, as for LatentPipeline.from_pretrained")
+    parser.add_argument("--config", default="emoji-64", help="recipe whose training pictures to use")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--output", type=Path, default=Path("outputs/representation.png"))
@@ -44,7 +44,7 @@ def main() -> None:
     size = (pipe.image_size, pipe.image_size)
     print(f"{len(found)} training pictures, ddim, {options.steps} steps, guidance 1")
     for caption, one in zip(captions, found, strict=True):
-        print(f"  {one.psnr:5.2f} dB redrawn, {one.vae_psnr:5.2f} dB the VAE alone, noise of standard deviation "
+        print(f"  {one.psnr:5.2f} dB from its inversion, {one.vae_psnr:5.2f} dB by the VAE alone, std of the noise "
               f"{float(one.latents.std()):.3f}: {caption}")  # fmt: skip
     lost = [one.vae_psnr - one.psnr for one in found]
     print(f"lost by inversion: mean {statistics.mean(lost):.2f} dB, at most {max(lost):.2f} dB")

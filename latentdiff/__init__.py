@@ -1,7 +1,7 @@
-"""latentdiff: train your own text-to-image latent diffusion model, from a folder of captioned pictures.
+"""latentdiff: train your own text-to-image latent diffusion model from a folder of captioned pictures.
 
-`LatentPipeline` and `Schedule` are imported when they are asked for (PEP 562; types in `__init__.pyi`): the models and
-the command line import this package too, and need neither.
+`LatentPipeline` and `Schedule` are imported lazily (PEP 562; types in `__init__.pyi`): the models and the command line
+import this package too, and need neither.
 """
 
 from importlib import import_module

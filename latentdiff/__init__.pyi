@@ -1,4 +1,4 @@
-"""What `from latentdiff import ...` gives."""
+"""Types of the names that `latentdiff` imports lazily."""
 
 from .diffusion.schedule import Schedule as Schedule
 from .errors import LatentDiffError as LatentDiffError

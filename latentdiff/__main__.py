@@ -1,4 +1,4 @@
-"""`python -m latentdiff`, which `accelerate launch -m latentdiff train` starts."""
+"""Entry point of `python -m latentdiff` and `accelerate launch -m latentdiff`."""
 
 from .cli import main
 

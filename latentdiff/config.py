@@ -1,6 +1,6 @@
-"""The configuration of a run: one YAML file for all stages, typed, with one clear error for whatever is wrong in it.
+"""The configuration of a run: one typed YAML file for all stages, with a clear one-line error for every mistake.
 
-A file holds only what differs from the defaults below. `section.key=value` on the command line overrides it.
+A file holds only what differs from the defaults. `section.key=value` on the command line overrides it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,26 +19,27 @@ from .diffusion.process import check_prediction
 from .diffusion.samplers import SAMPLERS
 from .errors import LatentDiffError, nearest
 
-# train_configs/ of a checkout is latentdiff/recipes/ in an installed package (setup.cfg).
+# train_configs/ in a checkout is latentdiff/recipes/ in an installed package (see setup.cfg).
 PACKAGE = Path(__file__).parent
 RECIPES = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "train_configs"
 SECTION_OF = {VAEError: "vae", TextEncoderError: "text_encoder", UNetError: "unet"}
 
 
 class Config(sections.Section):
-    """A whole run."""
+    """The configuration of a run."""
 
     output: str = "runs/unnamed"
-    """Folder of the run: everything it writes lies there."""
+    """Output folder; everything that the run writes goes there."""
     seed: sections.Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the passes; weights and optimizer are float32. auto: bf16 where the device computes in it."""
+    """Precision of forward and backward passes; weights and optimizer state are float32. auto: the launcher's, or else
+    bf16 where it is fast and fp32 elsewhere."""
     threads: sections.Positive | None = None
-    """CPU threads a process; None: the machine's cores over the processes on it."""
+    """CPU threads per process; None: the machine's cores divided by its processes."""
     workers: sections.Count = 0
-    """Processes that read and decode pictures, each process's own."""
+    """Worker processes, per training process, that read and decode pictures."""
     trackers: tuple[str, ...] | None = None
-    """`tensorboard`, `wandb`, or others that accelerate knows; None: tensorboard where it is installed."""
+    """`tensorboard`, `wandb` or other trackers of accelerate; None: tensorboard if installed."""
     data: sections.DataConfig = sections.DataConfig()
     vae: sections.VAESection = sections.VAESection()
     text_encoder: sections.TextEncoderSection = sections.TextEncoderSection()
@@ -49,13 +50,13 @@ class Config(sections.Section):
     validation: sections.ValidationSection = sections.ValidationSection()
 
     @model_validator(mode="after")
-    def _settings_fit(self) -> Self:
+    def _check_consistency(self) -> Self:
         validation, train_vae, image_size = self.validation, self.train_vae, self.data.image_size
         try:
             vae = self.vae.build(image_size)
             if not self.vae.pretrained and image_size % vae.downsampling:
                 raise ValueError(f"data.image_size={image_size}: expected a multiple of {vae.downsampling}, "
-                                 "the VAE's downsampling")  # fmt: skip
+                                 "the VAE's downsampling factor")  # fmt: skip
             self.text_encoder.build()
             if not self.unet.pretrained:
                 latent_size = max(1, image_size // vae.downsampling)
@@ -64,16 +65,18 @@ class Config(sections.Section):
         except LatentDiffError as error:
             raise ValueError(f"{SECTION_OF.get(type(error), 'diffusion')}: {error}") from None
         if self.text_encoder.pretrained is None and not self.text_encoder.train:
-            raise ValueError("text_encoder.train=false: a new BERT has to be trained; name a pretrained one to freeze")
+            raise ValueError(
+                "text_encoder.train=false: a new BERT must be trained; only a pretrained one can be frozen"
+            )
         if validation.sampler not in SAMPLERS:
             raise ValueError(f"validation.sampler={validation.sampler!r}: choose one of {', '.join(SAMPLERS)}")
         if validation.num_steps > self.diffusion.num_timesteps:
             raise ValueError(f"validation.num_steps={validation.num_steps} is more than "
                              f"diffusion.num_timesteps={self.diffusion.num_timesteps}")  # fmt: skip
-        least = 3 * 2**train_vae.discriminator_layers
-        if train_vae.adversarial_weight and image_size < least:
+        min_size = 3 * 2**train_vae.discriminator_layers
+        if train_vae.adversarial_weight and image_size < min_size:
             raise ValueError(f"train_vae.discriminator_layers={train_vae.discriminator_layers} needs pictures of "
-                             f"{least} px; data.image_size is {image_size}")  # fmt: skip
+                             f"at least {min_size} px; data.image_size is {image_size}")  # fmt: skip
         for name, train in (("train_vae", train_vae), ("train_latent", self.train_latent)):
             if train.batch_size % (train.micro_batch_size or 1):
                 raise ValueError(f"{name}.batch_size={train.batch_size} is not a multiple of "
@@ -84,33 +87,29 @@ class Config(sections.Section):
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, or the recipe of that name that comes with the package, and apply overrides.
+    """Load a YAML file, or a recipe that ships with the package, and apply overrides.
 
     Args:
-        path: file, or name of a recipe such as `emoji-64`; None: `emoji-64`. Its validation prompts are about its own
-            pictures, and are ignored where an override names `data.source`.
+        path: file or name of a recipe; None: `emoji-64`. A recipe's validation prompts describe its own pictures, so
+            they are dropped if an override sets `data.source`.
         overrides: `section.key=value`, the value as YAML.
 
     Raises:
-        LatentDiffError: no such file or recipe, no YAML, an unknown key, a wrong type or value, two that do not fit.
+        LatentDiffError: if the file is missing or not valid YAML, or a key or value is unknown, wrong or inconsistent.
     """
     name = str(path or "emoji-64")
     text, is_recipe = _read(name)
     where = f"recipe {name}" if is_recipe else name
     values = _from_yaml(text, where) or {}
     if not isinstance(values, dict):
-        raise LatentDiffError(f"{where}: holds a {type(values).__name__}; expected sections such as `data:`")
+        raise LatentDiffError(f"{where}: expected sections such as `data:`, not a {type(values).__name__}")
     if is_recipe and any(override.startswith("data.source=") for override in overrides):
-        values.get("validation", {}).pop("prompts", None)  # held-out captions are drawn instead
+        values.get("validation", {}).pop("prompts", None)  # held-out captions are used instead
     return parse_config(with_overrides(values, overrides), f"{where} and the command line" if overrides else where)
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The same dictionary, changed by `section.key=value`, the value as YAML.
-
-    Raises:
-        LatentDiffError: not of that form.
-    """
+    """Apply overrides `section.key=value`, the value as YAML, to nested dictionaries in place, and return them."""
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path.strip():
@@ -122,30 +121,25 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
                 inner[parent] = {}
             inner = inner[parent]
             if not isinstance(inner, dict):
-                raise LatentDiffError(f"{override!r}: {parent} holds {inner!r}, not a section")
+                raise LatentDiffError(f"{override!r}: {parent} is {inner!r}, not a section")
         inner[key] = _from_yaml(text, repr(override))
     return values
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
-    """A config from nested dictionaries, as YAML or JSON give them.
-
-    Raises:
-        LatentDiffError: as `load_config`; the message begins with `where`.
-    """
+    """Create a config from nested dictionaries, as read from YAML or JSON; errors begin with `where`."""
     try:
-        return Config.model_validate(_tuples(values))
+        return Config.model_validate(_to_tuples(values))
     except ValidationError as error:
-        raise LatentDiffError("\n".join(f"{where}: {_explain(entry)}" for entry in error.errors())) from None
+        raise LatentDiffError("\n".join(f"{where}: {_format_error(entry)}" for entry in error.errors())) from None
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that ship with the package."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 
 def _read(name: str) -> tuple[str, bool]:
-    """The text of a file, or of the recipe of that name, and whether it is a recipe."""
     file, names = Path(name), recipes()
     try:
         if file.is_file():
@@ -154,8 +148,8 @@ def _read(name: str) -> tuple[str, bool]:
         raise LatentDiffError(f"{file}: cannot be read ({error})") from None
     if name in names:
         return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), True
-    listed = f"the recipes that come with latentdiff are {', '.join(names)}"
-    raise LatentDiffError(f"{name}: no such file; {listed}{nearest(file.stem, names)}")
+    listed = f"the recipes are {', '.join(names)}"
+    raise LatentDiffError(f"{name}: no such file or recipe; {listed}{nearest(file.stem, names)}")
 
 
 def _from_yaml(text: str, where: str) -> Any:
@@ -165,16 +159,16 @@ def _from_yaml(text: str, where: str) -> Any:
         raise LatentDiffError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
-def _tuples(value: Any) -> Any:
-    """Lists as tuples, which is what frozen sections hold; an empty section (`data:`) as one without changes."""
+def _to_tuples(value: Any) -> Any:
+    """Convert lists to tuples, which frozen sections hold, and an empty section (`data:`) to one without changes."""
     if isinstance(value, Mapping):
         known = {name for name, field in Config.model_fields.items() if isinstance(field.default, sections.Section)}
-        return {key: {} if inner is None and key in known else _tuples(inner) for key, inner in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return {key: {} if inner is None and key in known else _to_tuples(inner) for key, inner in value.items()}
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _explain(entry: Any) -> str:
-    """One of pydantic's complaints in one line: the dotted path, the value, what is allowed, the nearest name."""
+def _format_error(entry: Any) -> str:
+    """Format a pydantic error as one line: the dotted path, the value, what is allowed, the closest name."""
     parts = [str(part) for part in entry["loc"]]
     path = ".".join(part for part in parts if part not in ("tuple", "int", "str", "float"))
     if entry["type"] == "extra_forbidden":

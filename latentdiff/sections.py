@@ -1,4 +1,4 @@
-"""The sections of a run's configuration: every setting, its default, its meaning and unit."""
+"""The sections of a run's configuration: every setting with its default, meaning and unit."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,72 +14,74 @@ from .sampling.settings import SamplingSettings
 
 
 def _number(value: object) -> object:
-    """YAML reads 1e-4 as a string; it is a number."""
+    # YAML reads 1e-4 as a string.
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
-SAMPLING = SamplingSettings()  # its defaults
+SAMPLING = SamplingSettings()  # the defaults
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 Decay = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Level = Annotated[int, Field(ge=0, le=255)]
-Colour = tuple[Level, Level, Level]
+Color = tuple[Level, Level, Level]
 
 
 class Section(BaseModel):
-    """What all sections share: no unknown key, no silent conversion, no change afterwards."""
+    """Base of all sections: immutable, with no unknown keys and no implicit type conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class DataConfig(Section):
-    """Where the pictures are and how they become pixels."""
+    """Where the pictures are and how they are turned into pixels."""
 
     source: str = "builtin:emoji-mini"
-    """Folder, Parquet or tar files (a glob, or one of them), a name on the hub, or `builtin:emoji-mini`."""
+    """Folder, Parquet or tar files (one or a glob), a dataset on the Hugging Face Hub, or `builtin:emoji-mini`."""
     train_split: str = "train"
+    """Split to train on."""
     validation_split: str = "validation"
-    """Split that is never trained on; where the source has none, `validation_share` of the pictures is held out."""
+    """Split that is never trained on; if there is none, `validation_share` of the pictures are held out."""
     validation_share: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] = 0.05
+    """Fraction of the pictures held out if the source has no validation split."""
     image_column: str | None = None
-    """Column with the pictures; None finds it."""
+    """Column with the pictures; None: detected."""
     caption_columns: tuple[str, ...] = ()
-    """Columns with captions, one of which is drawn a step; empty finds them."""
+    """Columns with captions, one of which is chosen at random each time; empty: detected."""
     image_size: Annotated[int, Field(ge=8, le=4096)] = 256
-    """Pixels a side: the shorter side is resized to it, then the middle is cut out."""
+    """Width and height in pixels: the shorter side is resized to it, then the picture is center-cropped."""
     min_size: Positive | None = None
-    """Shorter side in pixels below which a picture is refused; None: image_size."""
+    """Pictures whose shorter side has fewer pixels are rejected; None: image_size."""
     max_pixels: Positive = 64_000_000
-    """Width times height above which a picture is refused before it is decoded."""
-    background: Colour = (255, 255, 255)
-    """Red, green, blue that shows through transparent pictures."""
+    """Pictures with more pixels (width times height) are rejected before they are decoded."""
+    background: Color = (255, 255, 255)
+    """Background of transparent pictures: red, green, blue."""
     flip: bool = True
-    """Show every other picture, at random, in the mirror."""
+    """Flip pictures horizontally with probability 0.5."""
     quarantine: str | None = None
-    """File with the names of pictures to leave out, as `latentdiff data check` writes it."""
-    max_broken: Share = 0.01
-    """Share of broken pictures above which the run stops."""
+    """File with names of pictures to exclude, as written by `latentdiff data check`."""
+    max_broken: Fraction = 0.01
+    """Fraction of broken pictures above which the run stops."""
 
 
 class ModelSection(Section):
-    """A new model of some shape, or one that exists: then the shape is its own, and none is recorded."""
+    """A new model, or a pretrained one, whose sizes are its own and are therefore not recorded."""
 
     pretrained: str | None = None
-    also_used: ClassVar[tuple[str, ...]] = ()  # settings that are no sizes, so a pretrained model has them too
+    also_used: ClassVar[tuple[str, ...]] = ()  # settings other than sizes, which apply to a pretrained model too
 
     def sizes(self) -> dict[str, Any]:
-        """The settings that a pretrained model brings along."""
+        """Return the settings that a pretrained model brings along."""
         others = {"pretrained", *self.also_used}
         return {name: getattr(self, name) for name in type(self).model_fields if name not in others}
 
     @model_serializer(mode="wrap")
-    def _what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _serialize(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         kept = set(type(self).model_fields) if self.pretrained is None else {"pretrained", *self.also_used}
         return {name: value for name, value in serialize(self).items() if name in kept}
 
@@ -88,7 +90,7 @@ class VAESection(ModelSection):
     """Shape of the autoencoder (see vae/config.py); f = 2 ** (levels - 1)."""
 
     pretrained: str | None = None
-    """Folder of a trained VAE to use as it is, or `builtin:emoji-64`; then train_vae and the sizes are ignored."""
+    """Folder of a trained VAE to use as is, or `builtin:emoji-64`; train_vae and the sizes are then ignored."""
     block_out_channels: tuple[Positive, ...] = (128, 256, 512, 512)
     layers_per_block: Positive = 2
     latent_channels: Positive = 4
@@ -97,42 +99,42 @@ class VAESection(ModelSection):
     norm_groups: Positive = 32
 
     def build(self, image_size: int) -> VAEConfig:
-        """The VAE's own config."""
+        """Return the config of a new VAE."""
         return VAEConfig(**self.sizes(), scale_factor=1.0, sample_size=image_size)
 
 
 class TextEncoderSection(ModelSection):
-    """The text encoder: a new BERT with a vocabulary learnt from the captions, or one that exists."""
+    """The text encoder: a new BERT with a vocabulary learned from the captions, or a pretrained one."""
 
     pretrained: str | None = None
-    """Folder or hub name of a BERT, or `builtin:emoji-64`; then only `train` and `max_length` below are used."""
+    """Folder or Hugging Face Hub name of a BERT, or `builtin:emoji-64`; only `train` and `max_length` then apply."""
     also_used: ClassVar[tuple[str, ...]] = ("train", "max_length")
     train: bool = True
-    """Train it with the UNet; a frozen one lets its features be cached."""
+    """Train it with the UNet; if it is frozen, text features can be cached."""
     width: Positive = 256
     num_layers: Positive = 4
     num_heads: Positive = 4
     vocab_size: Positive = 8192
-    """Entries of the vocabulary at most."""
+    """Maximum size of the vocabulary."""
     max_length: Annotated[int, Field(ge=3, le=512)] = 77
-    """Tokens of a prompt, [CLS] and [SEP] included."""
+    """Maximum number of tokens of a prompt, including [CLS] and [SEP]."""
 
     def build(self) -> TextEncoderConfig:
-        """The new BERT's own config."""
+        """Return the config of a new BERT."""
         return TextEncoderConfig(self.width, self.num_layers, self.num_heads)
 
 
 class UNetSection(ModelSection):
-    """Shape of the UNet (see unet/config.py); channels and context width follow from the VAE and the text encoder."""
+    """Shape of the UNet (see unet/config.py); its channels and context width follow from the VAE and text encoder."""
 
     pretrained: str | None = None
-    """Folder of a trained UNet to start from, or `builtin:emoji-64`; then the sizes below are ignored."""
+    """Folder of a trained UNet to start from, or `builtin:emoji-64`; the sizes below are then ignored."""
     also_used: ClassVar[tuple[str, ...]] = ("attention",)
     block_out_channels: tuple[Positive, ...] = (320, 640, 1280, 1280)
     layers_per_block: Positive = 2
     attention_levels: tuple[Count, ...] = (0, 1, 2)
     num_heads: Positive | tuple[Positive, ...] | None = None
-    """None: width / 64."""
+    """Attention heads, one number or one per level; None: width / 64."""
     transformer_layers: Positive = 1
     linear_projection: bool = False
     norm_groups: Positive = 32
@@ -140,118 +142,134 @@ class UNetSection(ModelSection):
     """Backend of the attention layers; `xformers` needs an NVIDIA GPU and `pip install 'latentdiff[xformers]'`."""
 
     def build(self, latent_channels: int, context_dim: int, sample_size: int) -> UNetConfig:
-        """The UNet's own config."""
+        """Return the config of a new UNet."""
         return UNetConfig(**self.sizes(), in_channels=latent_channels, out_channels=latent_channels,
                           context_dim=context_dim, sample_size=sample_size)  # fmt: skip
 
 
 class DiffusionSection(Section):
-    """The forward process and the loss (latentdiff/diffusion/)."""
+    """The noise schedule and the loss (see latentdiff/diffusion/)."""
 
     schedule: str = "scaled_linear"
+    """Noise schedule: `linear`, `scaled_linear` (linear in the square root of beta, as in LDM) or `cosine`."""
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    """T, the number of noise levels."""
     beta_start: PositiveFloat | None = None
+    """Noise variance of the first step; None: the usual value of the schedule (`cosine` has none)."""
     beta_end: PositiveFloat | None = None
+    """Noise variance of the last step, likewise."""
     zero_terminal_snr: bool = False
-    """Let the last timestep be pure noise (arXiv 2305.08891); the words arrive later then (docs/recipes.md)."""
+    """Make the last timestep pure noise (arXiv 2305.08891); prompts then take longer to learn (docs/recipes.md)."""
     prediction: Prediction = "v"
+    """What the UNet predicts: velocity `v`, noise `eps`, clean latents `x0`, or the `mean` of the reverse step."""
     weighting: Weighting = "simple"
-    """`min_snr` denoises finer and learns the words later (docs/recipes.md)."""
+    """`min_snr` denoises better at low noise but learns prompts later (docs/recipes.md)."""
     min_snr_gamma: PositiveFloat = 5.0
+    """Signal-to-noise ratio at which `min_snr` clips the weight (arXiv 2303.09556)."""
     variance: Variance = "beta"
-    """Variance of the reverse step, which the elbo weighting needs."""
-    caption_dropout: Share = 0.1
-    """Share of captions replaced by the empty prompt, so that guidance works."""
+    """Variance of the reverse step, used by the `elbo` weighting."""
+    caption_dropout: Fraction = 0.1
+    """Fraction of captions replaced by the empty prompt, for classifier-free guidance."""
 
     def build(self) -> Schedule:
-        """The noise schedule."""
+        """Return the noise schedule."""
         return Schedule.named(self.schedule, self.num_timesteps, beta_start=self.beta_start, beta_end=self.beta_end,
                               zero_terminal_snr=self.zero_terminal_snr)  # fmt: skip
 
     def process(self) -> Process:
-        """The schedule with the prediction."""
+        """Return the schedule together with the prediction type."""
         return Process(self.build(), self.prediction)
 
 
 class TrainSection(Section):
-    """What both trainings share. A step is one optimizer update."""
+    """Settings of both training stages. A step is one optimizer update."""
 
     steps: Positive = 100_000
     batch_size: Positive = 32
-    """Pictures a step, over all processes."""
+    """Pictures per step, over all processes."""
     micro_batch_size: Positive | None = None
-    """Pictures a pass and process; the rest is accumulated. None: all at once."""
+    """Pictures per forward pass and process; gradients are accumulated over the batch. None: all at once."""
     learning_rate: PositiveFloat = 1e-4
+    """Of AdamW, at the end of the warm-up."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or a half cosine down to `final_lr` at the last step."""
+    """After warmup: constant, or cosine decay to `final_lr` at the last step."""
     final_lr: NonNegative = 0.0
-    """Where the cosine ends."""
+    """Final learning rate of the cosine schedule."""
     warmup_steps: Count = 500
+    """Steps over which the learning rate rises linearly to its value."""
     weight_decay: NonNegative = 0.01
+    """Of AdamW, times the learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
-    """Decay of AdamW's first and second moments."""
+    """Decay rates of AdamW's first and second moments."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients with a larger norm are scaled down to it."""
+    """Gradients are clipped to this norm."""
     max_skipped: Positive = 20
-    """Steps in a row with a loss that is not finite, after which the run saves and stops."""
+    """The run saves and stops after this many consecutive steps with a loss that is not finite."""
     ema_sigma_rel: Annotated[float, BeforeValidator(_number), Field(gt=0, le=0.28)] = 0.1
-    """Length of the weights' average, as its standard deviation relative to the training so far (arXiv 2312.02696)."""
+    """Width of the EMA of the weights: its standard deviation relative to the training so far (arXiv 2312.02696)."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, but about a third slower."""
     compile: bool = False
-    """torch.compile, on GPUs only: torch 2.13 was found to compile wrong gradients of UNets for CPUs."""
+    """Use torch.compile; GPUs only, because torch 2.13 was found to compile wrong UNet gradients on CPUs."""
     log_every: Positive = 10
-    """Steps between log lines; only there does the loop wait for the device."""
+    """Steps between log lines; only then does the loop synchronize with the device."""
     checkpoint_every: Positive = 1000
+    """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
+    """Checkpoints to keep; older ones are deleted."""
     validate_every: Positive = 1000
-    """Steps between validations and pictures to look at."""
+    """Steps between validations, which also write sample pictures."""
     validate_first: bool = False
-    """Validate before the first step, too: to compare with, and to see at once that it works."""
+    """Also validate before the first step: it gives a baseline, and reveals errors at once."""
 
 
 class TrainVAESection(TrainSection):
-    """Training of the autoencoder: reconstruction + KL + perceptual + adversarial (arXiv 2112.10752, appendix G)."""
+    """Training of the VAE: reconstruction, KL, perceptual and adversarial losses (arXiv 2112.10752, appendix G)."""
 
     reconstruction: Literal["l1", "l2"] = "l1"
+    """Error of the pixels: absolute (Laplace likelihood) or squared (Gaussian likelihood)."""
     kl_weight: NonNegative = 1e-6
+    """Weight of the KL divergence, which is summed over the latents and divided by the number of pixel values."""
     perceptual_weight: NonNegative = 1.0
+    """Weight of the perceptual term; 0 leaves it out."""
     perceptual_weights: str | None = None
-    """LPIPS weights as safetensors; without them a multi-scale structural term takes its place."""
+    """LPIPS weights as a safetensors file; without them, a multi-scale structural loss takes its place."""
     learn_variance: bool = True
-    """Learn the decoder's variance, one number for all pixels."""
+    """Learn the decoder's variance, a single number for all pixels."""
     adversarial_weight: NonNegative = 0.5
-    """Of the PatchGAN, times the adaptive weight; 0 leaves it out."""
+    """Weight of the PatchGAN loss, times the adaptive weight; 0 disables the discriminator."""
     adversarial_start: Count = 50_001
-    """Step from which the discriminator takes part."""
+    """First step with the discriminator."""
     discriminator_width: Positive = 64
+    """Channels of its first layer."""
     discriminator_layers: Positive = 3
+    """Number of layers that halve the resolution."""
     discriminator_learning_rate: PositiveFloat = 1e-4
 
 
 class TrainLatentSection(TrainSection):
-    """Training of the UNet, and of the text encoder with it where `text_encoder.train` says so."""
+    """Training of the UNet, together with the text encoder if `text_encoder.train` is set."""
 
     cache: bool = True
-    """Encode every picture, and every caption where the text encoder is frozen, once and before training."""
+    """Encode every picture (and, with a frozen text encoder, every caption) once before training."""
     text_learning_rate: PositiveFloat | None = None
-    """Of the text encoder; None: the same."""
+    """Learning rate of the text encoder; None: the same as `learning_rate`."""
 
 
 class ValidationSection(Section):
-    """What is measured and drawn on the way."""
+    """What is measured and sampled during training."""
 
     num_pictures: Positive = 512
-    """Held-out pictures, at most."""
+    """Maximum number of held-out pictures."""
     batch_size: Positive = 32
     timestep_bands: Positive = 10
-    """Equal ranges of timesteps whose losses are told apart; each picture is measured once in each."""
+    """Number of equal timestep ranges whose losses are reported separately; each picture is measured once in each."""
     prompts: tuple[str, ...] = ()
-    """Drawn at every validation, with fixed noise; empty takes the first held-out captions."""
+    """Prompts to sample at every validation, with fixed noise; empty: the first held-out captions."""
     sampler: str = SAMPLING.sampler
     num_steps: Positive = SAMPLING.num_steps
     guidance_scale: NonNegative = SAMPLING.guidance_scale
 
     def sampling(self) -> SamplingSettings:
-        """How to sample the prompts."""
+        """Return the settings for sampling the prompts."""
         return SamplingSettings(sampler=self.sampler, num_steps=self.num_steps, guidance_scale=self.guidance_scale)

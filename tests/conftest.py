@@ -1,4 +1,4 @@
-"""What all tests share: no network, one stream of random numbers, a ruler."""
+"""What all tests share: no network, one stream of random numbers, folders that are made once, a ruler."""
 
 import os
 import signal
@@ -7,20 +7,44 @@ import types
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
-import diffusers
 import pytest
 import torch
-import transformers
+from filelock import FileLock
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
 torch.set_num_threads(1)  # tensors here are tiny: a second thread gains nothing, and waits for whatever else runs
-diffusers.utils.logging.disable_progress_bar()
-transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput") or not config.getoption(
+        "numprocesses", None
+    ):  # pytest-xdist's controller runs none
+        import diffusers
+        import transformers
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Fill a folder once for all worker processes of a test session."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def make(name, fill):
+        with FileLock(root / f"{name}.lock"):
+            if not (root / f"{name}.done").exists():
+                fill(root / name)
+                (root / f"{name}.done").touch()
+        return root / name
+
+    return make
 
 
 @pytest.fixture

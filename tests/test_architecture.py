@@ -1,4 +1,4 @@
-"""The rules of the layout: who may import whom, what a stranger finds, and what must not be written."""
+"""Rules of the code: who may import whom, what a newcomer finds, and what must not be written."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ LEAVES = {"torch", "safetensors", "latentdiff.errors", "latentdiff.files.tensors
 LOOP = {"torch", "latentdiff.errors", "latentdiff.diffusion", "latentdiff.files.scheduler", "latentdiff.sampling.loop",
         "latentdiff.sampling.settings"}  # fmt: skip
 
-# Beside the standard library; what is not named here may import whatever the other rules leave.
+# In addition to the standard library; a module not listed here may import whatever the other rules allow.
 ALLOWED = {
     "unet": LEAVES | {"unet", "xformers"},
     "vae": LEAVES | {"vae"},
@@ -48,9 +48,9 @@ MODULES = {module_name(path): path for path in SOURCES}
 
 
 def imports(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Every module that a source imports, also inside functions and for types alone, relative ones resolved.
+    """Return all modules that a source imports, including those in functions and for type checking only.
 
-    `from package import name` counts as the package and, where there is one, its module of that name.
+    Relative imports are resolved. `from package import name` counts as the package and as its module `name`, if any.
     """
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -107,7 +107,7 @@ def test_imports_keep_to_the_layers(path):
         ("latentdiff.training.loop", "import pickle"),
     ],
 )
-def test_the_rules_notice(module, source):
+def test_the_rules_reject(module, source):
     assert violations(source, module)
 
 
@@ -121,12 +121,12 @@ def test_the_rules_notice(module, source):
         ("unet.model", "from latentdiff.files.tensors import load_folder"),
     ],
 )
-def test_the_rules_let_through(module, source):
+def test_the_rules_accept(module, source):
     assert not violations(source, module)
 
 
 def needs(name: str) -> set[str]:
-    """The modules that a module imports, and the packages that are imported on the way to them."""
+    """Return the modules that a module imports, and their parent packages."""
     path = MODULES[name]
     found = set()
     for target in imports(path.read_text(), name, path.name == "__init__.py") & MODULES.keys():
@@ -136,8 +136,8 @@ def needs(name: str) -> set[str]:
     return found & MODULES.keys() - {name}
 
 
-def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that import each other, in order; empty where there are none."""
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of an import cycle, in order, or an empty list."""
     done, trail = set(), []
 
     def visit(name: str) -> list[str]:
@@ -154,13 +154,13 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return next((found for name in sorted(graph) if (found := visit(name))), [])
 
 
-def test_no_circle():
-    """Imports for types alone and inside functions, and packages on the way, count as well."""
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
-    assert circle({name: needs(name) for name in MODULES}) == []
+def test_no_import_cycle():
+    """This includes imports for type checking, imports in functions, and parent packages."""
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert cycle({name: needs(name) for name in MODULES}) == []
 
 
-def test_the_top_is_seen_at_one_look():
+def test_the_top_level_is_small():
     entries = {path.name for path in (ROOT / "latentdiff").iterdir() if path.name != "__pycache__"}
     assert len(entries - {"__init__.py", "__init__.pyi", "__main__.py", "py.typed"}) <= 16
 
@@ -173,14 +173,14 @@ def test_the_top_is_seen_at_one_look():
         ("import latentdiff, latentdiff.errors, latentdiff.sampling.settings", "torch numpy PIL transformers"),
     ],
 )
-def test_imports_cost_no_more_than_they_must(statement, absent):
-    """`import unet` costs what torch costs; transformers alone would be as much again."""
+def test_imports_are_light(statement, absent):
+    """`import unet` takes as long as torch; transformers alone would double it."""
     check = f"import sys; {statement}; print([name for name in {absent.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 
-# What a stranger asks, the words he searches for, and the file that answers.
+# What a newcomer asks, the words to search for, and the file with the answer.
 QUESTIONS = [
     ("where is the training step", "train_step", "latentdiff/training/latent.py"),
     ("where is the VAE's training step", "train_step", "latentdiff/training/vae.py"),
@@ -196,9 +196,8 @@ QUESTIONS = [
 
 
 @pytest.mark.parametrize(("question", "words", "file"), QUESTIONS)
-def test_a_stranger_finds_it(question, words, file):
-    """Among the first five files that a search for the words names: where it is defined first, then where it is said
-    most often."""
+def test_a_newcomer_finds_it(question, words, file):
+    """The file is among the first five hits: those that define the words first, then those that use them most."""
 
     def hits(path: Path) -> tuple[int, int]:
         text = path.read_text()
@@ -214,7 +213,7 @@ FORBIDDEN_CALLS |= {"accelerator.save_state", "accelerator.load_state"}
 
 
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines from `def` to the end, without the docstring."""
+    """Count the lines of a function, without its docstring."""
     first = function.body[0]
     has_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     docstring = first.end_lineno - first.lineno + 1 if has_docstring else 0
@@ -222,7 +221,7 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
-def test_files_are_rooms_and_functions_thoughts(path):
+def test_files_and_functions_are_short(path):
     source = path.read_text()
     assert len(source.splitlines()) <= 320
     assert path.name not in ("utils.py", "helpers.py", "common.py")
@@ -237,7 +236,7 @@ def test_files_are_rooms_and_functions_thoughts(path):
 
 
 def test_no_contiguous_in_the_models():
-    """Channels-last end to end: only writing a file may lay tensors out otherwise."""
+    """Models are channels-last end to end: only writing a file may change the memory format."""
     for path in SOURCES:
         if path.parts[-2] in ("unet", "vae"):
             assert ".contiguous(" not in path.read_text(), path

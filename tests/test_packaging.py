@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("latentdiff", "unet", "vae", "text_encoder")
 RECIPES = "train_configs"  # installed as latentdiff.recipes
 FOLDERS = (*PACKAGES, RECIPES, "benchmarks", "docs", "examples", "tests", ".ci")
-FILES = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "train_vae.py",
+FILES = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "mkdocs.yml", "train_vae.py",
          "train_latent.py", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE")  # fmt: skip
 
 IMPORT_EVERYTHING = """

@@ -1,4 +1,4 @@
-"""The Python blocks of README and docs run; that of docs/parts.md draws what diffusers' pipeline draws."""
+"""The Python blocks in README and docs run; the one in docs/parts.md gives the output of diffusers."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small model with a BERT, its UNet and VAE saved by diffusers."""
+    """A small model with a BERT, whose UNet and VAE were saved by diffusers."""
     tokenizer = train_tokenizer(["a red apple", "a green car"] * 5, vocab_size=60, max_length=8)
     TextEncoder.new(TextEncoderConfig(width=32, num_layers=1), tokenizer).save_pretrained(tmp_path / "text_encoder")
     UNet2DConditionModel(
@@ -44,10 +44,10 @@ def python_blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-@pytest.mark.filterwarnings("ignore::text_encoder.TokenOverflowWarning")  # prompts of this model have 8 tokens
+@pytest.mark.filterwarnings("ignore::text_encoder.TokenOverflowWarning")  # this model's prompts have only 8 tokens
 @pytest.mark.parametrize("page", ["README.md", "docs/using.md"])
 def test_drawing(folder, tmp_path, monkeypatch, page):
-    """What a page says of LatentPipeline, on a small model where the page has its `runs/mine`."""
+    """Run a page's LatentPipeline code, with a small model as `runs/mine`."""
     LatentPipeline(
         vae=VAE.from_pretrained(folder / "vae"),
         unet=UNet.from_pretrained(folder / "unet"),
@@ -92,7 +92,7 @@ def test_python_block(folder, relative_error, capsys):
 
 
 def test_the_map_names_every_file():
-    """A file that the map leaves out is one that nobody finds."""
+    """Nobody finds a file that is missing from the map."""
     text = README.read_text()
     for package in ("latentdiff", "unet", "vae", "text_encoder"):
         for path in (README.parent / package).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""The text encoder: `TextEncoder`, `TextEncoderConfig`, `train_tokenizer`, and its error and warning."""
+"""The text encoder, its config and tokenizer training, and its error and warning."""
 
 from .bert import TextEncoder, TextEncoderConfig, TokenizedPrompts
 from .errors import TextEncoderError, TokenOverflowWarning

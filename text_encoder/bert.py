@@ -1,6 +1,6 @@
-"""`TextEncoder`: prompts in, features out. A BERT of any size through transformers; CLIP's text model is opened too.
+"""`TextEncoder`: prompts to features, with a BERT of any size or CLIP's text model from transformers.
 
-Sizes: B prompts, L tokens, D width of the features.
+Shapes: B prompts, L tokens, D feature width.
 """
 
 from __future__ import annotations
@@ -14,61 +14,57 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latentdiff.errors import check_whole
+from latentdiff.errors import check_positive_int
 
 from .errors import TextEncoderError, TokenOverflowWarning
 from .tokenizer import check_text
 
-MAX_PROMPT = 4096  # tokens; more is no prompt
+MAX_TOKENS = 4096  # of a prompt
 
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Shape of a new BERT; the vocabulary and the prompt's length are the tokenizer's.
+    """Architecture of a new BERT, except for what its tokenizer decides; raises TextEncoderError for invalid values."""
 
-    Raises:
-        TextEncoderError: a value is out of range or two of them do not fit together.
-    """
-
-    width: int = 256  # D, which the UNet's context_dim must equal
+    width: int = 256  # D; must equal the UNet's context_dim
     num_layers: int = 4  # transformer layers
-    num_heads: int = 4  # attention heads, a divisor of the width
+    num_heads: int = 4  # attention heads; must divide the width
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "num_heads"):
-            check_whole(TextEncoderError, name, getattr(self, name))
+            check_positive_int(TextEncoderError, name, getattr(self, name))
         if self.width % self.num_heads:
             raise TextEncoderError(f"num_heads={self.num_heads} does not divide width={self.width}")
 
 
 class TokenizedPrompts(NamedTuple):
-    """Prompts as numbers."""
+    """Token ids of prompts."""
 
     tokens: Tensor  # (B, L) int64, on the CPU
     context_mask: Tensor  # (B, L) bool, True = real token, False = padding
-    lost: list[int]  # tokens of each prompt that did not fit
+    lost: list[int]  # number of tokens cut off each prompt
 
 
 class TextEncoder(nn.Module):
-    """A transformer over the tokens of a prompt: `encoder(prompts) -> context (B, L, D)`.
+    """Transformer over the tokens of prompts: `encoder(prompts) -> context (B, L, D)`.
 
-    All prompts become L tokens. Padding is masked inside BERT; it is not masked in the UNet's cross-attention, in
-    training as in drawing, because diffusers' pipelines do not mask it there either. The null prompt is the empty
-    string, encoded. There is no dropout.
+    All prompts become L tokens. Padding is masked inside BERT but not in the UNet's cross-attention, in training and
+    sampling alike, because diffusers' pipelines do not mask it there either. The null prompt is the empty string.
+    There is no dropout. Prompts other than a non-empty list of strings raise TextEncoderError.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, max_length: int, *, use_attention_mask: bool = True) -> None:
-        """Wrap a model that transformers would call as `model(input_ids=..., attention_mask=...)`.
+        """Wrap a transformers model, such as BertModel or CLIPTextModel, and its tokenizer.
 
         Args:
-            model: BertModel, CLIPTextModel or one that is called like them; its config has `hidden_size` and
+            model: called as `model(input_ids=..., attention_mask=...)`; its config has `hidden_size`, `vocab_size` and
                 `max_position_embeddings`.
-            tokenizer: the transformers tokenizer that belongs to it.
-            max_length: L, at most the model's positions.
-            use_attention_mask: whether padding is masked inside the model.
+            tokenizer: the model's transformers tokenizer.
+            max_length: L, at most the model's number of positions.
+            use_attention_mask: whether the model masks padding.
 
         Raises:
-            TextEncoderError: `max_length` or the vocabulary does not fit the model.
+            TextEncoderError: `max_length` or the vocabulary is too large for the model.
         """
         super().__init__()
         self.model = model
@@ -79,20 +75,16 @@ class TextEncoder(nn.Module):
         self.context_dim = int(config.hidden_size)  # D
         positions = config.max_position_embeddings
         if not isinstance(max_length, int) or isinstance(max_length, bool) or not 3 <= max_length <= positions:
-            raise TextEncoderError(f"max_length={max_length!r}: expected 3 to {positions}, the model's positions")
+            raise TextEncoderError(f"max_length={max_length!r}: expected 3 to {positions}, the model's limit")
         if len(tokenizer) > config.vocab_size:
-            raise TextEncoderError(f"the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}")
+            raise TextEncoderError(f"the tokenizer has {len(tokenizer)} tokens, but the model only {config.vocab_size}")
         self.set_trainable(True)
 
     @classmethod
     def new(cls, config: TextEncoderConfig, tokenizer: Any) -> TextEncoder:
-        """A BERT with random weights for a tokenizer, for instance one from `train_tokenizer`.
-
-        Raises:
-            TextEncoderError: the tokenizer does not say how long a prompt is.
-        """
-        if tokenizer.model_max_length > MAX_PROMPT:  # transformers' word for "not set" is 1e30
-            raise TextEncoderError(f"the tokenizer's model_max_length is not set: expected 3 to {MAX_PROMPT}")
+        """Create a BERT with random weights for a tokenizer with a `model_max_length`, e.g. from `train_tokenizer`."""
+        if tokenizer.model_max_length > MAX_TOKENS:  # transformers' default, 1e30, means "not set"
+            raise TextEncoderError(f"the tokenizer's model_max_length is not set: expected 3 to {MAX_TOKENS}")
         from transformers import BertConfig, BertModel
 
         bert = BertConfig(
@@ -120,18 +112,18 @@ class TextEncoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
     ) -> TextEncoder:
-        """Open a BERT or CLIP text model: a folder, or a name on the Hugging Face hub such as `bert-base-uncased`.
+        """Load a BERT or CLIP text model from a folder or the Hugging Face hub, such as `bert-base-uncased`.
 
         Args:
             name: folder with `config.json` and `model.safetensors`, or hub name.
-            tokenizer: folder or hub name of the tokenizer; by default the model's own folder, or `tokenizer` beside it.
-            max_length: L; by default what the tokenizer says, at most 77 for a BERT with its tokenizer beside it.
-            use_attention_mask: by default what the config says, else yes for BERT and no for CLIP.
+            tokenizer: folder or hub name of the tokenizer; by default the model's folder, or `tokenizer` next to it.
+            max_length: L; by default the tokenizer's, and at most 77 if the tokenizer is in the model's folder.
+            use_attention_mask: by default the config's, or else True for BERT and False for CLIP.
             dtype: of the weights.
-            variant: of the weights' file, such as `fp16`; None: the plain one, or the only variant there is.
+            variant: of the weight file, such as `fp16`; None means the plain file, or the only variant.
 
         Raises:
-            TextEncoderError: nothing there, another kind of model, a file damaged, a tensor missing or misshapen.
+            TextEncoderError: a file is missing, damaged or of an unsupported model, or its tensors do not match.
         """
         from .files import find_folder, load_model, load_tokenizer
 
@@ -141,7 +133,7 @@ class TextEncoder(nn.Module):
         config: Any = model.config
         positions = int(config.max_position_embeddings)
         if max_length is None:
-            # BERT's 512 is what the model can read, not a length for prompts.
+            # BERT's 512 is a limit of the model, not a length for prompts.
             max_length = min(loaded.model_max_length, positions, 77 if own_folder else positions)
         if use_attention_mask is None:
             use_attention_mask = getattr(config, "use_attention_mask", kind == "bert")
@@ -157,11 +149,10 @@ class TextEncoder(nn.Module):
         dtype: torch.dtype | None = None,
         variant: str | None = None,
     ) -> None:
-        """Write the model to `folder` and the tokenizer to `tokenizer_folder`, by default `tokenizer` beside it.
+        """Write the model to `folder` and the tokenizer to `tokenizer_folder`, by default `tokenizer` next to it.
 
-        Weights are cast to `dtype` on the way and named for a `variant`.
-
-        Both are what diffusers expects: the length is in the tokenizer's config, `use_attention_mask` in the model's.
+        Weights are saved in `dtype`, in a file named for `variant`. As diffusers expects, the prompt length is in the
+        tokenizer's config and `use_attention_mask` in the model's.
         """
         from .files import save_model, save_tokenizer
 
@@ -170,20 +161,12 @@ class TextEncoder(nn.Module):
         save_tokenizer(self.tokenizer, Path(tokenizer_folder or folder.parent / "tokenizer"), self.max_length)
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to features (B, L, D).
-
-        Raises:
-            TextEncoderError: not a list of strings, or an empty one.
-        """
+        """Encode a non-empty list of prompts as features (B, L, D)."""
         tokens, context_mask, _ = self.tokenize(prompts)
         return self.encode(tokens, context_mask)
 
     def tokenize(self, prompts: Sequence[str]) -> TokenizedPrompts:
-        """Prompts as L tokens each. What does not fit is cut off, counted, and warned of (TokenOverflowWarning).
-
-        Raises:
-            TextEncoderError: not a list of strings, or an empty one.
-        """
+        """Convert a non-empty list of prompts to L tokens each, with a TokenOverflowWarning if any is cut off."""
         if not isinstance(prompts, list | tuple) or not prompts:
             raise TextEncoderError(f"prompts={prompts!r}: expected a list of at least one string")
         for prompt in prompts:
@@ -199,23 +182,23 @@ class TextEncoder(nn.Module):
         return TokenizedPrompts(batch["input_ids"], batch["attention_mask"].bool(), lost)
 
     def encode(self, tokens: Tensor, context_mask: Tensor) -> Tensor:
-        """Tokens (B, L) and their mask (B, L), on any device, to features (B, L, D)."""
+        """Encode tokens (B, L) and their mask (B, L), on any device, as features (B, L, D)."""
         device = next(self.model.parameters()).device
         attention_mask = context_mask.to(device) if self.use_attention_mask else None
         config: Any = self.model.config
         if attention_mask is not None and config._attn_implementation == "sdpa":
-            # As transformers would make it of two dimensions, but for a look at its values, which waits for a GPU.
+            # As transformers would expand it, but without inspecting its values, which would synchronize with the GPU.
             attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
         context: Tensor = self.model(input_ids=tokens.to(device), attention_mask=attention_mask).last_hidden_state
         return context
 
     def null_context(self, batch_size: int = 1) -> Tensor:
-        """Features of the empty prompt, (batch_size, L, D)."""
+        """Return the features of the empty prompt, (batch_size, L, D)."""
         context: Tensor = self([""])
         return context.expand(batch_size, -1, -1)
 
     def set_trainable(self, trainable: bool) -> None:
-        """Train the weights or freeze them. BERT's pooler, which features do not pass through, stays frozen."""
+        """Make the weights trainable or freeze them; BERT's pooler, which the features bypass, stays frozen."""
         self.model.requires_grad_(trainable)
         pooler = getattr(self.model, "pooler", None)
         if isinstance(pooler, nn.Module):
@@ -226,8 +209,8 @@ class TextEncoder(nn.Module):
         ids = self.tokenizer(prompts[index], verbose=False, add_special_tokens=False)["input_ids"]
         tail = self.tokenizer.decode(ids[-lost[index] :])
         warnings.warn(
-            f"{sum(map(bool, lost))} of {len(lost)} prompts are longer than {self.max_length} tokens; "
-            f"one loses its last {lost[index]}: {tail[:80]!r}",
+            f"{sum(map(bool, lost))} of {len(lost)} prompts are longer than {self.max_length} tokens and are cut off; "
+            f"the longest loses its last {lost[index]}: {tail[:80]!r}",
             TokenOverflowWarning,
             stacklevel=3,
         )

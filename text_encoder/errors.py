@@ -1,11 +1,11 @@
-"""The one exception of this package for a user's mistake, and the one warning."""
+"""The exception and the warning that `text_encoder` raises for invalid input."""
 
 from latentdiff.errors import LatentDiffError
 
 
 class TextEncoderError(LatentDiffError):
-    """A configuration, file or prompt that cannot be used; the message names it and says what is allowed."""
+    """Invalid configuration, file or prompt; the message names it and says what is allowed."""
 
 
 class TokenOverflowWarning(UserWarning):
-    """A prompt is longer than the encoder reads; the message shows what is lost."""
+    """A prompt with too many tokens; the message shows what is cut off."""

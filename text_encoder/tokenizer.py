@@ -1,4 +1,4 @@
-"""A WordPiece vocabulary trained on the captions at hand (arXiv 1609.08144, section 4.1), as a BERT tokenizer."""
+"""WordPiece vocabulary trained on a dataset's captions (arXiv 1609.08144, section 4.1), as a BERT tokenizer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def check_text(what: str, text: object) -> None:
-    """Refuse what is no text.
-
-    Raises:
-        TextEncoderError: not a string, or one with half a character (a lone surrogate).
-    """
+    """Raise TextEncoderError unless `text` is a string without lone surrogates."""
     if not isinstance(text, str):
         raise TextEncoderError(f"{what} {text!r}: expected a string")
     try:
@@ -31,16 +27,16 @@ def check_text(what: str, text: object) -> None:
 def train_tokenizer(
     captions: Iterable[str], *, vocab_size: int = 8192, max_length: int = 77, min_frequency: int = 2
 ) -> BertTokenizerFast:
-    """Learn a lower-case WordPiece vocabulary. The same captions give the same one, in whatever order they come.
+    """Learn a lowercase WordPiece vocabulary; the same captions in any order give the same one.
 
     Args:
         captions: the training captions.
-        vocab_size: entries at the most; fewer where the captions have no more to offer.
-        max_length: tokens of a prompt, [CLS] and [SEP] included.
-        min_frequency: how often a piece must occur to get an entry of its own.
+        vocab_size: maximum number of entries; the captions may yield fewer.
+        max_length: tokens per prompt, including [CLS] and [SEP].
+        min_frequency: how often a piece must occur to get an entry.
 
     Raises:
-        TextEncoderError: the captions hold no words, or a number is out of range.
+        TextEncoderError: the captions contain no words, or a number is out of range.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizerFast
@@ -51,34 +47,34 @@ def train_tokenizer(
         ("min_frequency", min_frequency, 1),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise TextEncoderError(f"{name}={value!r}: expected a whole number from {least} up")
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+            raise TextEncoderError(f"{name}={value!r}: expected an integer of at least {least}")
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     words: Counter[str] = Counter()
     if isinstance(captions, str):
-        raise TextEncoderError(f"captions={captions!r}: expected many strings, not one")
+        raise TextEncoderError(f"captions={captions!r}: expected an iterable of strings, not a string")
     for caption in captions:
         check_text("caption", caption)
-        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)))
     if not words:
-        raise TextEncoderError("the captions hold no words to learn a vocabulary from")
-    # The trainer breaks ties by the pieces' numbers, and numbers inner letters as it meets them, in an order that
-    # changes between runs. Named up front, in order, they have fixed numbers, and the vocabulary is always the same.
-    letters = {letter for word in words for letter in word}
-    if len(SPECIAL_TOKENS) + 2 * len(letters) > vocab_size:
+        raise TextEncoderError("the captions contain no words to learn a vocabulary from")
+    # The trainer breaks ties by token id, and gives ids to word-internal characters in an order that changes between
+    # runs. Listing them up front, sorted, fixes their ids and makes the vocabulary reproducible.
+    characters = {character for word in words for character in word}
+    if len(SPECIAL_TOKENS) + 2 * len(characters) > vocab_size:
         raise TextEncoderError(
-            f"vocab_size={vocab_size}: the captions have {len(letters)} letters, which need two entries each, "
-            f"and there are {len(SPECIAL_TOKENS)} special tokens"
+            f"vocab_size={vocab_size} is too small: the captions have {len(characters)} distinct characters, which "
+            f"need two entries each, and there are {len(SPECIAL_TOKENS)} special tokens"
         )
-    inner_letters = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    inner_characters = sorted({f"##{character}" for word in words for character in word[1:]})
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[*SPECIAL_TOKENS, *inner_letters],
+        special_tokens=[*SPECIAL_TOKENS, *inner_characters],
         show_progress=False,
     )
-    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    learner.train_from_iterator((word for word in sorted(words) for _ in range(words[word])), trainer)
-    pieces = sorted(set(learner.get_vocab()) - set(SPECIAL_TOKENS))
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wordpiece.train_from_iterator((word for word in sorted(words) for _ in range(words[word])), trainer)
+    pieces = sorted(set(wordpiece.get_vocab()) - set(SPECIAL_TOKENS))
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *pieces])}
     return BertTokenizerFast(vocab=vocabulary, do_lower_case=True, model_max_length=max_length)

@@ -1,4 +1,4 @@
-"""The denoising UNet: `UNet`, `UNetConfig`, and `UNetError` for a user's mistake."""
+"""The denoising UNet: `UNet`, its `UNetConfig`, and `UNetError` for invalid input."""
 
 from .config import UNetConfig
 from .errors import UNetError

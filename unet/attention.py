@@ -1,6 +1,6 @@
-"""Attention: the backends, one attention layer, and the transformer that sits behind a ResBlock.
+"""Attention of the UNet: its backends, multi-head attention, and the transformer that follows a ResBlock.
 
-Sizes: B batch, C channels, H W height and width, N = H*W pixels, L tokens, D width of the text features, h heads.
+Shapes: B batch, C channels, H W height and width, N = H*W pixels, L tokens, D text feature width, h heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,26 +11,22 @@ from torch import Tensor, nn
 
 from .errors import UNetError
 
-FEW = 256 * 256  # pairs of query and key
+UNFUSED = 256 * 256  # query-key pairs up to which plain matmuls are faster, see `sdpa`
 KeyValue = tuple[Tensor, Tensor]  # (B, h, L, C/h) each
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, h, N, C/h) -> (B, h, N, C/h)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax(q k^T / sqrt(C/h)) v by PyTorch's own kernels, or written out where those are slow."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] * k.shape[2] <= FEW:
-        # The fused kernel's backward pass took 15 % of emoji-64's training step; written out, the step is 8 % shorter.
+    """Compute softmax(q k^T / sqrt(C/h)) v with PyTorch's fused kernels, or plain matmuls where those are faster."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] * k.shape[2] <= UNFUSED:
+        # The fused kernel's backward pass took 15% of emoji-64's training step; plain matmuls make the step 8% shorter.
         weights = (q @ (k * q.shape[3] ** -0.5).transpose(2, 3)).softmax(3, dtype=torch.float32)
         return weights.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def load_attention_backend(name: str) -> Attend:
-    """The function behind a backend's name: `sdpa` (PyTorch) or `xformers` (NVIDIA GPUs; untested by this project).
-
-    Raises:
-        UNetError: the name is unknown or the package is not installed.
-    """
+    """Return the attention function for `sdpa` (PyTorch) or `xformers` (NVIDIA GPUs only, untested by this project)."""
     if name == "sdpa":
         return sdpa
     if name != "xformers":
@@ -50,7 +46,7 @@ def load_attention_backend(name: str) -> Attend:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of pixels over themselves, or over text features where `context_dim` is given."""
+    """Multi-head self-attention over pixels, or cross-attention to text features if `context_dim` is given."""
 
     def __init__(self, width: int, num_heads: int, context_dim: int | None = None, *, upcast: bool = False) -> None:
         super().__init__()
@@ -58,18 +54,18 @@ class Attention(nn.Module):
         self.is_cross = context_dim is not None
         self.upcast = upcast
         self.attend: Attend = sdpa
-        self.index = 0  # place among the network's cross-attentions, set by UNet
+        self.index = 0  # position among the UNet's cross-attentions, set by UNet
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_dim or width, width, bias=False)
         self.to_v = nn.Linear(context_dim or width, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list because the files say to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list because checkpoints name it to_out.0
 
     def project(self, context: Tensor) -> KeyValue:
-        """Keys and values of (B, L, D) features."""
+        """Compute the keys and values of (B, L, D) features."""
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def forward(self, x: Tensor, context: Tensor | Sequence[KeyValue] | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C). `context`: text features, or every cross-attention's keys and values."""
+        """Attend from x (B, N, C) to itself, text features, or this layer's entry in a list of keys and values."""
         q = self._split(self.to_q(x))
         if context is None:
             k, v = self.project(x)
@@ -78,7 +74,7 @@ class Attention(nn.Module):
         else:
             k, v = context[self.index]
         if self.upcast:
-            with torch.autocast(x.device.type, enabled=False):  # which would cast back
+            with torch.autocast(x.device.type, enabled=False):  # autocast would cast back
                 out = self.attend(q.float(), k.float(), v.float()).to(q.dtype)
         else:
             out = self.attend(q, k, v)
@@ -90,7 +86,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Linear layer gated by GELU of its other half (Shazeer 2020, arXiv 2002.05202)."""
+    """Linear layer gated by the GELU of a second one (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -102,7 +98,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, four times as wide in between."""
+    """Feed-forward network with GEGLU and a hidden layer four times as wide."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -115,7 +111,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each on a LayerNorm and added to its input."""
+    """Pre-norm residual block: self-attention, cross-attention to the text, feed-forward network."""
 
     def __init__(self, width: int, num_heads: int, context_dim: int, *, upcast: bool) -> None:
         super().__init__()
@@ -133,7 +129,7 @@ class TransformerBlock(nn.Module):
 
 
 class PixelLinear(nn.Conv2d):
-    """A 1x1 convolution, stored as one, applied to (B, N, C) tokens as the linear layer it is."""
+    """Linear layer over (B, N, C) tokens, stored as a 1x1 convolution."""
 
     def __init__(self, width: int, out_width: int) -> None:
         super().__init__(width, out_width, 1)
@@ -165,7 +161,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = projection(width, width)
 
     def forward(self, x: Tensor, context: Tensor | Sequence[KeyValue]) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W). In channels-last memory both changes of shape are views."""
+        """Map (B, C, H, W) to (B, C, H, W); in channels-last memory both reshapes are views."""
         height, width = x.shape[-2:]
         h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C)
         h = self.proj_in(h)

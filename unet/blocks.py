@@ -1,6 +1,6 @@
-"""What the UNet's levels are made of: ResBlocks that know the timestep, and the steps between two resolutions.
+"""Building blocks of the UNet: ResBlocks conditioned on the timestep, down- and upsampling, and the levels they form.
 
-Sizes: B batch, C channels, H W height and width. Attribute names are those of the tensors in the files.
+Shapes: B batch, C channels, H W height and width. Attribute names match the tensor names in checkpoints.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from .attention import KeyValue, SpatialTransformer
 
-Time = Tensor | Sequence[Tensor]  # embedding (B or 1, E), or every ResBlock's projection of it, (B or 1, C) each
-Context = Tensor | Sequence[KeyValue]  # features (B, L, D), or every cross-attention's keys and values
+Time = Tensor | Sequence[Tensor]  # embedding (B or 1, E), or its projection for each ResBlock, (B or 1, C)
+Context = Tensor | Sequence[KeyValue]  # features (B, L, D), or the keys and values of each cross-attention
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions; between them the timestep is added (LDM's variant of arXiv 2105.05233)."""
+    """Two 3x3 convolutions with the timestep added in between (LDM's variant of arXiv 2105.05233)."""
 
     def __init__(self, in_width: int, width: int, time_dim: int, *, norm_groups: int, norm_eps: float) -> None:
         super().__init__()
-        self.index = 0  # place among the network's ResBlocks, set by UNet
+        self.index = 0  # position among the UNet's ResBlocks, set by UNet
         self.norm1 = nn.GroupNorm(norm_groups, in_width, eps=norm_eps)
         self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, width)
@@ -29,7 +29,7 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
     def project(self, time: Tensor) -> Tensor:
-        """What a (B, E) time embedding adds to this block's channels, (B, C)."""
+        """Project a (B, E) time embedding to this block's channels, (B, C)."""
         return self.time_emb_proj(F.silu(time))
 
     def forward(self, x: Tensor, time: Time) -> Tensor:
@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width by a strided convolution."""
+    """Strided convolution that halves height and width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbours up to the size of the level above, then a convolution."""
+    """Nearest-neighbor upsampling to the size of the level above, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,18 +63,15 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The layers of one resolution: ResBlocks, each followed by a transformer where there is one.
-
-    Levels on the way down or up have as many transformers as ResBlocks, or none; the middle has one between two.
-    """
+    """ResBlocks of one resolution, each optionally followed by a transformer; in the middle, only the first is."""
 
     def __init__(self, resnets: list[ResBlock], attentions: list[SpatialTransformer]) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList()  # lists of none or one, as the files name them
+        self.downsamplers = nn.ModuleList()  # lists of zero or one, named as in checkpoints
         self.upsamplers = nn.ModuleList()
 
     def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-        """(ResBlock, transformer or None) in order."""
+        """Iterate over (ResBlock, transformer or None) in order."""
         return zip_longest(self.resnets, self.attentions)

@@ -1,4 +1,4 @@
-"""`UNetConfig`, and its translation to and from the `config.json` that diffusers writes for UNet2DConditionModel."""
+"""`UNetConfig`, and its conversion from and to the `config.json` of diffusers' UNet2DConditionModel."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentdiff.errors import check_levels, check_whole
+from latentdiff.errors import check_levels, check_positive_int
 from latentdiff.files.tensors import ModelFiles
 
 from .errors import UNetError
 
 FILES = ModelFiles("UNet", UNetError)
 
-# Keys of UNet2DConditionModel that change what is computed and that SD 1.x, SD 2.x and LDM-text2im leave at one
-# value. Anything else is another network, so it is refused by name.
-NEVER = ("reverse_transformer_layers_per_block", "encoder_hid_dim", "encoder_hid_dim_type", "num_attention_heads",
+# Keys of UNet2DConditionModel that affect the computation but are the same in SD 1.x, SD 2.x and LDM-text2im. Any other
+# value is a different network, hence an error that names the key.
+UNSET = ("reverse_transformer_layers_per_block", "encoder_hid_dim", "encoder_hid_dim_type", "num_attention_heads",
          "class_embed_type", "addition_embed_type", "addition_time_embed_dim", "num_class_embeds", "time_embedding_dim",
          "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim", "projection_class_embeddings_input_dim",
          "mid_block_only_cross_attention", "cross_attention_norm")  # fmt: skip
 OFF = ("center_input_sample", "only_cross_attention", "dual_cross_attention", "resnet_skip_time_act",
        "class_embeddings_concat")  # fmt: skip
 FIXED: dict[str, Any] = {
-    **dict.fromkeys(NEVER),
+    **dict.fromkeys(UNSET),
     **dict.fromkeys(OFF, False),
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -40,7 +40,7 @@ FIXED: dict[str, Any] = {
     "attention_type": "default",
 }
 
-# Keys that vary, with the value diffusers takes where the file leaves one out.
+# Keys that vary, with diffusers' default for each.
 VARYING: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 4,
@@ -61,7 +61,7 @@ VARYING: dict[str, Any] = {
 DOWN_TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")  # without and with attention
 UP_TYPES = ("UpBlock2D", "CrossAttnUpBlock2D")
 
-# diffusers' names of our settings that mean the same.
+# diffusers' name of a setting -> ours.
 NAMES = {
     **{name: name for name in ("sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block")},
     "norm_num_groups": "norm_groups",
@@ -75,69 +75,65 @@ NAMES = {
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of the UNet. The defaults are Stable Diffusion 1.x (859,520,964 parameters) at 32x32 latents.
+    """Architecture of a UNet, by default SD 1.x (860M parameters); raises UNetError for invalid values."""
 
-    Raises:
-        UNetError: a value is out of range or two of them do not fit together.
-    """
-
-    sample_size: int | None = 32  # height and width of the latents it is trained on; not used by the network itself
+    sample_size: int | None = 32  # height and width of the latents it is trained on; the network itself ignores it
     in_channels: int = 4  # channels of x
     out_channels: int = 4  # channels of the prediction
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level, outermost first
-    layers_per_block: int = 2  # ResBlocks a level on the way down; one more on the way up
+    layers_per_block: int = 2  # ResBlocks per down level; up levels have one more
     attention_levels: tuple[int, ...] = (0, 1, 2)  # levels with self- and cross-attention; the middle always has them
-    num_heads: int | tuple[int, ...] | None = 8  # of every level, or one each; None: width // 64
-    transformer_layers: int = 1  # transformer blocks an attention layer
-    context_dim: int = 768  # width D of the text features
-    linear_projection: bool = False  # in and out of the transformers: False 1x1 convolution, True linear (SD 2.x)
+    num_heads: int | tuple[int, ...] | None = 8  # for all levels, or one per level; None: width // 64
+    transformer_layers: int = 1  # blocks per spatial transformer
+    context_dim: int = 768  # text feature width D
+    linear_projection: bool = False  # enter and leave transformers by linear layers (SD 2.x), not 1x1 convolutions
     norm_groups: int = 32  # groups of every GroupNorm
     norm_eps: float = 1e-5  # epsilon of the ResBlocks' GroupNorms
-    upcast_attention: bool = False  # attention in float32 whatever the model's dtype (SD 2.1: float16 overflows)
+    upcast_attention: bool = False  # attention in float32 whatever the model's dtype (SD 2.1 overflows in float16)
 
     def __post_init__(self) -> None:
-        for name in ("block_out_channels", "attention_levels", "num_heads"):  # as JSON and YAML give them
+        for name in ("block_out_channels", "attention_levels", "num_heads"):  # lists in JSON and YAML
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         for name in ("block_out_channels", "attention_levels"):
             if not isinstance(getattr(self, name), tuple):
-                raise UNetError(f"{name}={getattr(self, name)!r} is not supported; it is a list of whole numbers")
+                raise UNetError(f"{name}={getattr(self, name)!r} is not supported; expected a list of integers")
         for name in ("in_channels", "out_channels", "context_dim", "norm_groups"):
-            check_whole(UNetError, name, getattr(self, name))
+            check_positive_int(UNetError, name, getattr(self, name))
         for name in ("layers_per_block", "transformer_layers"):
-            check_whole(UNetError, name, getattr(self, name), at_most=100)
+            check_positive_int(UNetError, name, getattr(self, name), at_most=100)
         if self.sample_size is not None:
-            check_whole(UNetError, "sample_size", self.sample_size)
+            check_positive_int(UNetError, "sample_size", self.sample_size)
         for name in ("linear_projection", "upcast_attention"):
             if not isinstance(getattr(self, name), bool):
-                raise UNetError(f"{name}={getattr(self, name)!r} is not supported; it is true or false")
+                raise UNetError(f"{name}={getattr(self, name)!r} is not supported; expected true or false")
         if not isinstance(self.norm_eps, float) or not 0 < self.norm_eps < 1:
-            raise UNetError(f"norm_eps={self.norm_eps!r} is not supported; it is a small positive number such as 1e-5")
+            raise UNetError(f"norm_eps={self.norm_eps!r} is not supported; expected a float in (0, 1) such as 1e-5")
         if not self.block_out_channels:
-            raise UNetError("block_out_channels is empty: give one width a level, such as (320, 640, 1280, 1280)")
+            raise UNetError("block_out_channels is empty: give one width per level, such as (320, 640, 1280, 1280)")
         for width in self.block_out_channels:
-            check_whole(UNetError, "block_out_channels", width)
+            check_positive_int(UNetError, "block_out_channels", width)
             if width % self.norm_groups:
-                raise UNetError(f"block_out_channels has {width}, which norm_groups={self.norm_groups} does not divide")
-        if self.block_out_channels[0] % 2:
-            raise UNetError(f"block_out_channels[0] is {self.block_out_channels[0]}: half sines, half cosines, so even")
+                raise UNetError(f"block_out_channels has {width}, not divisible by norm_groups={self.norm_groups}")
+        if self.block_out_channels[0] % 2:  # the timestep features are half sines, half cosines
+            raise UNetError(f"block_out_channels[0] is {self.block_out_channels[0]}; expected an even number")
         levels = range(len(self.block_out_channels))
         if wrong := [level for level in self.attention_levels if type(level) is not int or level not in levels]:
             raise UNetError(f"attention_levels has {wrong[0]!r}; the levels are 0 to {levels[-1]}")
         if isinstance(self.num_heads, tuple) and len(self.num_heads) != len(self.block_out_channels):
             raise UNetError(f"num_heads has {len(self.num_heads)} entries for {len(self.block_out_channels)} levels")
         for width, heads in zip(self.block_out_channels, self.heads_per_level, strict=True):
-            check_whole(UNetError, "num_heads", heads)
+            check_positive_int(UNetError, "num_heads", heads)
             if width % heads:
                 raise UNetError(f"num_heads={heads} does not divide the level's width {width}")
-        # One spelling each, so that equal networks have equal configs.
+        # Canonical forms, so that equal networks have equal configs.
         heads_per_level = self.heads_per_level
         object.__setattr__(self, "num_heads", heads_per_level[0] if len(set(heads_per_level)) == 1 else heads_per_level)
         object.__setattr__(self, "attention_levels", tuple(sorted(set(self.attention_levels))))
 
     @property
     def heads_per_level(self) -> tuple[int, ...]:
-        """Attention heads of each level, outermost first. The middle block has the last level's."""
+        """Attention heads of each level, outermost first; the middle block has as many as the last level."""
         if self.num_heads is None:
             return tuple(max(1, width // 64) for width in self.block_out_channels)
         if isinstance(self.num_heads, tuple):
@@ -146,14 +142,10 @@ class UNetConfig:
 
     @classmethod
     def from_diffusers(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """The config for the contents of a diffusers `unet/config.json`.
-
-        Raises:
-            UNetError: the file describes something else than this UNet; the message names the key.
-        """
+        """Convert the contents of a diffusers `unet/config.json`; raise UNetError naming the first unsupported key."""
         if (name := values.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
             raise UNetError(f"_class_name is {name!r}; only 'UNet2DConditionModel' is supported")
-        known = {key: _simplest(key, value) for key, value in values.items() if not key.startswith("_")}
+        known = {key: _canonical(key, value) for key, value in values.items() if not key.startswith("_")}
         if unknown := sorted(known.keys() - FIXED.keys() - VARYING.keys()):
             raise UNetError(f"unknown key {unknown[0]!r} in the UNet config")
         for key, only in FIXED.items():
@@ -163,19 +155,19 @@ class UNetConfig:
         get = {**VARYING, **known}.__getitem__
         depths = "layers_per_block", "transformer_layers_per_block"
         attention = check_levels(UNetError, get, DOWN_TYPES, UP_TYPES, *depths)
-        check_whole(UNetError, "cross_attention_dim", get("cross_attention_dim"))
-        heads = get("attention_head_dim")  # despite its name the number of heads: diffusers keeps a historical mistake
+        check_positive_int(UNetError, "cross_attention_dim", get("cross_attention_dim"))
+        heads = get("attention_head_dim")  # despite its name, the number of heads: a mistake diffusers keeps
         if heads is None:
-            raise UNetError("attention_head_dim=None is not supported; it is the number of heads, or a list of them")
+            raise UNetError("attention_head_dim=None is not supported; expected the number of heads, or one per level")
         num_heads = tuple(heads) if isinstance(heads, list | tuple) else heads
         return cls(**{ours: get(name) for name, ours in NAMES.items()}, attention_levels=attention, num_heads=num_heads)
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The contents of a diffusers `unet/config.json`; `from_diffusers` reads the same config back."""
+        """Return the contents of a diffusers `unet/config.json`; the inverse of `from_diffusers`."""
         flags = [level in self.attention_levels for level in range(len(self.block_out_channels))]
         heads = self.heads_per_level
         return {
-            "_class_name": "UNet2DConditionModel",  # no _diffusers_version: an old one rewrites sample_size
+            "_class_name": "UNet2DConditionModel",  # no _diffusers_version: diffusers changes sample_size for old ones
             **FIXED,
             **{name: getattr(self, ours) for name, ours in NAMES.items()},
             "block_out_channels": list(self.block_out_channels),
@@ -185,13 +177,13 @@ class UNetConfig:
         }
 
 
-# Other spellings of the same network that diffusers accepts: one value repeated for every level, null for false.
+# Equivalent forms that diffusers accepts: one value repeated for every level, null for false.
 PER_LEVEL = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "only_cross_attention")
-SAME = {("act_fn", "swish"): "silu", ("mid_block_only_cross_attention", False): None,
-        ("use_linear_projection", None): False, ("upcast_attention", None): False}  # fmt: skip
+ALIASES = {("act_fn", "swish"): "silu", ("mid_block_only_cross_attention", False): None,
+           ("use_linear_projection", None): False, ("upcast_attention", None): False}  # fmt: skip
 
 
-def _simplest(key: str, value: Any) -> Any:
+def _canonical(key: str, value: Any) -> Any:
     if key in PER_LEVEL and isinstance(value, list | tuple) and value and all(entry == value[0] for entry in value):
         return value[0]
-    return SAME.get((key, value), value) if isinstance(value, str | bool | None) else value
+    return ALIASES.get((key, value), value) if isinstance(value, str | bool | None) else value

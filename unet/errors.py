@@ -1,7 +1,7 @@
-"""The exception of this package for a user's mistake."""
+"""The exception that `unet` raises for invalid input."""
 
 from latentdiff.errors import LatentDiffError
 
 
 class UNetError(LatentDiffError):
-    """A configuration, file or input that cannot be used; the message names it and says what is allowed."""
+    """Invalid configuration, file or input; the message names it and says what is allowed."""

@@ -1,7 +1,7 @@
 """The denoising UNet of latent diffusion (arXiv 2112.10752), with diffusers' parameter names and folder layout.
 
-Sizes: B batch, C channels, H W height and width of the latents, L tokens, D width of the text features, E = 4 * first
-width, that of the time embedding, S timesteps of a schedule.
+Shapes: B batch, C channels, H W latent height and width, L tokens, D text feature width, S timesteps of a schedule,
+E = 4 * block_out_channels[0] time embedding width.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from .errors import UNetError
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of t (B,) at width/2 frequencies from 1 down to 1/10000: (B, width) float32.
-
-    The timestep features of DDPM (arXiv 2006.11239, appendix B), in the order LDM stores them.
-    """
+    """Embed timesteps (B,) as in DDPM (arXiv 2006.11239, appendix B), cosines first as in LDM: (B, width) float32."""
     half = width // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
     angles = t.float()[:, None] * frequencies
@@ -35,7 +32,7 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers from sinusoids to the E-wide embedding that every ResBlock reads."""
+    """Two linear layers from sinusoids to the E-wide embedding that conditions every ResBlock."""
 
     def __init__(self, width: int, time_dim: int) -> None:
         super().__init__()
@@ -43,19 +40,19 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(time_dim, time_dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, E)."""
+        """Embed timesteps (B,) as (B, E)."""
         features = sinusoids(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
 def make_resnet(config: UNetConfig, in_width: int, width: int) -> ResBlock:
-    """A ResBlock of this network."""
+    """Build a ResBlock with the UNet's time embedding width and normalization."""
     time_dim = 4 * config.block_out_channels[0]
     return ResBlock(in_width, width, time_dim, norm_groups=config.norm_groups, norm_eps=config.norm_eps)
 
 
 def make_transformer(config: UNetConfig, level: int) -> SpatialTransformer:
-    """A transformer for the pixels of one resolution."""
+    """Build a transformer with the width and heads of a level."""
     return SpatialTransformer(
         config.block_out_channels[level],
         config.heads_per_level[level],
@@ -68,16 +65,16 @@ def make_transformer(config: UNetConfig, level: int) -> SpatialTransformer:
 
 
 def make_level(config: UNetConfig, level: int, in_widths: list[int]) -> Level:
-    """One ResBlock for each of `in_widths`, with a transformer behind each where the level has attention."""
+    """Build one ResBlock per entry of `in_widths`, each followed by a transformer if the level has attention."""
     resnets = [make_resnet(config, in_width, config.block_out_channels[level]) for in_width in in_widths]
     has_attention = level in config.attention_levels
     return Level(resnets, [make_transformer(config, level) for _ in resnets] if has_attention else [])
 
 
-def make_way_down(config: UNetConfig) -> tuple[list[Level], list[int]]:
-    """The levels from the outermost to the lowest, and the widths of the feature maps kept for the way up."""
+def make_down_blocks(config: UNetConfig) -> tuple[list[Level], list[int]]:
+    """Build the levels from the outermost to the lowest; also return the widths of the skip connections."""
     levels: list[Level] = []
-    skips = [config.block_out_channels[0]]  # what conv_in makes
+    skips = [config.block_out_channels[0]]  # the output of conv_in
     for index, width in enumerate(config.block_out_channels):
         level = make_level(config, index, [skips[-1]] + [width] * (config.layers_per_block - 1))
         skips += [width] * config.layers_per_block
@@ -88,8 +85,8 @@ def make_way_down(config: UNetConfig) -> tuple[list[Level], list[int]]:
     return levels, skips
 
 
-def make_way_up(config: UNetConfig, skips: list[int]) -> list[Level]:
-    """The levels from the lowest to the outermost; every ResBlock also takes the last feature map not yet used."""
+def make_up_blocks(config: UNetConfig, skips: list[int]) -> list[Level]:
+    """Build the levels from the lowest to the outermost; each ResBlock also takes the latest unused skip connection."""
     levels: list[Level] = []
     skips, below = list(skips), config.block_out_channels[-1]
     for index in reversed(range(len(config.block_out_channels))):
@@ -104,10 +101,10 @@ def make_way_up(config: UNetConfig, skips: list[int]) -> list[Level]:
 
 
 class UNet(Pretrained):
-    """Noisy latents, timestep and text features in, prediction out: `unet(x, t, context)`.
+    """Denoising UNet: `unet(x, t, context)` predicts from noisy latents, timesteps and text features.
 
-    What the prediction means (noise, clean latents, velocity) is the training's choice, not the network's. A new
-    network predicts zero: as in LDM, its last layer and the last layer of each ResBlock and transformer start at zero.
+    Whether it predicts noise, clean latents or velocity depends on how it is trained. A new UNet predicts zero: as in
+    LDM, its last layer and the last layer of each ResBlock and transformer are initialized to zero.
     """
 
     files, config_class = FILES, UNetConfig
@@ -120,20 +117,20 @@ class UNet(Pretrained):
         self.config = config
         self.gradient_checkpointing = False
         widths = config.block_out_channels
-        way_down, skips = make_way_down(config)
+        down_blocks, skips = make_down_blocks(config)
         middle = [make_resnet(config, widths[-1], widths[-1]) for _ in range(2)]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
-        self.down_blocks = nn.ModuleList(way_down)  # type: ignore[assignment]
+        self.down_blocks = nn.ModuleList(down_blocks)  # type: ignore[assignment]
         self.mid_block = Level(middle, [make_transformer(config, len(widths) - 1)])
-        self.up_blocks = nn.ModuleList(make_way_up(config, skips))  # type: ignore[assignment]
+        self.up_blocks = nn.ModuleList(make_up_blocks(config, skips))  # type: ignore[assignment]
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         for index, res in enumerate(self.resnets()):
             res.index = index
         for index, attention in enumerate(self.cross_attentions()):
             attention.index = index
-        self.num_projections = (len(self.resnets()), len(self.cross_attentions()))  # counted once, not once a step
+        self.num_projections = (len(self.resnets()), len(self.cross_attentions()))  # counted once, not at every step
         self._zero_last_layers()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -141,15 +138,15 @@ class UNet(Pretrained):
         """Predict from noisy latents.
 
         Args:
-            x: noisy latents (B, in_channels, H, W); any H and W from 1 up.
-            t: timesteps (B,), or () for all, int64 or float; or one step's rows of `project_time`.
-            context: text features (B, L, D); or what `project_context` made of them.
+            x: noisy latents (B, in_channels, H, W), of any H and W.
+            t: timesteps (B,), or () for the entire batch, int64 or float; or one step of `project_time`'s result.
+            context: text features (B, L, D), or `project_context`'s result for them.
 
         Returns:
-            The prediction (B, out_channels, H, W).
+            The prediction, (B, out_channels, H, W).
 
         Raises:
-            UNetError: a shape or dtype does not fit.
+            UNetError: a shape or dtype does not match.
         """
         self._check_inputs(x, t, context)
         time = self.time_embedding(t.reshape(-1)) if isinstance(t, Tensor) else t  # (B or 1, E)
@@ -172,58 +169,50 @@ class UNet(Pretrained):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
-        """Keys and values of text features (B, L, D) for every cross-attention: once a prompt instead of once a step.
+        """Compute every cross-attention's keys and values of text features (B, L, D), once per prompt, not per step.
 
-        Bit for bit what `forward` computes from the same features.
-
-        Raises:
-            UNetError: the shape or dtype does not fit.
+        Passing them to `forward` instead of the features gives a bit-identical result. Raises UNetError if the shape or
+        dtype does not match.
         """
         self._check_context(context, context.shape[0] if context.dim() else 0)
         return [attention.project(context) for attention in self.cross_attentions()]
 
     def project_time(self, t: Tensor) -> list[Tensor]:
-        """What each ResBlock adds for timesteps t (S,): a list of (S, C), once a schedule instead of once a step.
+        """Compute `shifts`, what each ResBlock adds at timesteps t (S,), once per schedule: a list of (S, C) tensors.
 
-        Step i takes `[shift[i : i + 1] for shift in shifts]`, for a batch of any size. Bit for bit what `forward`
-        computes from t[i]: row by row, because a linear layer rounds many rows otherwise than one.
-
-        Raises:
-            UNetError: the shape or dtype does not fit.
+        At step i, pass `[shift[i : i + 1] for shift in shifts]` to `forward`, for any batch size; the result is
+        bit-identical to passing t[i]. Raises UNetError if the shape or dtype does not match.
         """
         if t.dim() != 1:
-            raise UNetError(f"t has shape {tuple(t.shape)}; expected one timestep a step, (S,)")
+            raise UNetError(f"t has shape {tuple(t.shape)}; expected (S,), one timestep per step")
         self._check_time(t, t.shape[0])
+        # Row by row, because a linear layer rounds a batch of rows differently from a single one.
         times = [self.time_embedding(row) for row in torch.split(t, 1)]
         return [torch.cat([resnet.project(time) for time in times]) for resnet in self.resnets()]
 
     def set_attention_backend(self, name: str) -> None:
-        """Choose `sdpa` (the default) or `xformers` for every attention.
-
-        Raises:
-            UNetError: the name is unknown or the package is not installed.
-        """
+        """Use `sdpa` (the default) or `xformers` for all attention; raise UNetError if unknown or not installed."""
         attend = load_attention_backend(name)
         for layer in self.modules():
             if isinstance(layer, Attention):
                 layer.attend = attend
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute ResBlocks and transformers in the backward pass instead of keeping what they computed."""
+        """Recompute ResBlocks and transformers in the backward pass instead of storing their activations."""
         self.gradient_checkpointing = enabled
 
     def resnets(self) -> list[ResBlock]:
-        """All ResBlocks, in the order of `project_time`."""
+        """Return all ResBlocks, in the order of `project_time`."""
         return [layer for layer in self.modules() if isinstance(layer, ResBlock)]
 
     def cross_attentions(self) -> list[Attention]:
-        """All cross-attentions, in the order of `project_context`."""
+        """Return all cross-attentions, in the order of `project_context`."""
         return [layer for layer in self.modules() if isinstance(layer, Attention) and layer.is_cross]
 
     def _layer(
         self, resnet: nn.Module, transformer: nn.Module | None, x: Tensor, time: Time, context: Context
     ) -> Tensor:
-        run: Callable[..., Tensor] = _recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else _call
+        run: Callable[..., Tensor] = _checkpointed if self.gradient_checkpointing and torch.is_grad_enabled() else _call
         x = run(resnet, x, time)
         return x if transformer is None else run(transformer, x, context)
 
@@ -259,8 +248,8 @@ class UNet(Pretrained):
     def _check_time(self, t: Tensor, batch: int) -> None:
         if t.shape not in ((), (1,), (batch,)):
             raise UNetError(f"t has shape {tuple(t.shape)}; expected () or ({batch},)")
-        if t.dtype not in (torch.int64, torch.float32, torch.float64):  # 981 is 980 in bfloat16
-            raise UNetError(f"t is {t.dtype}; expected int64 (or float32 for timesteps between the integers)")
+        if t.dtype not in (torch.int64, torch.float32, torch.float64):  # bfloat16 rounds 981 to 980
+            raise UNetError(f"t is {t.dtype}; expected int64 (or float32 for fractional timesteps)")
 
     def _check_context(self, context: Tensor, batch: int) -> None:
         width = self.config.context_dim
@@ -278,5 +267,5 @@ def _call(layer: nn.Module, *inputs: Any) -> Tensor:
     return layer(*inputs)
 
 
-def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
-    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # no layer is stochastic

@@ -1,7 +1,4 @@
-"""The KL autoencoder: `VAE`, `VAEConfig`, `DiagonalGaussian`, and `VAEError` for a user's mistake.
-
-`LatentStatistics` measures the code over a set of pictures, and `fold_statistics` normalises it.
-"""
+"""The KL autoencoder, its posterior, and the statistics that normalize its latents."""
 
 from .config import VAEConfig
 from .distribution import DiagonalGaussian

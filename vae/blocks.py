@@ -1,7 +1,4 @@
-"""What encoder and decoder are made of. Attribute names are those of the tensors in the files.
-
-Sizes: B batch, C channels, H W height and width, N = H*W.
-"""
+"""Building blocks of the encoder and decoder; attribute names match the tensor names in checkpoints."""
 
 from collections.abc import Iterator
 from itertools import chain, zip_longest
@@ -11,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-NORM_EPS = 1e-6  # of every GroupNorm of the KL autoencoder
+NORM_EPS = 1e-6  # epsilon of every GroupNorm in the KL autoencoder
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions on GroupNorm and SiLU, added to their input."""
+    """Two 3x3 convolutions, each after GroupNorm and SiLU, with a residual connection."""
 
     def __init__(self, in_width: int, width: int, norm_groups: int) -> None:
         super().__init__()
@@ -32,7 +29,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One-head self-attention over all pixels, added to its input."""
+    """Single-head self-attention over all pixels, with a residual connection."""
 
     def __init__(self, width: int, norm_groups: int) -> None:
         super().__init__()
@@ -40,16 +37,16 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list because the files say to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list because checkpoints name it to_out.0
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # (B, 1, N, C), a view in channels-last
+        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # (B, 1, H*W, C), a view in channels-last
         h = self.to_out[0](F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
         return x + h[:, 0].unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
-    """Half the height and width by a strided convolution, padded below and on the right only."""
+    """Strided convolution that halves height and width, padded at the bottom and right only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -60,7 +57,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width by nearest neighbours, then a convolution."""
+    """Nearest-neighbor upsampling by 2, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -71,23 +68,20 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The layers of one resolution: ResBlocks, each followed by attention where there is one, then a change of size.
-
-    Levels have as many attentions as ResBlocks, or none; the middle has one between two, or none.
-    """
+    """ResBlocks of one resolution, each optionally followed by attention, and then possibly down- or upsampling."""
 
     def __init__(self, resnets: list[ResBlock], attentions: list[Attention]) -> None:
         super().__init__()
         self.gradient_checkpointing = False  # recompute every layer in the backward pass
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList()  # lists of none or one, as the files name them
+        self.downsamplers = nn.ModuleList()  # lists of zero or one, named as in checkpoints
         self.upsamplers = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self._layers():
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)  # no layer is stochastic
             else:
                 x = layer(x)
         return x

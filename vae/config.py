@@ -1,4 +1,4 @@
-"""`VAEConfig`, and its translation to and from the `config.json` that diffusers writes for AutoencoderKL."""
+"""`VAEConfig`, and its conversion from and to the `config.json` of diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentdiff.errors import check_levels, check_whole
+from latentdiff.errors import check_levels, check_positive_int
 from latentdiff.files.tensors import ModelFiles
 
 from .errors import VAEError
 
-# Keys of AutoencoderKL with one supported value, and keys that vary with the value diffusers takes for a missing one.
+# Keys of AutoencoderKL with a single supported value, and keys that vary, with diffusers' default for each.
 FIXED: dict[str, Any] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 VARYING: dict[str, Any] = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 32, "scaling_factor": 0.18215,
@@ -23,7 +23,7 @@ VARYING: dict[str, Any] = {
 DOWN_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")  # without and with attention
 UP_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
-# diffusers' names of our settings that mean the same.
+# diffusers' name of a setting -> ours.
 NAMES = {
     **{name: name for name in ("in_channels", "out_channels", "block_out_channels", "layers_per_block")},
     **{name: name for name in ("latent_channels", "sample_size", "force_upcast")},
@@ -32,13 +32,13 @@ NAMES = {
     "scaling_factor": "scale_factor",
 }
 
-FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+NAMES_IN_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def current_name(name: str) -> str:
-    """Today's name of a tensor: files of 2022, Stable Diffusion 1.x among them, name the attention layers otherwise."""
+    """Return a tensor's current name; checkpoints of 2022 such as Stable Diffusion 1.x name attention differently."""
     parts = name.split(".")
-    return ".".join(FORMER_NAMES.get(part, part) for part in parts) if "attentions" in parts else name
+    return ".".join(NAMES_IN_2022.get(part, part) for part in parts) if "attentions" in parts else name
 
 
 FILES = ModelFiles("VAE", VAEError, current_name=current_name)
@@ -46,74 +46,66 @@ FILES = ModelFiles("VAE", VAEError, current_name=current_name)
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of the autoencoder. The defaults are kl-f8 (83,653,863 parameters).
+    """Architecture of an autoencoder, by default LDM's kl-f8 (84M parameters); raises VAEError for invalid values."""
 
-    Raises:
-        VAEError: a value is out of range or two of them do not fit together.
-    """
-
-    in_channels: int = 3  # channels of the pixels going in
-    out_channels: int = 3  # channels of the pixels coming out
+    in_channels: int = 3  # channels of the input pixels
+    out_channels: int = 3  # channels of the reconstructed pixels
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level; f = 2 ** (levels - 1)
-    layers_per_block: int = 2  # ResBlocks a level in the encoder; one more in the decoder
+    layers_per_block: int = 2  # ResBlocks per level of the encoder; one more in the decoder
     latent_channels: int = 4  # channels of the latents
-    attention_levels: tuple[int, ...] = ()  # levels with attention (LDM's f16 and f32 have it at the lowest ones)
+    attention_levels: tuple[int, ...] = ()  # levels with attention (the lowest ones in LDM's f16 and f32)
     mid_attention: bool = True  # attention at the lowest resolution, between two ResBlocks
     quant_convs: tuple[bool, bool] = (True, True)  # 1x1 convolutions after the encoder and before the decoder
     norm_groups: int = 32  # groups of every GroupNorm
     scale_factor: float = 0.18215  # latents = scale_factor * (z - shift_factor)
-    shift_factor: float = 0.0  # not read by diffusers' Stable Diffusion pipelines
-    sample_size: int | tuple[int, ...] | None = 256  # pixels it was trained on; not used by the network itself
-    force_upcast: bool = False  # float16 overflows in this VAE, so diffusers shall run it in float32
+    shift_factor: float = 0.0  # ignored by diffusers' Stable Diffusion pipelines
+    sample_size: int | tuple[int, ...] | None = 256  # size of the training images; the network itself ignores it
+    force_upcast: bool = False  # this VAE overflows in float16, so diffusers must run it in float32
 
     def __post_init__(self) -> None:
-        for name in ("block_out_channels", "attention_levels", "quant_convs", "sample_size"):  # as JSON and YAML give
+        for name in ("block_out_channels", "attention_levels", "quant_convs", "sample_size"):  # lists in JSON and YAML
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         for name in ("block_out_channels", "attention_levels", "quant_convs"):
             if not isinstance(getattr(self, name), tuple):
-                raise VAEError(f"{name}={getattr(self, name)!r} is not supported; it is a list")
+                raise VAEError(f"{name}={getattr(self, name)!r} is not supported; expected a list")
         for name in ("in_channels", "out_channels", "latent_channels", "norm_groups"):
-            check_whole(VAEError, name, getattr(self, name))
-        check_whole(VAEError, "layers_per_block", self.layers_per_block, at_most=100)
+            check_positive_int(VAEError, name, getattr(self, name))
+        check_positive_int(VAEError, "layers_per_block", self.layers_per_block, at_most=100)
         for size in self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,):
             if size is not None:
-                check_whole(VAEError, "sample_size", size)
+                check_positive_int(VAEError, "sample_size", size)
         for name in ("mid_attention", "force_upcast"):
             _check_bool(name, getattr(self, name))
         if len(self.quant_convs) != 2:
             raise VAEError(
-                f"quant_convs={self.quant_convs!r} is not supported; it is one for the encoder, one for the decoder"
+                f"quant_convs={self.quant_convs!r} is not supported; expected one each for encoder and decoder"
             )
         for value in self.quant_convs:
             _check_bool("quant_convs", value)
         for name, lowest in (("scale_factor", 0.0), ("shift_factor", -1e6)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not lowest < value < 1e6:
-                raise VAEError(f"{name}={value!r} is not supported; it is a number between {lowest:g} and 1e+06")
+                raise VAEError(f"{name}={value!r} is not supported; expected a number between {lowest:g} and 1e+06")
         if not self.block_out_channels:
-            raise VAEError("block_out_channels is empty: give one width a level, such as (128, 256, 512, 512)")
+            raise VAEError("block_out_channels is empty: give one width per level, such as (128, 256, 512, 512)")
         for width in self.block_out_channels:
-            check_whole(VAEError, "block_out_channels", width)
+            check_positive_int(VAEError, "block_out_channels", width)
             if width % self.norm_groups:
-                raise VAEError(f"block_out_channels has {width}, which norm_groups={self.norm_groups} does not divide")
+                raise VAEError(f"block_out_channels has {width}, not divisible by norm_groups={self.norm_groups}")
         levels = range(len(self.block_out_channels))
         if wrong := [level for level in self.attention_levels if type(level) is not int or level not in levels]:
             raise VAEError(f"attention_levels has {wrong[0]!r}; the levels are 0 to {levels[-1]}")
-        object.__setattr__(self, "attention_levels", tuple(sorted(set(self.attention_levels))))  # one spelling
+        object.__setattr__(self, "attention_levels", tuple(sorted(set(self.attention_levels))))  # canonical
 
     @property
     def downsampling(self) -> int:
-        """f: pixels per latent along one side."""
+        """Downsampling factor f: pixels per latent along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_diffusers(cls, values: Mapping[str, Any]) -> VAEConfig:
-        """The config for the contents of a diffusers `vae/config.json`.
-
-        Raises:
-            VAEError: the file describes something else than this VAE; the message names the key.
-        """
+        """Convert the contents of a diffusers `vae/config.json`; raise VAEError naming the first unsupported key."""
         if (name := values.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
             raise VAEError(f"_class_name is {name!r}; only 'AutoencoderKL' is supported")
         known = {key: value for key, value in values.items() if not key.startswith("_")}
@@ -121,7 +113,7 @@ class VAEConfig:
             raise VAEError(f"unknown key {unknown[0]!r} in the VAE config")
         for key, only in FIXED.items():
             value = known.get(key, only)
-            if value != only and (key, value) != ("act_fn", "swish"):  # swish is silu's older name
+            if value != only and (key, value) != ("act_fn", "swish"):  # swish is the old name of silu
                 raise VAEError(f"{key}={value!r} is not supported; only {only!r} is")
         get = {**VARYING, **known}.__getitem__
         attention = check_levels(VAEError, get, DOWN_TYPES, UP_TYPES, "layers_per_block")
@@ -133,7 +125,7 @@ class VAEConfig:
         )
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The contents of a diffusers `vae/config.json`; `from_diffusers` reads the same config back."""
+        """Return the contents of a diffusers `vae/config.json`; the inverse of `from_diffusers`."""
         flags = [level in self.attention_levels for level in range(len(self.block_out_channels))]
         return {
             "_class_name": "AutoencoderKL",
@@ -151,4 +143,4 @@ class VAEConfig:
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise VAEError(f"{name}={value!r} is not supported; it is true or false")
+        raise VAEError(f"{name}={value!r} is not supported; expected true or false")

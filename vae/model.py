@@ -1,9 +1,9 @@
 """The KL autoencoder of latent diffusion (arXiv 2112.10752), with diffusers' parameter names and folder layout.
 
-Three ranges, told apart by name: `pixels` in [-1, 1]; `z`, the raw code; `latents`, what diffusion works on,
-`scale_factor * (z - shift_factor)`. Only this file converts between the last two.
+Three quantities, told apart by name: `pixels` in [-1, 1]; `z`, the unscaled latents of the encoder; and `latents`,
+`scale_factor * (z - shift_factor)`, which the UNet denoises. Only this file converts between the last two.
 
-Sizes: B batch, H W pixels, h w = H/f W/f latents, c latent channels.
+Shapes: B batch, H W pixels, h w = H/f W/f latents, c latent channels.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from .errors import VAEError
 
 
 def make_level(config: VAEConfig, level: int, in_width: int, num_layers: int) -> Level:
-    """The ResBlocks of one resolution, with attention where the config says so."""
+    """Build the ResBlocks of one level, with attention if the config says so."""
     width, groups = config.block_out_channels[level], config.norm_groups
     resnets = [ResBlock(width if i else in_width, width, groups) for i in range(num_layers)]
     return Level(resnets, [Attention(width, groups) for _ in resnets] if level in config.attention_levels else [])
 
 
 def make_middle(config: VAEConfig) -> Level:
-    """ResBlock, attention where the config says so, ResBlock."""
+    """Build the middle: ResBlock, attention if the config says so, ResBlock."""
     width, groups = config.block_out_channels[-1], config.norm_groups
     attentions = [Attention(width, groups)] if config.mid_attention else []
     return Level([ResBlock(width, width, groups), ResBlock(width, width, groups)], attentions)
 
 
 class Encoder(nn.Module):
-    """Pixels (B, in_channels, H, W) to the moments of the code, (B, 2c, h, w): means, then log-variances."""
+    """Encoder from pixels (B, in_channels, H, W) to moments of z, (B, 2c, h, w): means, then log-variances."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, 2c, h, w)."""
+        """Map (B, in_channels, H, W) to (B, 2c, h, w)."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The code (B, c, h, w) back to pixels (B, out_channels, H, W)."""
+    """Decoder from z (B, c, h, w) to pixels (B, out_channels, H, W)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """(B, c, h, w) -> (B, out_channels, H, W)."""
+        """Map (B, c, h, w) to (B, out_channels, H, W)."""
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
 
 
 class VAE(Pretrained):
-    """Pictures to latents and back: `vae.encode(pixels)`, `vae.decode(latents)`."""
+    """Autoencoder: `vae.encode(pixels)`, `vae.decode(latents)`; raises VAEError if a shape or dtype does not match."""
 
     files, config_class = FILES, VAEConfig
     config: VAEConfig
@@ -105,7 +105,7 @@ class VAE(Pretrained):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstruct through a draw from the posterior, or through its mode where `noise` is None; for training.
+        """Reconstruct pixels through a sample from the posterior, or its mode if `noise` is None; for training.
 
         Args:
             pixels: (B, in_channels, H, W) in [-1, 1].
@@ -113,9 +113,6 @@ class VAE(Pretrained):
 
         Returns:
             The reconstruction (B, out_channels, H, W) and the posterior over z.
-
-        Raises:
-            VAEError: a shape or dtype does not fit.
         """
         posterior = self.posterior(pixels)
         if noise is not None and noise.shape != posterior.mean.shape:
@@ -123,44 +120,40 @@ class VAE(Pretrained):
         return self.decode_z(posterior.mode() if noise is None else posterior.reparameterize(noise)), posterior
 
     def posterior(self, pixels: Tensor) -> DiagonalGaussian:
-        """q(z | pixels) over the raw code (B, c, h, w), from pixels (B, in_channels, H, W) in [-1, 1].
-
-        Raises:
-            VAEError: as all methods here, a shape or dtype does not fit.
-        """
+        """Return q(z | pixels), (B, c, h, w), for pixels (B, in_channels, H, W) in [-1, 1]."""
         self._check(pixels, "pixels", self.config.in_channels, self.config.downsampling)
         moments = self.quant_conv(self.encoder(pixels.to(memory_format=torch.channels_last)))
         return DiagonalGaussian.from_moments(moments)
 
     def latent_posterior(self, pixels: Tensor) -> DiagonalGaussian:
-        """The same distribution over latents, (B, c, h, w): what a latent cache stores."""
+        """Return the same posterior over latents instead of z, (B, c, h, w), as a latent cache stores it."""
         z = self.posterior(pixels)
         return DiagonalGaussian(self.scale(z.mean), z.logvar + 2.0 * math.log(self.config.scale_factor))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, in_channels, H, W) in [-1, 1] to latents (B, c, h, w): the posterior's mode, scaled."""
+        """Encode pixels (B, in_channels, H, W) in [-1, 1] as latents (B, c, h, w), the scaled mode of the posterior."""
         return self.scale(self.posterior(pixels).mode())
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) to pixels (B, out_channels, H, W), about [-1, 1] but not clipped to it."""
+        """Decode latents (B, c, h, w) to pixels (B, out_channels, H, W), roughly in [-1, 1] but not clipped."""
         self._check(latents, "latents", self.config.latent_channels, 1)
         return self.decode_z(self.unscale(latents))
 
     def decode_z(self, z: Tensor) -> Tensor:
-        """The raw code (B, c, h, w) to pixels (B, out_channels, H, W)."""
+        """Decode z (B, c, h, w) to pixels (B, out_channels, H, W)."""
         self._check(z, "z", self.config.latent_channels, 1)
         return self.decoder(self.post_quant_conv(z.to(memory_format=torch.channels_last)))
 
     def scale(self, z: Tensor) -> Tensor:
-        """Raw code to latents."""
+        """Convert z to latents."""
         return self.config.scale_factor * (z - self.config.shift_factor)
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """Latents to raw code."""
+        """Convert latents to z."""
         return latents / self.config.scale_factor + self.config.shift_factor
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute every ResBlock and attention in the backward pass instead of keeping what they computed."""
+        """Recompute ResBlocks and attention in the backward pass instead of storing their activations."""
         for layer in self.modules():
             if isinstance(layer, Level):
                 layer.gradient_checkpointing = enabled

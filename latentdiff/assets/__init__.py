@@ -1,4 +1,4 @@
-"""What comes with the package, by name: models and pictures. In a config `builtin:NAME` means one of them."""
+"""Models and data sets that ship with the package; `builtin:NAME` refers to one of them in a config."""
 
 from pathlib import Path
 
@@ -6,45 +6,33 @@ from ..errors import check_choice
 
 ASSETS = Path(__file__).resolve().parent
 BUILTIN = "builtin:"
-INDEX = "model_index.json"  # a model's folder has one
-EMOJI_STYLE = r"^an? (3d|noto) emoji of "  # what the captions of the shipped pictures begin with; the rest is a concept
+INDEX = "model_index.json"  # every model folder has one
+EMOJI_STYLE = r"^an? (3d|noto) emoji of "  # prefix of the shipped captions; the rest names a concept
 
 
 def shipped_models() -> list[str]:
-    """Names of the models."""
+    """Return the names of the shipped models."""
     return sorted(path.parent.name for path in ASSETS.glob(f"*/{INDEX}"))
 
 
 def shipped_pictures() -> list[str]:
-    """Names of the captioned pictures."""
+    """Return the names of the shipped data sets."""
     return sorted({path.parent.name for path in ASSETS.glob("*/*.parquet")})
 
 
 def pictures_folder(source: str) -> str:
-    """The folder that a `data.source` means: one that ships, or what it says.
-
-    Raises:
-        LatentDiffError: none of that name ships.
-    """
-    return _folder("data set", source, shipped_pictures())
+    """Return the folder of a shipped data set for `builtin:NAME`, and any other `data.source` unchanged."""
+    return _resolve("data set", source, shipped_pictures())
 
 
 def part_folder(pretrained: str, part: str) -> str:
-    """The folder that a `pretrained` means: a part of a model that ships, or what it says.
-
-    Args:
-        pretrained: `builtin:NAME`, or anything else.
-        part: `vae`, `unet` or `text_encoder`.
-
-    Raises:
-        LatentDiffError: none of that name ships.
-    """
-    return _folder("model", pretrained, shipped_models(), part)
+    """Return the folder of a part of a shipped model for `builtin:NAME`, and any other `pretrained` unchanged."""
+    return _resolve("model", pretrained, shipped_models(), part)
 
 
-def _folder(kind: str, said: str, names: list[str], part: str = "") -> str:
-    if not said.startswith(BUILTIN):
-        return said
-    name = said.removeprefix(BUILTIN)
+def _resolve(kind: str, source: str, names: list[str], part: str = "") -> str:
+    if not source.startswith(BUILTIN):
+        return source
+    name = source.removeprefix(BUILTIN)
     check_choice(f"built-in {kind}", name, names)
     return str(ASSETS / name / part)

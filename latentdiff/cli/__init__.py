@@ -1,7 +1,6 @@
-"""`latentdiff ...`: the table of commands, and the same commands for train_vae.py and train_latent.py.
+"""The `latentdiff` command line; train_vae.py and train_latent.py each run one of its commands.
 
-A command is a function that returns the lines to print, one by one. Nothing heavy is imported before it runs, so that
-its help appears at once.
+A command is a function that yields the lines to print. It imports torch only when it runs, so that `--help` is instant.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,10 +15,10 @@ from . import models, training
 from .errors import plain_errors
 
 COMMANDS: dict[str, Callable[..., Iterable[object]]] = {
-    "train": training.stage("train", "Run what is missing of: VAE training, latent cache, latent training."),
-    "train-vae": training.stage("train_vae", "Train the autoencoder."),
-    "encode": training.stage("encode", "Fill the cache of latents, and of a frozen encoder's text features."),
-    "train-latent": training.stage("train_latent", "Train the UNet on the cached latents.", recipe="demo"),
+    "train": training.stage("train", "Train all three stages, or resume a run that was stopped."),
+    "train-vae": training.stage("train_vae", "Stage 1: train the VAE."),
+    "encode": training.stage("encode", "Stage 2: cache latents, and a frozen text encoder's features."),
+    "train-latent": training.stage("train_latent", "Stage 3: train the UNet on the cached latents.", recipe="demo"),
     "plan": training.plan,
     "data check": training.data_check,
     "sample": models.sample,
@@ -28,7 +27,18 @@ COMMANDS: dict[str, Callable[..., Iterable[object]]] = {
     "export": models.export,
     "schema": training.schema,
 }
-FIRST_STEP = 'First step: latentdiff sample "a 3d emoji of a red apple"'
+FIRST_STEP = """\
+First step: sample from the model that ships with latentdiff.
+
+  latentdiff sample "a 3d emoji of a red apple"
+
+Then train on your own images, a folder with a caption in a .txt file beside each image.
+
+  latentdiff data check my-pictures
+  latentdiff train --config emoji-64 data.source=my-pictures output=runs/mine
+  latentdiff sample "a red apple" --model runs/mine
+
+Each command has its own help: latentdiff sample --help"""
 
 
 def _group(text: str | None = None) -> typer.Typer:
@@ -48,26 +58,26 @@ def _printing(command: Callable[..., Iterable[object]]) -> Callable[..., None]:
 
 
 app = _group(f"Train your own text-to-image latent diffusion model.\n\n{FIRST_STEP}")
-data = _group("Look at pictures before training on them.")
+data = _group("Check a dataset before training on it.")
 app.add_typer(data, name="data")
 for name, function in COMMANDS.items():
     (data if name.startswith("data ") else app).command(name.split()[-1])(_printing(function))
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
 
 
 def main() -> None:
-    """The command `latentdiff`."""
+    """Run the `latentdiff` command."""
     app()
 
 
 def run_stage(name: str) -> None:
-    """One of the commands as a script of its own, for `accelerate launch`."""
+    """Run one command as a script of its own, for `accelerate launch`."""
     script = _group()
     script.command()(_printing(COMMANDS[name]))
     script()

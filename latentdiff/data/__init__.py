@@ -1,1 +1,1 @@
-"""From pictures on disk to batches: sources, pixels, the order of samples, the latent cache."""
+"""The data pipeline, from files to batches: sources, image decoding, sample order and the latent cache."""

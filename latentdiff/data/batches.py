@@ -1,4 +1,4 @@
-"""Micro-batches of both trainings, drawn by (seed, step, place): datasets whose index is a micro-batch's number."""
+"""Datasets of micro-batches for VAE and latent training; everything random is keyed by (seed, step, position)."""
 
 import math
 import signal
@@ -17,32 +17,32 @@ from text_encoder import TextEncoder
 from ..errors import LatentDiffError
 from ..sections import DataConfig
 from .cache import LatentCache, TextCache, read_pixels
-from .order import BatchPlan, draws
+from .order import BatchPlan, random_stream
 from .pictures import PictureError
 from .sources import Source
 
-Broken = list[tuple[str, str]]  # names of pictures that could not be read, and why
+Broken = list[tuple[str, str]]  # pictures that could not be read: (name, reason)
 
 
 class PixelBatch(NamedTuple):
-    """A micro-batch of VAE training."""
+    """A micro-batch for VAE training."""
 
     images: Tensor  # (B, H, W, 3) uint8
-    noise: Tensor  # (B, c, h, w) standard normal, for the draw from the posterior
+    noise: Tensor  # (B, c, h, w) standard normal, to sample from the posterior
     broken: Broken
 
 
 class Tokens(NamedTuple):
-    """Captions for a text encoder that is trained or not cached."""
+    """Tokenized captions, for a text encoder whose features are not cached."""
 
     tokens: Tensor  # (B, L) int64
     context_mask: Tensor  # (B, L) bool, True = real token
 
 
 class CachedBatch(NamedTuple):
-    """A micro-batch of latent training, from the cache."""
+    """A micro-batch for latent training, read from the cache."""
 
-    x0: Tensor  # (B, c, h, w) drawn from the cached posteriors
+    x0: Tensor  # (B, c, h, w) sampled from the cached posteriors
     noise: Tensor  # (B, c, h, w)
     t: Tensor  # (B,) int64
     text: Tensor | Tokens  # features (B, L, D) float16 of a frozen text encoder, or tokens
@@ -50,10 +50,10 @@ class CachedBatch(NamedTuple):
 
 
 class RawBatch(NamedTuple):
-    """A micro-batch of latent training, of pictures that are encoded when they are used."""
+    """A micro-batch for latent training without a cache: its pictures are encoded during the step."""
 
     images: Tensor  # (B, H, W, 3) uint8
-    posterior_noise: Tensor  # (B, c, h, w) standard normal, for the draw from the posterior
+    posterior_noise: Tensor  # (B, c, h, w) standard normal, to sample from the posterior
     noise: Tensor  # (B, c, h, w)
     t: Tensor  # (B,) int64
     text: Tensor | Tokens
@@ -64,7 +64,7 @@ LatentBatch = CachedBatch | RawBatch
 
 
 class PixelBatches(Dataset[PixelBatch]):
-    """Pictures for VAE training."""
+    """Micro-batches for VAE training."""
 
     def __init__(
         self, source: Source, config: DataConfig, plan: BatchPlan, seed: int, latent_shape: tuple[int, ...]
@@ -75,19 +75,19 @@ class PixelBatches(Dataset[PixelBatch]):
     def __getitem__(self, number: int) -> PixelBatch:
         broken: Broken = []
         images, noises = [], []
-        for _, index, random in self.plan.drawn(number, len(self.source), self.seed, "train_vae"):
+        for _, index, random in self.plan.items(number, len(self.source), self.seed, "train_vae"):
             flip = random.random() < 0.5 and self.config.flip
-            images.append(_readable(self.source, index, self.config, flip, broken)[0])
+            images.append(_read_or_next(self.source, index, self.config, flip, broken)[0])
             noises.append(random.standard_normal(self.latent_shape, dtype=np.float32))
         return PixelBatch(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(noises)), broken)
 
 
 @dataclass(eq=False)
 class LatentBatches(Dataset[LatentBatch]):
-    """Latents, timesteps, noise and captions for latent training.
+    """Micro-batches for latent training: latents or pictures, timesteps, noise and captions.
 
-    Of a picture's captions one is drawn, and replaced by the empty prompt with probability `caption_dropout`. Timesteps
-    are stratified over the global batch (arXiv 2107.00630, appendix I.1): place i of B draws from the i-th of B parts.
+    Each picture gets one of its captions at random, or with probability `caption_dropout` the empty prompt. Timesteps
+    are stratified over the global batch (arXiv 2107.00630, appendix I.1): position i of B samples from stratum i of B.
     """
 
     source: Source
@@ -103,15 +103,15 @@ class LatentBatches(Dataset[LatentBatch]):
 
     def __post_init__(self, text: TextCache | TextEncoder) -> None:
         self.features = text if isinstance(text, TextCache) else None
-        if not isinstance(text, TextCache):  # of the text encoder no more than workers need
+        if not isinstance(text, TextCache):  # all that workers need of the text encoder
             self.tokenizer, self.max_length = text.tokenizer, text.max_length
 
     def __getitem__(self, number: int) -> LatentBatch:
-        drawn = self.plan.drawn(number, len(self.source), self.seed, "train_latent")
-        return self.collect([self.row(index, random, (place, self.plan.batch_size)) for place, index, random in drawn])
+        items = self.plan.items(number, len(self.source), self.seed, "train_latent")
+        return self.collate([self.row(index, random, (i, self.plan.batch_size)) for i, index, random in items])
 
-    def collect(self, rows: list[dict[str, Any]]) -> LatentBatch:
-        """Rows as one micro-batch."""
+    def collate(self, rows: list[dict[str, Any]]) -> LatentBatch:
+        """Stack rows into a micro-batch."""
         columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         broken = [entry for entries in columns.pop("broken") for entry in entries]
         captions = columns.pop("caption", None)
@@ -123,13 +123,7 @@ class LatentBatches(Dataset[LatentBatch]):
         return (RawBatch if self.latents is None else CachedBatch)(**parts, broken=broken)
 
     def row(self, index: int, random: np.random.Generator, stratum: tuple[int, int]) -> dict[str, Any]:
-        """Everything random about one picture, in this order, from its own generator.
-
-        Args:
-            index: the picture.
-            random: its numbers.
-            stratum: i and n: the timestep is drawn from the i-th of n equal parts.
-        """
+        """Build one picture's row of the batch, drawing all its random numbers from `random` in a fixed order."""
         row: dict[str, Any] = {"broken": []}
         flip = bool(random.random() < 0.5 and self.config.flip)
         if self.latents is not None:
@@ -144,25 +138,25 @@ class LatentBatches(Dataset[LatentBatch]):
             mean, logvar = self.latents.moments(index, flip)
             row["x0"] = mean + np.exp(0.5 * logvar) * posterior_noise
         else:
-            row["images"], index = _readable(self.source, index, self.config, flip, row["broken"])
+            row["images"], index = _read_or_next(self.source, index, self.config, flip, row["broken"])
             row["posterior_noise"] = posterior_noise
         captions = self.source.captions(index)
-        number = None if drop or not captions else int(choice * len(captions))
+        chosen = None if drop or not captions else int(choice * len(captions))
         if self.features is not None:
-            row["text"] = self.features.features(index, number)
+            row["text"] = self.features.features(index, chosen)
         else:
-            row["caption"] = "" if number is None else captions[number]
+            row["caption"] = "" if chosen is None else captions[chosen]
         return row
 
 
 def sample_timestep(random: np.random.Generator, stratum: tuple[int, int], num_timesteps: int) -> np.int64:
-    """t, uniform over the i-th of n equal parts of 0 ... T-1, where `stratum` is (i, n)."""
-    part, parts = stratum
-    return np.int64(min(int((part + random.random()) / parts * num_timesteps), num_timesteps - 1))
+    """Sample t uniformly from the i-th of n equal parts of the range 0 ... T - 1, where `stratum` is (i, n)."""
+    part, num_parts = stratum
+    return np.int64(min(int((part + random.random()) / num_parts * num_timesteps), num_timesteps - 1))
 
 
 class ValidationBatches(Dataset[LatentBatch]):
-    """Held-out pictures with noise and timesteps that never change: picture i once in every band of timesteps."""
+    """Held-out pictures with fixed noise and timesteps: each picture appears once in every band of timesteps."""
 
     def __init__(self, rows: LatentBatches, num_pictures: int, num_bands: int) -> None:
         self.rows, self.num_bands, self.batch_size = rows, num_bands, rows.plan.batch_size
@@ -176,17 +170,17 @@ class ValidationBatches(Dataset[LatentBatch]):
         block, band = divmod(number, self.num_bands)
         rows, stratum = self.rows, (band, self.num_bands)
         pictures = self.pictures[block * self.batch_size : (block + 1) * self.batch_size].tolist()
-        return rows.collect([rows.row(i, draws(rows.seed, "validation", band, i), stratum) for i in pictures])
+        return rows.collate([rows.row(i, random_stream(rows.seed, "validation", band, i), stratum) for i in pictures])
 
     def band(self, number: int) -> int:
-        """The band of timesteps of a batch."""
+        """Return the timestep band of micro-batch `number`."""
         return number % self.num_bands
 
 
 def micro_batches(
     dataset: Dataset[Any], plan: BatchPlan, start: int, stop: int, workers: int, pin: bool
 ) -> Iterator[list[Any]]:
-    """The micro-batches of steps start ... stop - 1, a list a step; `workers` processes read ahead."""
+    """Yield the micro-batches of steps start ... stop - 1, one list per step; `workers` processes load ahead."""
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -195,23 +189,23 @@ def micro_batches(
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
         timeout=600 if workers else 0,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_ignore_signals,
     )
-    numbers = iter(loader)
+    batches = iter(loader)
     for _ in range(start, stop):
-        yield [next(numbers) for _ in range(plan.accumulation_steps)]
+        yield [next(batches) for _ in range(plan.accumulation_steps)]
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """A scheduler signals the whole group; a worker that died of it would take the trainer along, nothing saved."""
+def _ignore_signals(_: int) -> None:
+    # A scheduler signals the whole process group; a worker that dies would take the trainer down before it saves.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _readable(
+def _read_or_next(
     source: Source, index: int, config: DataConfig, flip: bool, broken: Broken
 ) -> tuple[NDArray[np.uint8], int]:
-    """The picture, or the next that can be read, and which it is: a broken one changes nothing but its own place."""
+    """Read the picture, or else the next readable one, and return its index; failures are appended to `broken`."""
     reason = ""
     for offset in range(len(source)):
         candidate = (index + offset) % len(source)
@@ -221,4 +215,4 @@ def _readable(
         except PictureError as error:
             broken.append((source.name(candidate), error.reason))
             reason = reason or str(error)
-    raise LatentDiffError(f"none of the {len(source)} pictures can be used; {source.name(index)}: {reason}")
+    raise LatentDiffError(f"none of the {len(source)} pictures is usable; for example, {source.name(index)}: {reason}")

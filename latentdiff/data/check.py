@@ -1,4 +1,4 @@
-"""A look at every picture and caption of a source before the training: what is there, and what is broken."""
+"""Check of a data source before training: opens every picture, measures every caption, lists what is broken."""
 
 import hashlib
 import json
@@ -13,20 +13,20 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..evaluation.grid import CELL, labelled_grid
+from ..evaluation.grid import CELL, labeled_grid
 from ..sections import DataConfig
 from .pictures import PictureError, fit, open_picture
 from .sources import Source, open_source
 
 SHEET_PICTURES, SHEET_COLUMNS = 64, 8
-NAMED_DUPLICATES = 100  # in the report
-DIGEST = 16  # bytes of the hash of a picture's pixels
-NO_LIMIT = 1_000_000  # what a tokenizer without a maximum length has instead is larger
+NAMED_DUPLICATES = 100  # listed in the report
+DIGEST = 16  # bytes per hash of a picture's pixels
+NO_LIMIT = 1_000_000  # a tokenizer without a maximum length reports a larger number
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Least, middle and largest of some numbers."""
+    """Minimum, median and maximum of some numbers."""
 
     least: float
     median: float
@@ -37,18 +37,17 @@ class Spread:
 
 
 def _spread(counts: Counter[int] | Counter[float]) -> Spread | None:
-    """Of numbers that occur so many times; None of no numbers."""
     return Spread(min(counts), median_high(counts.elements()), max(counts)) if counts else None
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split. None stands for what there was nothing to measure of."""
+    """Report on one split; None stands for a quantity with nothing to measure."""
 
     pictures: int
-    broken: dict[str, int]  # reason to number
+    broken: dict[str, int]  # reason -> count
     shorter_side: Spread | None  # pixels
-    aspect_ratio: Spread | None  # width over height
+    aspect_ratio: Spread | None  # width / height
     captions: int
     without_caption: int  # pictures
     caption_characters: Spread | None
@@ -56,129 +55,129 @@ class SplitReport:
     overlong_captions: int | None
 
     def lines(self, name: str, max_tokens: int | None) -> Iterator[str]:
-        """The report in words."""
+        """Yield the report for a terminal, line by line."""
         broken = ", ".join(f"{count} {reason}" for reason, count in self.broken.items())
-        yield f"{name}: {self.pictures} pictures, of them broken: {broken or 'none'}"
+        yield f"{name}: {self.pictures} pictures; broken: {broken or 'none'}"
         if self.shorter_side is not None:
-            yield f"  shorter side {self.shorter_side} pixels; width / height {self.aspect_ratio}"
+            yield f"  shorter side {self.shorter_side} pixels; aspect ratio (width / height) {self.aspect_ratio}"
         yield f"  {self.captions} captions; {self.without_caption} pictures without one"
         if self.caption_characters is not None:
-            yield f"  characters of a caption {self.caption_characters}"
+            yield f"  characters per caption: {self.caption_characters}"
         if max_tokens is None:
-            yield "  lengths in tokens not checked: no tokenizer with a maximum length"
+            yield "  tokens per caption: not checked, as there is no tokenizer with a maximum length"
         elif self.caption_tokens is not None:
-            yield f"  tokens of a caption {self.caption_tokens}; {self.overlong_captions} have more than {max_tokens}"
+            yield f"  tokens per caption: {self.caption_tokens}; {self.overlong_captions} have more than {max_tokens}"
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Both splits, and what they share."""
+    """Report on both splits and on what they share."""
 
     source: str
     image_size: int
-    max_tokens: int | None  # of a caption; None: not checked
+    max_tokens: int | None  # limit per caption; None: not checked
     train: SplitReport
     validation: SplitReport
-    duplicates: int  # pictures whose pixels, cut and resized, are exactly those of one before
-    shared: int  # validation pictures among them whose first is in training
-    duplicate_names: tuple[tuple[str, str], ...]  # the first of them: name, and name of the one before
+    duplicates: int  # pictures with the same pixels as an earlier one, after cropping and resizing
+    shared: int  # of those, validation pictures whose original is in train
+    duplicate_names: tuple[tuple[str, str], ...]  # (duplicate, original), the first NAMED_DUPLICATES
     quarantined: int
     output: str
 
     def lines(self) -> list[str]:
-        """The report in words."""
+        """Return the report for a terminal."""
         return [
             f"{self.source}, at {self.image_size} x {self.image_size} pixels",
             *self.train.lines("train", self.max_tokens),
             *self.validation.lines("validation", self.max_tokens),
-            f"duplicates: {self.duplicates} (same pixels, cut and resized); "
-            f"{self.shared} of them are validation pictures that are in train, too",
-            f"in quarantine: {self.quarantined}",
-            f"written to {self.output}: report.json, contact_sheet.png, and quarantine.txt with the broken ones; "
-            f"train without them with data.quarantine={self.output}/quarantine.txt",
+            f"duplicates: {self.duplicates} (same pixels after cropping and resizing); "
+            f"{self.shared} of them are validation pictures that are also in train",
+            f"quarantined: {self.quarantined}",
+            f"written to {self.output}: report.json, contact_sheet.png, and quarantine.txt with the broken pictures; "
+            f"to train without them, set data.quarantine={self.output}/quarantine.txt",
         ]
 
 
 def check_source(config: DataConfig, output: Path, tokenizer: Any = None) -> CheckReport:
-    """Open every picture of both splits once, those in `config.quarantine` as well, and write down what was found.
+    """Open every picture of both splits once, including those in `config.quarantine`, and report what was found.
 
-    Writes `report.json`, `quarantine.txt` with one `name<TAB>reason` a line, and `contact_sheet.png`.
+    Writes `report.json`, `quarantine.txt` with one `name<TAB>reason` per line, and `contact_sheet.png`.
 
     Args:
-        config: the source and what its pictures must be like.
-        output: folder to write to; made if it is not there.
-        tokenizer: of transformers, whose `model_max_length` captions are held against; None: not checked.
+        config: the source and the requirements on its pictures.
+        output: folder to write to; created if missing.
+        tokenizer: a transformers tokenizer; captions beyond its `model_max_length` are counted. None: not checked.
 
     Raises:
         LatentDiffError: the source cannot be opened.
-        OSError: `output` cannot be written to.
+        OSError: `output` cannot be written.
     """
     train, validation = open_source(config.model_copy(update={"quarantine": None}))
     output.mkdir(parents=True, exist_ok=True)
     with (output / "quarantine.txt").open("w", encoding="utf-8") as quarantine:
-        check = _Check(config, tokenizer, quarantine, len(train) + len(validation))
-        splits = check.look_at("train", train), check.look_at("validation", validation)
-    # A copy is a picture with the hash of one before.
-    _, firsts, groups = np.unique(np.frombuffer(check.digests, f"S{DIGEST}"), return_index=True, return_inverse=True)
+        scan = _Scan(config, tokenizer, quarantine, len(train) + len(validation))
+        splits = scan.split("train", train), scan.split("validation", validation)
+    # A duplicate has the hash of an earlier picture.
+    _, firsts, groups = np.unique(np.frombuffer(scan.digests, f"S{DIGEST}"), return_index=True, return_inverse=True)
     first_of = firsts[groups]
-    copies = np.flatnonzero(first_of != np.arange(len(first_of)))
+    duplicates = np.flatnonzero(first_of != np.arange(len(first_of)))
 
-    def name(place: int) -> str:
-        return train.name(place) if place < len(train) else validation.name(place - len(train))
+    def name(index: int) -> str:
+        return train.name(index) if index < len(train) else validation.name(index - len(train))
 
     result = CheckReport(
         source=config.source,
         image_size=config.image_size,
-        max_tokens=check.max_tokens,
+        max_tokens=scan.max_tokens,
         train=splits[0],
         validation=splits[1],
-        duplicates=len(copies),
-        shared=int(np.sum((copies >= len(train)) & (first_of[copies] < len(train)))),
-        duplicate_names=tuple((name(copy), name(first_of[copy])) for copy in copies[:NAMED_DUPLICATES]),
+        duplicates=len(duplicates),
+        shared=int(np.sum((duplicates >= len(train)) & (first_of[duplicates] < len(train)))),
+        duplicate_names=tuple((name(index), name(first_of[index])) for index in duplicates[:NAMED_DUPLICATES]),
         quarantined=sum(sum(split.broken.values()) for split in splits),
         output=str(output),
     )
     (output / "report.json").write_text(json.dumps(asdict(result), indent=2, ensure_ascii=False), encoding="utf-8")
-    pictures, captions = zip(*check.sheet or [(Image.new("RGB", (CELL, CELL)), "no picture can be used")], strict=True)
-    labelled_grid(pictures, captions, SHEET_COLUMNS).save(output / "contact_sheet.png")
+    pictures, captions = zip(*scan.sheet or [(Image.new("RGB", (CELL, CELL)), "no usable picture")], strict=True)
+    labeled_grid(pictures, captions, SHEET_COLUMNS).save(output / "contact_sheet.png")
     return result
 
 
-class _Check:
-    """What is gathered on the way: 16 bytes a picture, and the pictures of the contact sheet."""
+class _Scan:
+    """State of a check over both splits: a 16-byte hash per picture, and the contact sheet."""
 
     def __init__(self, config: DataConfig, tokenizer: Any, quarantine: TextIO, num_pictures: int) -> None:
         limit = getattr(tokenizer, "model_max_length", None)
         self.max_tokens = int(limit) if limit is not None and limit < NO_LIMIT else None
         self.config, self.tokenizer, self.quarantine = config, tokenizer, quarantine
-        self.digests = bytearray()  # of the pixels; a broken picture has its own place instead
-        self.on_sheet = set(np.linspace(0, num_pictures - 1, SHEET_PICTURES).round().astype(int).tolist())
+        self.digests = bytearray()  # pixel hashes; a broken picture has its unique index instead
+        self.sheet_indices = set(np.linspace(0, num_pictures - 1, SHEET_PICTURES).round().astype(int).tolist())
         self.sheet: list[tuple[Image.Image, str]] = []
 
-    def look_at(self, split: str, source: Source) -> SplitReport:
-        """Go through the pictures and captions of a split."""
+    def split(self, name: str, source: Source) -> SplitReport:
+        """Check the pictures and captions of a split."""
         config, limit = self.config, self.max_tokens
         broken, aspect_ratios = Counter[str](), Counter[float]()
         captions_each, characters, tokens, shorter_sides = (Counter[int]() for _ in range(4))
-        for index, captions in enumerate(tqdm(source.all_captions(), desc=split, total=len(source), unit="picture")):
+        for row, captions in enumerate(tqdm(source.all_captions(), desc=name, total=len(source), unit="picture")):
             captions_each[len(captions)] += 1
             characters.update(map(len, captions))
             if limit is not None and captions:
-                # verbose: otherwise the tokenizer itself complains about overlong captions.
+                # verbose=False: otherwise the tokenizer warns about overlong captions itself.
                 tokens.update(map(len, self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]))
-            place = len(self.digests) // DIGEST
-            digest = place.to_bytes(DIGEST, "big")
+            index = len(self.digests) // DIGEST
+            digest = index.to_bytes(DIGEST, "big")
             try:
-                image = open_picture(source.read(index), max_pixels=config.max_pixels, background=config.background)
+                image = open_picture(source.read(row), max_pixels=config.max_pixels, background=config.background)
                 shorter_sides[min(image.size)] += 1
                 aspect_ratios[round(image.width / image.height, 2)] += 1
                 pixels = fit(image, config.image_size, min_size=config.min_size or config.image_size)
                 digest = hashlib.blake2b(pixels.tobytes(), digest_size=DIGEST).digest()
-                if place in self.on_sheet:
+                if index in self.sheet_indices:
                     self.sheet.append((Image.fromarray(pixels).resize((CELL, CELL)), next(iter(captions), "")))
             except PictureError as error:
                 broken[error.reason] += 1
-                self.quarantine.write(f"{source.name(index)}\t{' '.join(str(error).split())}\n")
+                self.quarantine.write(f"{source.name(row)}\t{' '.join(str(error).split())}\n")
             self.digests += digest
         return SplitReport(
             pictures=len(source),

@@ -1,6 +1,6 @@
-"""Folders with one file a picture, whose captions stand in a metadata table or in a .txt file beside each picture.
+"""Folders with one file per picture, captioned by a metadata table or by a .txt file next to each picture.
 
-Also what the name of a folder, or of a file with many pictures, says about the split.
+Also derives splits from the names of folders and of files with many pictures.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
 
-from ..errors import LatentDiffError, check_choice, errors_of
+from ..errors import LatentDiffError, check_choice, reraise_as
 from ..sections import DataConfig
 from .pictures import EXTENSIONS
 from .readers import FileReader, Source, stamp_of
@@ -21,8 +21,8 @@ from .tables import find_caption_columns, load_table
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FEATURES = Features({"file_name": Value("string"), "captions": List(Value("string"))})
-NO_UNICODE = re.compile("[\ud800-\udfff]")  # what Python makes of bytes in a file's name that are not UTF-8
-# Words for each split, as Hugging Face datasets has them.
+SURROGATES = re.compile("[\ud800-\udfff]")  # how Python decodes bytes of a file name that are not UTF-8
+# The names of each split, as in Hugging Face datasets.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -33,40 +33,33 @@ logger = logging.getLogger(__name__)
 
 
 def open_metadata(root: Path, config: DataConfig) -> dict[str, Source] | None:
-    """Sources by split from the folder's own metadata table, or else from those of its split folders; None without.
+    """Open the folder's metadata table, or else those of its split folders, as sources by split; None if none.
 
-    The column `file_name` is relative to the table's folder.
-
-    Raises:
-        LatentDiffError: a table has no such column, or none with captions.
+    Column `file_name` is relative to the table's folder; without it or a caption column, raises LatentDiffError.
     """
     if table := _metadata_in(root):
-        return _by_folder(_open_table(root, table, config), config)
+        return _split_by_folder(_open_table(root, table, config), config)
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     tables = {split_of_folder(folder.name, config): table for folder in folders if (table := _metadata_in(folder))}
     return {split: _open_table(root, table, config) for split, table in tables.items() if split} or None
 
 
 def open_text_folder(root: Path, config: DataConfig) -> dict[str, Source]:
-    """Sources by split from all pictures below a folder, each line of the .txt file beside one being a caption.
-
-    Raises:
-        LatentDiffError: no pictures, or a caption file that is not UTF-8.
-    """
+    """Open all pictures below a folder as sources by split; each line of the .txt file next to one is a caption."""
     if not (names := list(_pictures(root))):
-        raise LatentDiffError(f"{root}: no pictures in it ({', '.join(EXTENSIONS)}), nor Parquet or tar files")
+        raise LatentDiffError(f"{root}: contains neither pictures ({', '.join(EXTENSIONS)}) nor Parquet or tar files")
     stamp = stamp_of(root, (file for name in names for file in (root / name, (root / name).with_suffix(".txt"))))
     table = Dataset.from_generator(_text_rows, features=FEATURES, gen_kwargs={"root": str(root), "stamp": stamp})
-    return _by_folder(Source(table, FileReader(root), ("captions",), stamp), config)
+    return _split_by_folder(Source(table, FileReader(root), ("captions",), stamp), config)
 
 
 def split_of_folder(name: str, config: DataConfig) -> str:
-    """The split that a folder of pictures is, by its whole name: of the config's, train, validation and test; or ""."""
+    """Return the split that a folder of pictures is named after, by its full name; "" if none."""
     return next((split for split, words in _split_words(config).items() if name.lower() in words), "")
 
 
 def split_of_file(name: str, config: DataConfig) -> str:
-    """The split that a file with many pictures belongs to, by a word in its name; "" for none."""
+    """Return the split that a file with many pictures belongs to, by a word in its name; "" if none."""
     for split, words in _split_words(config).items():
         if re.search(rf"(?<![a-z0-9])({'|'.join(map(re.escape, words))})(?![a-z0-9])", name.lower()):
             return split
@@ -78,8 +71,8 @@ def _split_words(config: DataConfig) -> dict[str, tuple[str, ...]]:
     return {name: SPLITS.get(name, (name.lower(),)) for name in names}
 
 
-def _by_folder(source: Source, config: DataConfig) -> dict[str, Source]:
-    """The pictures apart by the first folder of their paths, where that is called like a split."""
+def _split_by_folder(source: Source, config: DataConfig) -> dict[str, Source]:
+    """Group pictures by the split that the first folder of their path is named after."""
     splits: dict[str, list[int]] = {}
     for index, name in enumerate(source.names()):
         splits.setdefault(split_of_folder(name.partition("/")[0], config), []).append(index)
@@ -91,37 +84,36 @@ def _metadata_in(folder: Path) -> Path | None:
 
 
 def _open_table(root: Path, path: Path, config: DataConfig) -> Source:
-    """All pictures that a metadata table lists."""
     table = load_table([path])
     check_choice(f"column of {path}", "file_name", table.column_names)
     captions = find_caption_columns(table, "file_name", config, str(path))
     table = table.select_columns(["file_name", *captions])
     folder = path.parent
     prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
-    names = map(str, table.data.column("file_name"))  # one after the other, out of the mapped table
+    names = map(str, table.data.column("file_name"))  # read lazily from the memory-mapped table
     files = chain([path], (folder / name for name in names if not os.path.isabs(name)))
     return Source(table, FileReader(folder, prefix), captions, stamp_of(root, files))
 
 
 def _pictures(root: Path) -> Iterator[str]:
-    """Pictures below a folder, relative to it, sorted; hidden files and folders are passed over."""
+    """Yield the sorted paths of all pictures below a folder, relative to it; hidden files and folders are skipped."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")):
             path = (Path(folder) / name).relative_to(root).as_posix()
-            if NO_UNICODE.search(path):
-                logger.warning("%s: left out %a, whose name is not valid UTF-8", root, path)
+            if SURROGATES.search(path):
+                logger.warning("%s: skipped %a, whose name is not valid UTF-8", root, path)
             else:
                 yield path
 
 
 def _text_rows(root: str, stamp: str) -> Iterator[dict[str, Any]]:
-    """Rows of the table; `stamp` only makes a changed folder's table another one in the cache of datasets."""
+    """Yield the rows of the table; `stamp` only serves to give changed files another key in the cache of `datasets`."""
     for name in _pictures(Path(root)):
         yield {"file_name": name, "captions": _lines((Path(root) / name).with_suffix(".txt"))}
 
 
 def _lines(path: Path) -> list[str]:
-    with errors_of(LatentDiffError, f"{path}: cannot be read as UTF-8", OSError, UnicodeDecodeError):
+    with reraise_as(LatentDiffError, f"{path}: cannot be read as UTF-8", OSError, UnicodeDecodeError):
         text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
     return text.splitlines()

@@ -1,6 +1,6 @@
-"""Where a picture becomes pixels: from the bytes of a file to upright, opaque, square RGB, and to a tensor; and back.
+"""Conversion of picture files to upright, opaque, square RGB and to tensors, and of tensors back to pictures.
 
-Colour profiles are not applied. Whatever is wrong with a file, the only exception is `PictureError`.
+Color profiles are not applied. Whatever is wrong with a file, the only exception raised is `PictureError`.
 """
 
 import io
@@ -17,8 +17,8 @@ from torch import Tensor
 from ..errors import LatentDiffError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of their files
-PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # what Pillow itself turns into RGB
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # Pillow converts these to RGB by itself
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -26,13 +26,10 @@ _warnings_lock = threading.Lock()
 
 
 class PictureError(LatentDiffError):
-    """A picture that cannot be used.
-
-    `reason` is what kind of trouble it is: unreadable, truncated, format, too large or too small.
-    """
+    """A picture that cannot be used; `reason` is unreadable, truncated, format, too large or too small."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)  # both, so that it comes through from a worker process
+        super().__init__(reason, detail)  # both, so that it survives pickling
         self.reason = reason
 
     def __str__(self) -> str:
@@ -40,79 +37,70 @@ class PictureError(LatentDiffError):
 
 
 def open_picture(data: bytes, *, max_pixels: int, background: tuple[int, int, int]) -> Image.Image:
-    """Decode a JPEG, PNG, WebP, GIF, BMP or TIFF file to an upright RGB picture; of an animation the first frame.
+    """Decode a JPEG, PNG, WebP, GIF, BMP or TIFF file, or the first frame of an animation, to an upright RGB picture.
 
     Args:
         data: the file's bytes.
-        max_pixels: width times height above which it is refused, before it is decoded. Pillow's own limit of twice
-            `Image.MAX_IMAGE_PIXELS`, about 179 million, holds as well.
-        background: red, green, blue that shows through where the picture is transparent.
+        max_pixels: limit on width times height, checked before decoding. Pillow's own limit of twice
+            `Image.MAX_IMAGE_PIXELS`, about 179 million, also applies.
+        background: red, green, blue that shows through transparency.
 
     Raises:
-        PictureError: unreadable, truncated, too large, or of another format.
+        PictureError: unreadable, truncated, too large, or in another format.
     """
     try:
-        # What Pillow warns of in odd files is an error here where it matters. Python's list of warning filters belongs
-        # to all threads, hence one at a time: decode in processes, not in threads.
+        # Where Pillow's warnings about odd files matter, an error is raised below. Warning filters are shared by all
+        # threads, hence the lock: to decode in parallel, use processes.
         with _warnings_lock, warnings.catch_warnings(action="ignore"):
             image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
             if image.width * image.height > max_pixels:
-                raise PictureError("too large", f"{image.width} x {image.height} is more than {max_pixels} pixels")
+                raise PictureError("too large", f"{image.width} x {image.height} exceeds {max_pixels} pixels")
             image.load()
-            with suppress(Exception):  # broken metadata is no reason to refuse sound pixels
+            with suppress(Exception):  # broken metadata does not make the pixels unusable
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image, background)
     except PictureError:
         raise
-    except Exception as error:  # decoders meet broken files with nearly every exception there is
-        raise PictureError(*_diagnosis(data, error)) from None
+    except Exception as error:  # on broken files, decoders raise almost any exception
+        raise PictureError(*_diagnose(data, error)) from None
 
 
 def fit(image: Image.Image, image_size: int, *, min_size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Cut out the middle square of an RGB picture and resize it: uint8 (image_size, image_size, 3).
+    """Crop an RGB picture to its central square and resize that to uint8 (image_size, image_size, 3).
 
-    Raises:
-        PictureError: too small, the shorter side has fewer than `min_size` pixels.
+    Raises PictureError (too small) if the shorter side has fewer than `min_size` pixels.
     """
     width, height = image.size
     side = min(width, height)
     if side < min_size:
-        raise PictureError("too small", f"{width} x {height}, and the shorter side needs {min_size} (data.min_size)")
+        raise PictureError("too small", f"{width} x {height}, but the shorter side needs {min_size} (data.min_size)")
     left, top = (width - side) // 2, (height - side) // 2
     resample = Image.Resampling.LANCZOS if side > image_size else Image.Resampling.BICUBIC
-    # As `box`: resizing all of a 100 x 100,000 strip before it is cut would take a thousand times the memory.
+    # Crop via `box`: resizing a 100 x 100,000 strip before cropping would take a thousand times the memory.
     box = (left, top, left + side, top + side)
     return np.array(image.resize((image_size, image_size), resample, box, reducing_gap=3.0), dtype=np.uint8)
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Pictures uint8 (B, H, W, 3) to pixels (B, 3, H, W) in [-1, 1], channels-last."""
+    """Convert uint8 pictures (B, H, W, 3) to float pixels (B, 3, H, W) in [-1, 1], channels-last."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] to B RGB pictures of 8 bits: round((x + 1) * 127.5), clipped; NaN is black.
-
-    Raises:
-        LatentDiffError: the shape is another.
-    """
+    """Convert pixels (B, 3, H, W) in [-1, 1] to B 8-bit RGB pictures, round((x + 1) * 127.5) clipped; NaN is black."""
     if pixels.dim() != 4 or pixels.shape[1] != 3:
         raise LatentDiffError(f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W)")
-    # What a cast makes of NaN differs between machines, and a training that went wrong should still be drawn.
+    # Casting NaN is platform-dependent, and a diverged training run should still show its pictures.
     levels = ((pixels.detach().float() + 1.0) * 127.5).nan_to_num(nan=0.0).round().clamp(0.0, 255.0)
     return [Image.fromarray(image) for image in levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Pixels of any mode as RGB of 8 bits, transparency over the background.
-
-    Raises:
-        PictureError: a mode without a fixed range of brightness.
-    """
+    """Convert any mode to 8-bit RGB over `background`; raises PictureError for modes without a fixed value range."""
     if image.mode in DEEP_MODES:
         return _from_16_bit(image).convert("RGB")
     if image.mode not in PLAIN_MODES + ALPHA_MODES:
-        raise PictureError("format", f"pixels of mode {image.mode} have no fixed range of brightness or no RGB")
+        raise PictureError("format", f"mode {image.mode} has no fixed value range or no conversion to RGB")
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.new("RGB", layer.size, background)
@@ -121,23 +109,23 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Grey values 0 ... 65535 as 0 ... 255, rounded; Pillow's own conversion would clip everything above 255."""
+    """Scale gray values 0 ... 65535 to 0 ... 255, rounded; Pillow's own conversion would clip everything above 255."""
     values = np.asarray(image.convert("I"))
     if values.min() < 0 or values.max() > 65535:
-        raise PictureError("format", f"grey values {values.min()} to {values.max()}; expected 16 bits, 0 to 65535")
+        raise PictureError("format", f"gray values {values.min()} to {values.max()}; expected 16 bits, 0 to 65535")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def _diagnosis(data: bytes, error: Exception) -> tuple[str, str]:
-    """Reason and detail of what Pillow stumbled over."""
+def _diagnose(data: bytes, error: Exception) -> tuple[str, str]:
+    """Return the reason and detail of a decoding error."""
     if not data:
         return "unreadable", "the file is empty"
-    # Pillow says nothing of use about a cut WebP, but the file says how long it should be.
+    # Pillow does not recognize a truncated WebP as such, but its header states the length.
     if data[:4] == b"RIFF" and len(data) < (expected := 8 + int.from_bytes(data[4:8], "little")):
-        return "truncated", f"{len(data)} bytes of {expected}"
+        return "truncated", f"{len(data)} of {expected} bytes"
     if isinstance(error, Image.DecompressionBombError):
         return "too large", str(error)
     if isinstance(error, UnidentifiedImageError):
-        return "format", f"no {', '.join(FORMATS)} file, or one with a broken header"
+        return "format", f"none of {', '.join(FORMATS)}, or the header is broken"
     reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
     return reason, f"{type(error).__name__}: {error}"

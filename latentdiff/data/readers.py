@@ -1,7 +1,7 @@
-"""A source of captioned pictures: rows of a table on disk, and where the bytes of their pictures are.
+"""Sources of captioned pictures: the rows of a table on disk, and readers for the bytes of their pictures.
 
-The bytes are in a file of their own (`FileReader`), in a cell of the table (`ColumnReader`) or inside a tar shard
-(`TarReader`). Nothing is decoded and nothing large is held in memory.
+The bytes are in a separate file (`FileReader`), in a cell of the table (`ColumnReader`) or inside a tar shard
+(`TarReader`). Nothing is decoded here, and nothing large is held in memory.
 """
 
 from __future__ import annotations
@@ -20,19 +20,15 @@ from numpy.typing import NDArray
 from ..errors import LatentDiffError
 from .pictures import PictureError
 
-ROWS_AT_A_TIME = 1000
+ROWS_PER_READ = 1000
 Indices = NDArray[np.int64]
 
 
 class Source:
-    """A sequence of captioned pictures: rows of a table that lies on disk. Can be sent to worker processes.
+    """A sequence of captioned pictures, backed by a memory-mapped table and picklable for worker processes.
 
-    Args:
-        table: memory-mapped, with the columns of captions and those that the reader looks at.
-        reader: how its rows become pictures.
-        caption_columns: each cell a caption or a list of captions.
-        stamp: changes when the files behind the table do.
-        rows: those of the table that belong to the source, in order; None: all.
+    A cell of `caption_columns` is a caption or a list of captions. `stamp` changes whenever the files behind the table
+    do. `rows` selects and orders rows of the table; None: all of them.
     """
 
     def __init__(
@@ -46,60 +42,52 @@ class Source:
         return len(self.rows)
 
     def read(self, index: int) -> bytes:
-        """The encoded picture.
-
-        Raises:
-            PictureError: unreadable, for example because its file is gone.
-        """
+        """Return the encoded picture; raises PictureError if it cannot be read, e.g. because its file is missing."""
         return self.reader.read(self.table[self._row(index)])
 
     def captions(self, index: int) -> list[str]:
-        """The picture's captions, stripped, each once; perhaps none."""
+        """Return the picture's captions, stripped and without duplicates; there may be none."""
         return self._captions(self._texts[self._row(index)])
 
     def all_captions(self) -> Iterator[list[str]]:
-        """`captions` of all pictures in order, without a look at the pictures."""
+        """Yield the captions of all pictures in order, without reading the pictures."""
         return (self._captions(cells) for _, cells in self._all_texts())
 
     def name(self, index: int) -> str:
-        """What to call the picture, on one line: its path within the source, or the file and row."""
+        """Return a one-line name of the picture: its path within the source, or file and row."""
         row = self._row(index)
         return self._name(row, self._texts[row])
 
     def names(self) -> Iterator[str]:
-        """`name` of all pictures in order."""
+        """Yield the names of all pictures in order."""
         return (self._name(row, cells) for row, cells in self._all_texts())
 
     def stat_fingerprint(self) -> str:
-        """Changes with the pictures chosen, and with names, sizes and times of the files as they were when opened.
+        """Return a hash of the selected rows and of the files' names, sizes and modification times when opened.
 
-        For a data set on the hub: with its fingerprint in datasets.
+        For a dataset on the hub, its fingerprint in `datasets` stands in for the files.
         """
         parts = (self.stamp.encode(), repr(self.caption_columns).encode(), self.rows.tobytes())
         return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
 
     def select(self, indices: Sequence[int] | Indices) -> Source:
-        """The pictures at these places, in this order.
-
-        Raises:
-            IndexError: out of range.
-        """
+        """Return the pictures at `indices` as a source, in that order; raises IndexError if out of range."""
         chosen = self.rows[np.asarray(indices, dtype=np.int64)]
         return Source(self.table, self.reader, self.caption_columns, self.stamp, chosen)
 
     def without(self, names: Collection[str]) -> Source:
-        """All but the pictures of these names."""
+        """Return all pictures but those named, as a source."""
         return self.select(np.flatnonzero([name not in names for name in self.names()]))
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
+            raise IndexError(f"picture {index} is out of range: there are {len(self)}")
         return int(self.rows[index])
 
     def _all_texts(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Row of each picture in the table, and its cells but for the picture itself, read some at a time."""
-        for start in range(0, len(self), ROWS_AT_A_TIME):
-            rows = self.rows[start : start + ROWS_AT_A_TIME].tolist()
+        """Yield each picture's row number and its cells, except the picture itself, reading many rows at once."""
+        for start in range(0, len(self), ROWS_PER_READ):
+            rows = self.rows[start : start + ROWS_PER_READ].tolist()
             columns = self._texts[rows]
             for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
                 yield row, dict(zip(columns, cells, strict=True))
@@ -108,40 +96,40 @@ class Source:
         return clean_captions(cells[column] for column in self.caption_columns)
 
     def _name(self, row: int, cells: Mapping[str, Any]) -> str:
-        """A file's name may hold tabs and line breaks; a list of names may not."""
+        # File names may contain tabs and line breaks, which are separators in lists of names.
         return re.sub(r"[\t\r\n]", " ", self.reader.name(row, cells))
 
 
 class FileReader(NamedTuple):
-    """One file a picture; the table has its path from `root` on, with slashes."""
+    """One file per picture; the table holds its path relative to `root`, with forward slashes."""
 
     root: Path
-    prefix: str = ""  # of the names: root as seen from the source
+    prefix: str = ""  # for names: path of `root` within the source
 
     def name(self, row: int, cells: Mapping[str, Any]) -> str:
-        """The path of the file."""
+        """Return the path of the file within the source."""
         return self.prefix + str(cells["file_name"])
 
     def read(self, cells: Mapping[str, Any]) -> bytes:
-        """All of the file."""
+        """Read the file."""
         return _read(self.root, str(cells["file_name"]))
 
 
 class ColumnReader(NamedTuple):
-    """Pictures in a column of structures with bytes and path, as datasets keeps them."""
+    """Pictures in a column of {bytes, path} structs, as `datasets` stores them."""
 
     column: str
-    files: tuple[str, ...]  # the tables, as they are called in names, in the order of their rows
-    ends: tuple[int, ...]  # row after the last of each file
-    root: Path  # of relative paths
+    files: tuple[str, ...]  # names of the table files, in row order
+    ends: tuple[int, ...]  # one past the last row of each file
+    root: Path  # for relative paths
 
     def name(self, row: int, cells: Mapping[str, Any]) -> str:
-        """File and row."""
-        place = bisect_right(self.ends, row)
-        return f"{self.files[place]} row {row - (self.ends[place - 1] if place else 0)}"
+        """Return file and row."""
+        number = bisect_right(self.ends, row)
+        return f"{self.files[number]} row {row - (self.ends[number - 1] if number else 0)}"
 
     def read(self, cells: Mapping[str, Any]) -> bytes:
-        """The cell's bytes, or else the file at its path."""
+        """Return the cell's bytes, or else read the file at its path."""
         cell = cells[self.column] or {}
         if cell.get("bytes") is not None:
             return bytes(cell["bytes"])
@@ -151,42 +139,38 @@ class ColumnReader(NamedTuple):
 
 
 class TarReader(NamedTuple):
-    """Members of tar shards, by their place in the file."""
+    """Members of tar shards, located by offset and size."""
 
     root: Path
 
     def name(self, row: int, cells: Mapping[str, Any]) -> str:
-        """Shard and member."""
+        """Return shard and member."""
         return str(cells["name"])
 
     def read(self, cells: Mapping[str, Any]) -> bytes:
-        """The bytes of the member."""
+        """Return the member's bytes."""
         return _read(self.root, cells["shard"], cells["offset"], cells["size"])
 
 
-# `name` is the same on every machine and in every run; `read` raises PictureError.
+# `name` is the same on every machine and in every run; `read` may raise PictureError.
 Reader = FileReader | ColumnReader | TarReader
 
 
 def clean_captions(cells: Iterable[Any]) -> list[str]:
-    """All captions in the cells of a row: stripped, without empty ones, each once, in order.
-
-    Raises:
-        LatentDiffError: a cell holds neither text nor a list of texts.
-    """
+    """Return the captions in a row's cells in order, stripped and without duplicates; raises if a cell is not text."""
     found: dict[str, None] = {}
     for cell in cells:
         for value in cell if isinstance(cell, list | tuple) else [cell]:
-            # A column of numerals is a column of numbers to whoever reads CSV.
+            # The CSV reader turns a column of numerals into numbers.
             if value is not None and not isinstance(value, str | int | float):
                 kind = type(value).__name__
-                raise LatentDiffError(f"caption {str(value)[:80]!r}: expected text or a list of texts, not {kind}")
+                raise LatentDiffError(f"caption {str(value)[:80]!r}: expected a string or list of strings, not {kind}")
             found["" if value is None else str(value).strip()] = None
     return [text for text in found if text]
 
 
 def stamp_of(root: Path, files: Iterable[Path]) -> str:
-    """A text that changes when files do: with their paths from `root` on, sizes, times (ns), and whether they exist."""
+    """Return a hash of the files' paths relative to `root`, sizes and modification times (ns), or their absence."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         try:
@@ -199,19 +183,15 @@ def stamp_of(root: Path, files: Iterable[Path]) -> str:
 
 
 def _read(root: Path, path: str, offset: int = 0, size: int = -1) -> bytes:
-    """`size` bytes of the file at `root / path` from `offset` on; -1 reads to the end.
-
-    Raises:
-        PictureError: unreadable, also where the path is absolute or has `..` in it; truncated if the file ends earlier.
-    """
+    """Read `size` bytes (-1: to the end) at `offset`; raises PictureError, also if `path` leaves `root`."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts:
-        raise PictureError("unreadable", f"{path} leads out of {root}")
+        raise PictureError("unreadable", f"{path} is outside {root}")
     try:
         with (root / path).open("rb") as file:
             file.seek(offset)
             data = file.read(size)
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise PictureError("unreadable", str(error)) from None
     if len(data) < size:
         raise PictureError("truncated", f"{root / path} ends before byte {offset + size}")

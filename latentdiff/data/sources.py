@@ -1,7 +1,7 @@
-"""Open what `data.source` names: a folder, Parquet files, tar shards, or a data set on the hub; its two splits.
+"""The two splits of `data.source`, which is a folder, Parquet files, tar shards or a dataset on the hub.
 
-A folder with one file a picture is opened in `folders`, a table of pictures in `tables`, a tar shard in `tars`; each
-makes `Source`s, which `readers` defines.
+Folders with one file per picture are opened by `folders`, tables of pictures by `tables`, tar shards by `tars`; each
+returns `Source`s, which are defined in `readers`.
 """
 
 import glob
@@ -16,7 +16,7 @@ from datasets import config as datasets_config  # type: ignore[import-untyped]
 from datasets.utils import logging as datasets_logging  # type: ignore[import-untyped]
 
 from ..assets import pictures_folder
-from ..errors import LatentDiffError, errors_of
+from ..errors import LatentDiffError, reraise_as
 from ..sections import DataConfig
 from .folders import open_metadata, open_text_folder, split_of_file
 from .readers import Source
@@ -29,57 +29,52 @@ SHARDS = (".parquet", ".tar")
 
 
 def open_source(config: DataConfig) -> tuple[Source, Source]:
-    """The pictures to train on and the held-out ones, without those in quarantine.
+    """Open the training pictures and the held-out ones, without those in quarantine.
 
     Raises:
-        LatentDiffError: no such source, a split without pictures or captions, a wrong column, no quarantine file.
+        LatentDiffError: the source, a column or the quarantine file is missing, or a split has no pictures or captions.
     """
-    with _plainly(config.source):
+    with _quiet_datasets(config.source):
         splits = _open_splits(config)
     if config.quarantine is not None:
         bad = read_quarantine(config.quarantine)
         splits = {name: source.without(bad) for name, source in splits.items()}
     if (train := splits.get(config.train_split, splits.get(""))) is None:
         found = ", ".join(sorted(splits)) or "none"
-        raise LatentDiffError(f"{config.source}: no split data.train_split={config.train_split!r}; there are: {found}")
+        raise LatentDiffError(f"{config.source}: no split data.train_split={config.train_split!r}; found: {found}")
     if (validation := splits.get(config.validation_split)) is None:
         train, validation = hold_out(train, config.validation_share)
     for split, source in ((config.train_split, train), (config.validation_split, validation)):
         if not len(source):
-            raise LatentDiffError(f"{config.source}: the split {split!r} has no pictures")
+            raise LatentDiffError(f"{config.source}: split {split!r} has no pictures")
         if not any(source.all_captions()):
-            raise LatentDiffError(f"{config.source}: no picture of the split {split!r} has a caption")
+            raise LatentDiffError(f"{config.source}: no picture in split {split!r} has a caption")
     return train, validation
 
 
 def hold_out(source: Source, share: float) -> tuple[Source, Source]:
-    """Part a source into (the rest, about `share` of it), by a hash of the names: whatever else is in it or its order.
+    """Split a source into (the rest, about `share` of it); raises LatentDiffError if it has fewer than two pictures.
 
-    Raises:
-        LatentDiffError: fewer than two pictures.
+    The choice is a hash of the name, so it does not depend on which other pictures there are, or on their order.
     """
     if len(source) < 2:
-        raise LatentDiffError(f"{len(source)} pictures: too few to hold one out for validation")
+        raise LatentDiffError(f"number of pictures is {len(source)}: too few to hold one out for validation")
     digests = (hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest() for name in source.names())
     keys = np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
     held = keys < share
-    held[keys.argmin()], held[keys.argmax()] = True, False  # of a handful of pictures, too
+    held[keys.argmin()], held[keys.argmax()] = True, False  # so that neither part is empty
     return source.select(np.flatnonzero(~held)), source.select(np.flatnonzero(held))
 
 
 def read_quarantine(path: str | Path) -> set[str]:
-    """Names from a file with one `name<TAB>reason` a line.
-
-    Raises:
-        LatentDiffError: it cannot be read.
-    """
-    with errors_of(LatentDiffError, f"data.quarantine={str(path)!r}: cannot be read", OSError, UnicodeDecodeError):
+    """Read picture names from a file with one `name<TAB>reason` per line."""
+    with reraise_as(LatentDiffError, f"data.quarantine={str(path)!r}: cannot be read", OSError, UnicodeDecodeError):
         text = Path(path).read_text(encoding="utf-8")
     return {line.partition("\t")[0] for line in text.split("\n") if line.strip()}
 
 
 def _open_splits(config: DataConfig) -> dict[str, Source]:
-    """Sources by split, of whichever kind there is; "" holds the pictures in none."""
+    """Open a source of any kind, by split; "" holds the pictures that are in none."""
     source = config.source
     if "://" in source:
         return open_remote(config)
@@ -94,7 +89,7 @@ def _open_splits(config: DataConfig) -> dict[str, Source]:
 
 
 def _open_folder(root: Path, config: DataConfig) -> dict[str, Source]:
-    """Metadata goes first, for it says what the pictures are; then shards; then pictures with .txt files."""
+    """Open a folder; metadata takes precedence over shards, and shards over pictures with .txt files."""
     if (splits := open_metadata(root, config)) is not None:
         return splits
     if shards := sorted(path for path in root.rglob("*") if path.suffix in SHARDS and path.is_file()):
@@ -103,11 +98,11 @@ def _open_folder(root: Path, config: DataConfig) -> dict[str, Source]:
 
 
 def _open_files(pattern: Path, config: DataConfig) -> dict[str, Source]:
-    """One file, or all that fit a pattern; names are relative to the last folder without a pattern in it."""
+    """Open one file, or all that match a pattern; names are relative to the last folder without wildcards."""
     files = [pattern] if pattern.is_file() else sorted(map(Path, glob.glob(str(pattern), recursive=True)))
     shards = [file.absolute() for file in files if file.suffix in SHARDS and file.is_file()]
     if not shards:
-        raise LatentDiffError(f"data.source={config.source!r}: no {' or '.join(SHARDS)} files there")
+        raise LatentDiffError(f"data.source={config.source!r}: no {' or '.join(SHARDS)} files found")
     root = pattern.parent
     while glob.has_magic(str(root)) and not root.is_dir():
         root = root.parent
@@ -117,7 +112,7 @@ def _open_files(pattern: Path, config: DataConfig) -> dict[str, Source]:
 def _open_shards(root: Path, shards: Sequence[Path], config: DataConfig) -> dict[str, Source]:
     kinds = sorted({shard.suffix for shard in shards})
     if len(kinds) > 1:
-        raise LatentDiffError(f"data.source={config.source!r}: both {' and '.join(kinds)} files; expected one kind")
+        raise LatentDiffError(f"data.source={config.source!r} has both {' and '.join(kinds)} files; expected one kind")
     splits: dict[str, list[Path]] = {}
     for shard in shards:
         splits.setdefault(split_of_file(shard.relative_to(root).as_posix(), config), []).append(shard)
@@ -126,14 +121,14 @@ def _open_shards(root: Path, shards: Sequence[Path], config: DataConfig) -> dict
 
 
 @contextmanager
-def _plainly(source: str) -> Iterator[None]:
-    """Without datasets' bars, without its telling a server which loader is used, and with its errors in one line."""
+def _quiet_datasets(source: str) -> Iterator[None]:
+    """Turn off the progress bars and usage reports of `datasets`, and reduce its errors to one line."""
     shown, counts = datasets_logging.is_progress_bar_enabled(), datasets_config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets_logging.disable_progress_bar()
     datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
-    except Exception as error:  # datasets has dozens, and wraps them in each other; ours come out as they were
+    except Exception as error:  # `datasets` raises dozens of kinds, nested; our own pass unchanged
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, LatentDiffError):
             cause = cause.__cause__
@@ -141,7 +136,7 @@ def _plainly(source: str) -> Iterator[None]:
             raise cause from None
         where = f"data.source={source!r}"
         if isinstance(cause, ConnectionError) or "ffline" in str(cause):
-            where += ": no such folder here, and it cannot be fetched"
+            where += ": no such local folder, and it cannot be fetched"
         message = " ".join(str(cause).split())[:300]
         raise LatentDiffError(f"{where}: cannot be loaded ({type(cause).__name__}: {message})") from error
     finally:

@@ -1,6 +1,6 @@
-"""Tables with a column of pictures: Parquet files, and whatever Hugging Face datasets loads from the hub or a URL.
+"""Tables with a column of pictures: Parquet files, and whatever Hugging Face `datasets` loads from the hub or a URL.
 
-Also which columns of any table hold captions.
+Also finds the caption columns of any table.
 """
 
 import glob
@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Image, Value, load_dataset  # type: ignore[import-untyped]
 
-from ..errors import LatentDiffError, check_choice, errors_of
+from ..errors import LatentDiffError, check_choice, reraise_as
 from ..sections import DataConfig
 from .readers import ColumnReader, Source, stamp_of
 
@@ -21,25 +21,17 @@ LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".csv"
 
 
 def open_parquet(root: Path, files: Sequence[Path], config: DataConfig) -> Source:
-    """The rows of some Parquet files with the same columns, in order.
-
-    Raises:
-        LatentDiffError: a file that is no Parquet file, or no column of pictures or captions.
-    """
+    """Open Parquet files with the same columns, in order, as one source."""
     counts = []
     for file in files:
-        with errors_of(LatentDiffError, f"{file}: not a sound Parquet file", OSError, ValueError):
+        with reraise_as(LatentDiffError, f"{file}: not a valid Parquet file", OSError, ValueError):
             counts.append(int(pq.read_metadata(file).num_rows))
     names = tuple(file.relative_to(root).as_posix() for file in files)
     return _open(load_table(files), root, names, tuple(accumulate(counts)), stamp_of(root, files), config)
 
 
 def open_remote(config: DataConfig) -> dict[str, Source]:
-    """Sources by split of a data set on the hub, `owner/name`, or of the files at a URL with a pattern.
-
-    Raises:
-        LatentDiffError: no column of pictures or captions.
-    """
+    """Open a dataset on the hub (`owner/name`), or the files that match a URL pattern, as sources by split."""
     loader = LOADERS.get(Path(config.source).suffix) if "://" in config.source else None
     splits = load_dataset(loader, data_files=config.source) if loader else load_dataset(config.source)
     return {
@@ -49,27 +41,23 @@ def open_remote(config: DataConfig) -> dict[str, Source]:
 
 
 def load_table(files: Sequence[Path]) -> Dataset:
-    """The rows of some local files of one kind, in order."""
+    """Load local files of one kind, in order, as one table."""
     loader = LOADERS[files[0].suffix]
-    settings = {"keep_default_na": False} if loader == "csv" else {}  # otherwise a caption "None" would be none
-    escaped = [glob.escape(str(file)) for file in files]  # datasets takes [ ] * ? in a path for a pattern
+    settings = {"keep_default_na": False} if loader == "csv" else {}  # or a caption "None" would be read as missing
+    escaped = [glob.escape(str(file)) for file in files]  # `datasets` expands [ ] * ? in paths
     return load_dataset(loader, data_files={"train": escaped}, **settings)["train"]
 
 
 def find_caption_columns(table: Dataset, picture_column: str, config: DataConfig, where: str) -> tuple[str, ...]:
-    """The columns of a table that the config names, or else the first of the usual names that is there.
-
-    Raises:
-        LatentDiffError: a column that was asked for is not there, or none of the usual names is.
-    """
+    """Return the caption columns named in the config, or else the first with a usual name; raises if there is none."""
     columns = [name for name in table.column_names if name != picture_column]
     for name in config.caption_columns:
         check_choice(f"caption column of {where}", name, columns)
     found = config.caption_columns or tuple(name for name in CAPTION_NAMES if name in columns)[:1]
     if not found:
         raise LatentDiffError(
-            f"{where}: no caption column among {', '.join(columns)}; name it in data.caption_columns, "
-            f"or call it {', '.join(CAPTION_NAMES[:-1])} or {CAPTION_NAMES[-1]}"
+            f"{where}: no caption column among {', '.join(columns)}; set data.caption_columns "
+            f"or rename a column to {', '.join(CAPTION_NAMES[:-1])} or {CAPTION_NAMES[-1]}"
         )
     return found
 
@@ -77,29 +65,29 @@ def find_caption_columns(table: Dataset, picture_column: str, config: DataConfig
 def _open(
     table: Dataset, root: Path, files: tuple[str, ...], ends: tuple[int, ...], stamp: str, config: DataConfig
 ) -> Source:
-    """A loaded table as a source; see `ColumnReader`."""
+    """Turn a loaded table into a source; `files` and `ends` are those of `ColumnReader`."""
     where = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     column = _find_image_column(table.features, config.image_column, where)
     captions = find_caption_columns(table, column, config, where)
-    # Undecoded: a broken picture must not raise inside datasets.
+    # Not decoded: a broken picture must not raise inside `datasets`.
     table = table.select_columns([column, *captions]).cast_column(column, Image(decode=False))
     return Source(table, ColumnReader(column, files, ends, root), captions, stamp)
 
 
-def _find_image_column(features: Features, asked: str | None, where: str) -> str:
-    if asked is not None:
-        check_choice(f"image column of {where}", asked, features)
-        return asked
+def _find_image_column(features: Features, requested: str | None, where: str) -> str:
+    if requested is not None:
+        check_choice(f"image column of {where}", requested, features)
+        return requested
     pictures: list[str] = [name for name, feature in features.items() if isinstance(feature, Image)]
     candidates = pictures or [name for name in PICTURE_NAMES if name in features and _holds_bytes(features[name])]
     if len(candidates) != 1:
-        found = f"{', '.join(candidates)} all hold pictures" if candidates else "no column of pictures"
-        raise LatentDiffError(f"{where}: {found} among {', '.join(features)}; name it in data.image_column")
+        found = f"several picture columns ({', '.join(candidates)})" if candidates else "no picture column"
+        raise LatentDiffError(f"{where}: {found} among {', '.join(features)}; set data.image_column")
     return candidates[0]
 
 
 def _holds_bytes(feature: object) -> bool:
-    """Whether a column has encoded pictures: plain bytes, or structures of bytes and path."""
+    """Return whether a column holds encoded pictures: plain bytes or {bytes, path} structs."""
     if isinstance(feature, dict):
         return "bytes" in feature
     return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")

@@ -1,7 +1,7 @@
-"""WebDataset shards: tar files in which neighbouring members with the same stem are one sample.
+"""WebDataset shards: tar files in which consecutive members with the same stem form a sample.
 
-The members are indexed once, by their place in the file, and nothing is ever unpacked. A damaged shard gives the
-samples before the damage; what is lost is counted in a row of its own and said every time the shard is opened.
+Members are indexed once by their offset in the file, and nothing is ever unpacked. A damaged shard yields the samples
+before the damage; what was lost is recorded in an extra row and reported every time the shard is opened.
 """
 
 import json
@@ -32,19 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 def open_tars(root: Path, shards: Sequence[Path], config: DataConfig) -> Source:
-    """The samples of some shards, in order.
+    """Open uncompressed tar files below `root` as one source; raises LatentDiffError if they contain no pictures.
 
-    Args:
-        root: folder that the names of the shards are relative to.
-        shards: uncompressed tar files below it.
-        config: its `caption_columns` are extensions and keys of JSON files that hold captions; empty: the usual ones.
-
-    Raises:
-        LatentDiffError: none of them holds a picture.
+    `config.caption_columns` are the extensions and JSON keys that hold captions; empty: `CAPTION_NAMES`.
     """
     names = tuple(shard.relative_to(root).as_posix() for shard in shards)
-    wanted, stamp = config.caption_columns or CAPTION_NAMES, stamp_of(root, shards)
-    arguments = {"root": str(root), "names": names, "wanted": wanted, "stamp": stamp}
+    caption_keys, stamp = config.caption_columns or CAPTION_NAMES, stamp_of(root, shards)
+    arguments = {"root": str(root), "names": names, "caption_keys": caption_keys, "stamp": stamp}
     table = Dataset.from_generator(_index_shards, features=FEATURES, gen_kwargs=arguments)
     problems = table["problem"][:]
     for index, problem in enumerate(problems):
@@ -56,86 +50,85 @@ def open_tars(root: Path, shards: Sequence[Path], config: DataConfig) -> Source:
     return Source(table, TarReader(root), ("captions",), stamp, rows)
 
 
-def _index_shards(root: str, names: Sequence[str], wanted: Sequence[str], stamp: str) -> Iterator[Row]:
-    """For each shard one row a sample, then one with `problem` set if anything was left out.
+def _index_shards(root: str, names: Sequence[str], caption_keys: Sequence[str], stamp: str) -> Iterator[Row]:
+    """Yield one row per sample, and for each shard with problems another row that describes them.
 
-    `stamp` only makes a table of changed shards another one in the cache of datasets.
+    `stamp` only serves to give changed shards another key in the cache of `datasets`.
     """
     for name in names:
-        shard, problems = _Shard(name, wanted), []
+        shard, problems = _Shard(name, caption_keys), []
         try:
             with (Path(root) / name).open("rb") as file:
                 for member in _members(file):
                     shard.add(member, file)
         except (tarfile.TarError, OSError) as error:
-            problems.append(f"damaged, and read up to there ({error})")
+            problems.append(f"damaged, and only read up to the damage ({error})")
         yield from shard.rows(damaged=bool(problems))
         if not shard.samples:
-            problems.append("no samples in it")
-        problems += [f"left out {count} {what}" for what, count in sorted(shard.left_out.items())]
+            problems.append("contains no samples")
+        problems += [f"skipped {count} {what}" for what, count in sorted(shard.skipped.items())]
         if problems:
             yield {"shard": name, "name": "", "offset": 0, "size": 0, "captions": [], "problem": "; ".join(problems)}
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Members that are there to the last byte.
+    """Yield members that are complete to the last byte.
 
-    Raises:
-        tarfile.TarError: the file ends within a member or without an end mark, or has a broken header.
+    Raises tarfile.TarError if the file ends within a member or without an end-of-archive marker, or a header is broken.
     """
     size = os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while member := archive.next():
                 if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
+                    raise tarfile.ReadError(f"{member.name} is truncated")
                 yield member
             end = archive.offset
     except (ValueError, EOFError) as error:
         raise tarfile.ReadError(str(error)) from None
-    # tarfile takes a broken header for the end; the true end is a block of zeros.
+    # tarfile takes a broken header for the end of the archive; the real end is a block of zeros.
     file.seek(end)
     if file.read(BLOCK) != bytes(BLOCK):
-        raise tarfile.ReadError(f"no header and no end mark at byte {end}")
+        raise tarfile.ReadError(f"neither header nor end-of-archive marker at byte {end}")
 
 
 class _Shard:
-    """The samples of one shard: where the picture is and what the captions say, by the stem of the members."""
+    """The samples of one shard by member stem: where the picture is, and its captions."""
 
-    def __init__(self, name: str, wanted: Sequence[str]) -> None:
-        self.name, self.wanted = name, wanted
+    def __init__(self, name: str, caption_keys: Sequence[str]) -> None:
+        self.name, self.caption_keys = name, caption_keys
         self.samples: dict[str, Row] = {}
-        self.left_out: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
 
     def add(self, member: tarfile.TarInfo, file: BinaryIO) -> None:
-        """Take note of a member; folders and other kinds of files are passed over."""
+        """Index a member; folders and irrelevant files are ignored."""
         path = PurePosixPath(member.name)
         if member.isdir():
             return
         if not member.isreg() or member.issparse() or path.is_absolute() or ".." in path.parts:
-            self.left_out["links, devices or paths that lead out"] += 1
+            self.skipped["links, devices or paths outside the shard"] += 1
             return
         stem, dot, extension = path.name.partition(".")
         suffix = (dot + extension).lower()
         sample = self.samples.setdefault(str(path.parent / stem), {"captions": []})
         if suffix in EXTENSIONS and "name" in sample:
-            self.left_out["second pictures of a sample"] += 1
+            self.skipped["surplus pictures of a sample"] += 1
         elif suffix in EXTENSIONS:
             sample.update(name=f"{self.name}/{path}", offset=member.offset_data, size=member.size)
-        elif suffix == ".json" or suffix[1:] in self.wanted:
+        elif suffix == ".json" or suffix[1:] in self.caption_keys:
             sample["captions"] += self._captions(suffix, member, file)
 
     def rows(self, damaged: bool) -> Iterator[Row]:
-        """Samples with a picture; of a damaged shard's last one only if its caption came through."""
+        """Yield the samples with a picture; the last one of a damaged shard only if it has its captions."""
         last = next(reversed(self.samples), None)
         for key, sample in self.samples.items():
             if "name" not in sample or (damaged and key == last and not sample["captions"]):
-                self.left_out["samples without a picture or cut off"] += 1
+                self.skipped["samples without a picture or truncated"] += 1
             else:
                 yield {**sample, "shard": self.name, "captions": clean_captions(sample["captions"]), "problem": ""}
 
     def _captions(self, suffix: str, member: tarfile.TarInfo, file: BinaryIO) -> list[str]:
-        """Each line of a text, or what the wanted keys of a JSON object say."""
+        """Return the lines of a text file, or the values of the caption keys in a JSON object."""
         try:
             if member.size > MAX_TEXT:
                 raise ValueError("too long")
@@ -145,8 +138,8 @@ class _Shard:
                 return text.splitlines()
             values = json.loads(text)
         except (ValueError, RecursionError):
-            self.left_out["caption files that are too long, not UTF-8 or not JSON"] += 1
+            self.skipped["caption files that are too long, not UTF-8 or not JSON"] += 1
             return []
-        found = [values[key] for key in self.wanted if key in values] if isinstance(values, dict) else []
+        found = [values[key] for key in self.caption_keys if key in values] if isinstance(values, dict) else []
         texts = [text for value in found for text in (value if isinstance(value, list) else [value])]
         return [text for text in texts if isinstance(text, str)]

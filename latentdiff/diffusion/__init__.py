@@ -1,1 +1,1 @@
-"""The mathematics: noise schedule, diffusion process, samplers, guidance. No model is imported here."""
+"""The math of diffusion: noise schedule, process, samplers and guidance. Nothing here imports a model."""

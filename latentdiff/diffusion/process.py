@@ -1,8 +1,9 @@
-"""The diffusion process: forward process, posterior, predictions, reverse process, losses.
+"""The diffusion process: forward process, posterior, predictions, reverse process and losses.
 
-Pure functions of tensors. x0, x_t and noise are (B, ...); t is int64 (B,) or () in 0 ... T-1, the paper's t minus 1.
-Computed in float32, or float64 where the input is, and returned so; all densities and divergences are in nats. Equation
-numbers are those of DDPM (arXiv 2006.11239) unless another paper is named.
+Pure functions of tensors. x0, x_t and noise are (B, ...); t is int64, (B,) or (), in 0 ... T-1 (the paper's t minus 1).
+Everything is computed and returned in float32, or in float64 if the input is; densities and divergences are in nats.
+Equation numbers refer to DDPM (arXiv 2006.11239) unless another paper is named. Functions raise LatentDiffError on
+unknown options, on shapes or dtypes that do not match, and on `eps` predictions under zero terminal SNR.
 """
 
 from typing import Literal, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..errors import LatentDiffError, check_choice
 from .samplers import Spacing
-from .schedule import Schedule, at_least_float32, looks_at_values
+from .schedule import Schedule, at_least_float32, can_read_values
 
 Prediction = Literal["eps", "x0", "v", "mean"]  # noise, clean latents, alpha * noise - sigma * x0, mean of x_{t-1}
 Weighting = Literal["simple", "elbo", "min_snr"]
@@ -24,19 +25,17 @@ VARIANCES: tuple[Variance, ...] = ("beta", "posterior")
 
 
 class Process(NamedTuple):
-    """The forward process of a model, what its network predicts, and the timesteps it expects to be sampled at."""
+    """A model's noise schedule, what its network predicts, and the timesteps it is sampled at."""
 
     schedule: Schedule
     prediction: Prediction
     spacing: Spacing = "trailing"
-    offset: int = 0  # of leading spacing
-    final_sigma_zero: bool = (
-        True  # False: sampling ends at the noise level of t = 0, as in the original Stable Diffusion
-    )
+    offset: int = 0  # added to the timesteps of "leading" spacing
+    final_sigma_zero: bool = True  # False: end at the noise level of t = 0, as the original Stable Diffusion does
 
 
 class Gaussian(NamedTuple):
-    """A normal distribution with independent elements; `var` broadcasts against `mean`."""
+    """A Gaussian with diagonal covariance; `var` broadcasts against `mean`."""
 
     mean: Tensor
     var: Tensor
@@ -46,30 +45,26 @@ class Gaussian(NamedTuple):
 
 
 def forward_step(x_prev: Tensor, t: Tensor, schedule: Schedule) -> Gaussian:
-    """q(x_t | x_{t-1}): a little less signal, a little more noise (equation 2)."""
+    """Return q(x_t | x_{t-1}), a single noising step (equation 2)."""
     beta = schedule.gather(schedule.betas, t, x_prev)
     return Gaussian((1 - beta).sqrt() * x_prev, beta)
 
 
 def forward_kernel(x0: Tensor, t: Tensor, schedule: Schedule) -> Gaussian:
-    """q(x_t | x0): all steps up to t at once (equation 4)."""
+    """Return q(x_t | x0), all noising steps up to t at once (equation 4)."""
     alpha, sigma = schedule.at(t, x0)
     return Gaussian(alpha * x0, sigma.square())
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """x_t: the draw from q(x_t | x0) that standard normal noise makes, in the dtype of x0.
-
-    Raises:
-        LatentDiffError: x0 and noise differ in shape, or x0 is not of floating point.
-    """
+    """Return x_t = alpha * x0 + sigma * noise in the dtype of x0, a sample of q(x_t | x0) for standard normal noise."""
     _check_same_shape("noise", noise, "x0", x0)
     alpha, sigma = schedule.at(t, x0)
     return (alpha * x0 + sigma * noise).to(x0.dtype)
 
 
 def posterior(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Gaussian:
-    """q(x_{t-1} | x_t, x0) by Bayes' rule (equations 6 and 7). At t = 0 it is x0 itself, with variance 0."""
+    """Return q(x_{t-1} | x_t, x0) by Bayes' rule (equations 6 and 7); at t = 0 it is x0 with variance 0."""
     c0, ct = _posterior_factors(t, schedule, x_t)
     return Gaussian(c0 * x0 + ct * x_t, _posterior_variance(t, schedule, x_t))
 
@@ -77,42 +72,36 @@ def posterior(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Gaussia
 def sample_timesteps(
     batch_size: int, num_timesteps: int, generator: torch.Generator | None = None, *, stratified: bool = True
 ) -> Tensor:
-    """Random timesteps (batch_size,) on the CPU, each uniform over 0 ... T-1.
+    """Sample timesteps uniformly from 0 ... T-1: (batch_size,) on the CPU.
 
-    Stratified, the range is cut into `batch_size` equal parts, one draw falls in each, and the draws are shuffled: the
-    same expectation, less variance (arXiv 2107.00630, appendix I.1), and every slice of a batch is fair. (The trainings
-    draw theirs picture by picture, unshuffled: `sample_timestep` in data/batches.py.)
+    Stratified sampling splits the range into `batch_size` equal parts and takes one sample from each, in random order:
+    the same expectation with less variance (arXiv 2107.00630, appendix I.1). Training does the same image by image and
+    without shuffling; see `sample_timestep` in data/batches.py.
     """
     if batch_size < 1 or num_timesteps < 1:
-        raise LatentDiffError(
-            f"batch_size={batch_size!r}, num_timesteps={num_timesteps!r}: expected at least 1 of each"
-        )
+        raise LatentDiffError(f"batch_size={batch_size!r}, num_timesteps={num_timesteps!r}: both must be at least 1")
     uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     if stratified:
-        parts = torch.randperm(batch_size, generator=generator)
-        uniform = (parts + uniform) / batch_size
+        strata = torch.randperm(batch_size, generator=generator)
+        uniform = (strata + uniform) / batch_size
     return (uniform * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
-# --- what a network may predict ---
+# --- predictions ---
 
 
 def check_prediction(prediction: str, schedule: Schedule) -> None:
-    """Refuse an unknown prediction, and `eps` on a schedule that ends in pure noise.
-
-    Raises:
-        LatentDiffError: with the reason.
-    """
+    """Raise LatentDiffError on an unknown prediction type, or on `eps` with a schedule that ends in pure noise."""
     check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "eps" and schedule.has_zero_terminal_snr:
         raise LatentDiffError(
-            "prediction 'eps' does not work with zero terminal SNR: at the last timestep x_t is all noise, so the "
-            "noise says nothing about x0 (x0 = (x_t - sigma * eps) / alpha with alpha = 0); use 'v' or 'x0'"
+            "prediction 'eps' does not work with zero terminal SNR: at the last timestep x_t is pure noise, so "
+            "eps says nothing about x0 (x0 = (x_t - sigma * eps) / alpha with alpha = 0); use 'v' or 'x0'"
         )
 
 
 def target(x0: Tensor, noise: Tensor, t: Tensor, prediction: Prediction, schedule: Schedule) -> Tensor:
-    """What the network should have said at x_t = add_noise(x0, noise, t)."""
+    """Return the training target, the ideal prediction at x_t = add_noise(x0, noise, t)."""
     check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "eps":
         return at_least_float32(noise)
@@ -125,11 +114,10 @@ def target(x0: Tensor, noise: Tensor, t: Tensor, prediction: Prediction, schedul
 
 
 def to_x0(output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction, schedule: Schedule) -> Tensor:
-    """The clean latents that a prediction at x_t stands for.
+    """Convert a prediction at x_t to the clean latents x0 that it implies.
 
-    Raises:
-        LatentDiffError: unknown prediction, or `eps` at a timestep where alpha is 0 (seen on the CPU only: on a GPU
-            looking would wait for the device, and the result is not finite; `check_prediction` refuses it up front).
+    Where alpha is 0, `eps` implies no x0. This raises LatentDiffError on the CPU only, as reading values would
+    synchronize a GPU; there the result is not finite.
     """
     check_choice("prediction", prediction, PREDICTIONS)
     _check_same_shape("output", output, "x_t", x_t)
@@ -141,13 +129,13 @@ def to_x0(output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction, schedu
     alpha, sigma = schedule.at(t, x_t)
     if prediction == "v":
         return alpha * x_t - sigma * output
-    if looks_at_values(alpha) and bool((alpha == 0).any()):
+    if can_read_values(alpha) and bool((alpha == 0).any()):
         check_prediction("eps", schedule)
     return (x_t - sigma * output) / alpha
 
 
 def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction, schedule: Schedule) -> Tensor:
-    """The prediction at x_t that stands for clean latents x0: the inverse of `to_x0`."""
+    """Convert clean latents x0 to the prediction at x_t that implies them, the inverse of `to_x0`."""
     check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "x0":
         return at_least_float32(x0)
@@ -161,7 +149,7 @@ def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction, schedule
 def convert(
     output: Tensor, x_t: Tensor, t: Tensor, source: Prediction, wanted: Prediction, schedule: Schedule
 ) -> Tensor:
-    """One kind of prediction as another: `source` as `wanted`, both at x_t."""
+    """Convert a prediction at x_t from type `source` to type `wanted`."""
     return from_x0(to_x0(output, x_t, t, source, schedule), x_t, t, wanted, schedule)
 
 
@@ -169,14 +157,12 @@ def convert(
 
 
 def reverse_variance(t: Tensor, variance: Variance, schedule: Schedule, like: Tensor) -> Tensor:
-    """Variance of the reverse step p(x_{t-1} | x_t), shaped to multiply `like`.
+    """Return the variance of the reverse step p(x_{t-1} | x_t), shaped to broadcast against `like`.
 
-    `beta` is beta_t, the best choice where x0 is spread like x_T; `posterior` that of q(x_{t-1} | x_t, x0), the best
-    where x0 is a single point (section 3.2). At t = 0 both are beta_0: that step is the reconstruction.
-
-    The bound is tighter with `beta` on spread-out data: the first steps' true reverse variance is larger than the
-    posterior's. On the mixture of tests/latentdiff/test_elbo.py `posterior` is looser by more than 0.3 bits per
-    dimension at T = 1000.
+    `beta` is beta_t, optimal if x0 ~ N(0, I); `posterior` is the variance of q(x_{t-1} | x_t, x0), optimal if x0 is a
+    single point (section 3.2). Both are beta_0 at t = 0, the reconstruction step. On spread-out data `beta` gives the
+    tighter bound, since the true reverse variance of the first steps exceeds the posterior's: by more than 0.3 bits
+    per dimension for the mixture of tests/latentdiff/diffusion/test_elbo.py at T = 1000.
     """
     check_choice("reverse variance", variance, VARIANCES)
     beta = schedule.gather(schedule.betas, t, like)
@@ -188,7 +174,7 @@ def reverse_variance(t: Tensor, variance: Variance, schedule: Schedule, like: Te
 def reverse_step(
     output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction, variance: Variance, schedule: Schedule
 ) -> Gaussian:
-    """p(x_{t-1} | x_t): the posterior with the network's x0 in place of the true one (equation 1)."""
+    """Return p(x_{t-1} | x_t), the posterior with the network's x0 in place of the true one (equation 1)."""
     x0 = to_x0(output, x_t, t, prediction, schedule)
     return Gaussian(posterior(x0, x_t, t, schedule).mean, reverse_variance(t, variance, schedule, x_t))
 
@@ -206,14 +192,11 @@ def loss_weight(
     min_snr_gamma: float = 5.0,
     variance: Variance = "beta",
 ) -> Tensor:
-    """Weight of the squared error of a prediction at t, shaped to multiply `like`.
+    """Return the weight of the squared error of a prediction at t, shaped to broadcast against `like`.
 
-    `simple` is 1 (equation 14). `elbo` is 1 / (2 var_t) on the mean of the reverse step (equation 8), `min_snr` is
-    min(snr, gamma) on x0 (arXiv 2303.09556, section 3.4); either is the same number whatever is predicted. Under zero
-    terminal SNR the last timestep's `min_snr` weight is 0 and nothing is divided by zero.
-
-    Raises:
-        LatentDiffError: unknown weighting or prediction, or `eps` where the noise says nothing about x0.
+    `simple` is 1 (equation 14). `elbo` weights the mean of the reverse step by 1 / (2 var_t) (equation 8), `min_snr`
+    weights x0 by min(snr, gamma) (arXiv 2303.09556, section 3.4). Both are converted to the prediction type, so that
+    the loss is the same for every type. Under zero terminal SNR the `min_snr` weight of the last timestep is 0.
     """
     check_choice("weighting", weighting, WEIGHTINGS)
     check_choice("prediction", prediction, PREDICTIONS)
@@ -225,14 +208,14 @@ def loss_weight(
     c0, _ = _posterior_factors(t, schedule, like)
     if prediction == "eps":
         check_prediction("eps", schedule)
-        x0_error = sigma / alpha  # error of x0 for an error of 1 in the prediction
+        x0_error = sigma / alpha  # error of x0 per unit error of the prediction
     else:
         x0_error = {"x0": torch.ones_like(alpha), "v": sigma, "mean": 1 / c0}[prediction]
     if weighting == "min_snr":
-        on_x0 = (alpha / sigma).square().clamp(max=min_snr_gamma)
+        x0_weight = (alpha / sigma).square().clamp(max=min_snr_gamma)
     else:
-        on_x0 = c0.square() / (2 * reverse_variance(t, variance, schedule, like))
-    return on_x0 * x0_error.square()
+        x0_weight = c0.square() / (2 * reverse_variance(t, variance, schedule, like))
+    return x0_weight * x0_error.square()
 
 
 def diffusion_loss(
@@ -247,11 +230,7 @@ def diffusion_loss(
     min_snr_gamma: float = 5.0,
     variance: Variance = "beta",
 ) -> Tensor:
-    """Weighted squared error of the prediction at add_noise(x0, noise, t), mean over elements: (B,).
-
-    Raises:
-        LatentDiffError: as `check_prediction` and `loss_weight`, or shapes differ.
-    """
+    """Return the weighted squared error of a prediction at add_noise(x0, noise, t), averaged over elements: (B,)."""
     check_prediction(prediction, schedule)
     _check_same_shape("output", output, "x0", x0)
     _check_same_shape("noise", noise, "x0", x0)
@@ -264,7 +243,7 @@ def diffusion_loss(
 
 
 def _posterior_factors(t: Tensor, schedule: Schedule, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of x0 and x_t in the mean of q(x_{t-1} | x_t, x0)."""
+    """Return the factors of x0 and x_t in the mean of q(x_{t-1} | x_t, x0)."""
     beta = schedule.gather(schedule.betas, t, like)
     var, alpha_prev, var_prev = (
         schedule.gather(table, t, like)
@@ -274,17 +253,17 @@ def _posterior_factors(t: Tensor, schedule: Schedule, like: Tensor) -> tuple[Ten
 
 
 def _posterior_variance(t: Tensor, schedule: Schedule, like: Tensor) -> Tensor:
-    """beta-tilde_t of equation 7."""
+    """Return beta-tilde_t of equation 7."""
     return schedule.gather(schedule.betas * (schedule.sigma_prev / schedule.sigma).square(), t, like)
 
 
 def is_first(t: Tensor, like: Tensor) -> Tensor:
-    """Where t is 0, shaped to broadcast against `like`."""
+    """Return the mask t == 0, shaped to broadcast against `like`."""
     return (t == 0).view(-1, *[1] * (like.dim() - 1))
 
 
 def _check_same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse what would silently broadcast, and integers, which would silently be rounded."""
+    """Raise on shapes that would silently broadcast, and on integers, which would silently be rounded."""
     if x.shape != other.shape:
         raise LatentDiffError(
             f"{name} has shape {tuple(x.shape)} and {other_name} {tuple(other.shape)}; expected the same"

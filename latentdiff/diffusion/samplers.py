@@ -1,18 +1,18 @@
-"""Samplers and the sampler loop: from noise to clean latents, in as few steps as possible.
+"""Samplers and the sampler loop: from noise to clean latents in few steps.
 
-Every sampler here is a list of rows (t, a, b, c, d) for one loop,
+Every sampler is a list of rows (t, a, b, c, d) for the same update,
 
     x <- a * x + b * x0 + c * x0_prev + d * noise,        x0 = denoise(x, t),
 
-where x0 is what the model takes the clean latents to be and x0_prev what it took them for one row earlier. A row that
-goes from noise level (alpha_t, sigma_t) to (alpha_s, sigma_s) keeps both levels exactly:
+where x0 is the model's estimate of the clean latents and x0_prev is its estimate one row earlier. A row from noise
+level (alpha_t, sigma_t) to (alpha_s, sigma_s) satisfies
 
     a * alpha_t + b + c = alpha_s   and   (a * sigma_t)^2 + d^2 = sigma_s^2.
 
-Rows are computed on the CPU in float64. `ddim`, and `ddpm` which is `ddim` with eta = 1, are the only first-order
-formulas; `dpmpp_2m` and `dpmpp_2m_sde` extrapolate x0 on top of them. `euler` is `ddim` on the grid that Euler
-samplers use: Euler's method in x/alpha over sigma/alpha is DDIM (arXiv 2010.02502, equation 14), so on one grid the two
-draw the same picture.
+Rows are computed on the CPU in float64. The only first-order formula is `ddim`, of which `ddpm` is the case eta = 1;
+`dpmpp_2m` and `dpmpp_2m_sde` extrapolate x0 on top of these two. `euler` is `ddim` on the grid that Euler samplers use:
+Euler's method in x/alpha over sigma/alpha is DDIM (arXiv 2010.02502, equation 14), so on the same grid both give the
+same image.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ Denoise = Callable[[Tensor, int], Tensor]  # (x, t) -> x0
 
 
 class Row(NamedTuple):
-    """One step: evaluate the model at t, then x <- a x + b x0 + c x0_prev + d noise."""
+    """One step: evaluate the model at t, then set x <- a * x + b * x0 + c * x0_prev + d * noise."""
 
     t: int
     a: float
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The four columns of all rows, (n,) float64 each."""
+    """The four columns of all rows, float64, (n,) each."""
 
     a: Tensor
     b: Tensor
@@ -51,49 +51,49 @@ class Coefficients(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What the loop yields after a row: its t, the new x and the x0 that led to it."""
+    """What the loop yields after each row."""
 
-    t: int
-    x: Tensor
-    x0: Tensor
+    t: int  # timestep of the row
+    x: Tensor  # latents after the row
+    x0: Tensor  # the model's estimate of the clean latents, from which x was computed
 
 
-# --- coefficient rows: alpha and sigma are (n + 1,), from the noisiest level to the one where sampling ends ---
+# --- coefficients: alpha and sigma are (n + 1,), from the noisiest level to the one where sampling ends ---
 
 
 def ddim(alpha: Tensor, sigma: Tensor, eta: float = 0.0) -> Coefficients:
-    """DDIM, deterministic at eta = 0 and ancestral sampling at eta = 1 (arXiv 2010.02502, equations 12 and 16)."""
+    """Return the coefficients of DDIM (arXiv 2010.02502, eqs. 12 and 16): eta = 0 is deterministic, 1 is ancestral."""
     d = eta * sigma[1:] / sigma[:-1] * (1 - (alpha[:-1] / alpha[1:]).square()).sqrt()
     a = (sigma[1:].square() - d.square()).sqrt() / sigma[:-1]
     return Coefficients(a, alpha[1:] - a * alpha[:-1], torch.zeros_like(a), d)
 
 
 def ddpm(alpha: Tensor, sigma: Tensor) -> Coefficients:
-    """Ancestral sampling with the posterior's variance (arXiv 2006.11239, algorithm 2)."""
+    """Return the coefficients of ancestral sampling with the posterior variance (arXiv 2006.11239, algorithm 2)."""
     return ddim(alpha, sigma, eta=1.0)
 
 
 def euler(alpha: Tensor, sigma: Tensor) -> Coefficients:
-    """Euler's method for the probability-flow ODE: the same rows as `ddim`."""
+    """Return the coefficients of Euler's method for the probability-flow ODE, which are those of `ddim`."""
     return ddim(alpha, sigma)
 
 
 def dpmpp_2m(alpha: Tensor, sigma: Tensor) -> Coefficients:
-    """DPM-Solver++(2M), second order, deterministic (arXiv 2211.01095, algorithm 2)."""
+    """Return the coefficients of DPM-Solver++(2M), second-order and deterministic (arXiv 2211.01095, algorithm 2)."""
     return _extrapolate_x0(ddim(alpha, sigma), alpha, sigma)
 
 
 def dpmpp_2m_sde(alpha: Tensor, sigma: Tensor) -> Coefficients:
-    """SDE-DPM-Solver++(2M): `dpmpp_2m` on ancestral sampling (arXiv 2211.01095, appendix D)."""
+    """Return the coefficients of SDE-DPM-Solver++(2M), `dpmpp_2m` on top of `ddpm` (arXiv 2211.01095, appendix D)."""
     return _extrapolate_x0(ddpm(alpha, sigma), alpha, sigma)
 
 
 def _extrapolate_x0(first: Coefficients, alpha: Tensor, sigma: Tensor) -> Coefficients:
-    """Replace x0 by x0 + (x0 - x0_prev) * h / (2 h_prev), h the step in log(alpha / sigma).
+    """Replace x0 by x0 + (x0 - x0_prev) * h / (2 h_prev), where h is the step in log(alpha / sigma).
 
-    The first row has no x0_prev, and towards a level without noise the step is infinitely long: neither extrapolates.
-    From a level without signal it is infinitely long too; there alpha counts as 2**-12, diffusers' stand-in, or less
-    where the next level has hardly more.
+    The first row has no x0_prev, and a step to sigma = 0 is infinitely long: neither extrapolates. A step from
+    alpha = 0 is infinitely long too; there alpha is replaced by 2**-12, as in diffusers, or by half the next alpha if
+    that is smaller.
     """
     if alpha[0] == 0:
         alpha = torch.cat([(alpha[1:2] / 2).clamp(max=2.0**-12), alpha[1:]])
@@ -117,21 +117,15 @@ SAMPLERS: dict[str, Callable[..., Coefficients]] = {
 
 
 def timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "trailing", offset: int = 0) -> list[int]:
-    """`num_steps` distinct timesteps of 0 ... T-1, descending (arXiv 2305.08891, table 2).
+    """Return `num_steps` distinct timesteps from 0 ... T-1 in descending order (arXiv 2305.08891, table 2).
 
-    Args:
-        num_timesteps: T.
-        num_steps: 1 to T.
-        spacing: `trailing` starts at T-1, where x is pure noise under zero terminal SNR; `leading` ends at `offset`
-            and starts below T-1; `linspace` has both ends (one step: T-1 alone).
-        offset: added to `leading` (Stable Diffusion's `steps_offset` is 1).
-
-    Raises:
-        LatentDiffError: unknown spacing, or a number of steps or an offset that does not fit.
+    `trailing` spacing starts at T-1, where x is pure noise under zero terminal SNR; `leading` starts below T-1 and ends
+    at `offset` (1 in Stable Diffusion); `linspace` includes both ends (only T-1 for a single step).
+    Raises LatentDiffError on an unknown spacing, or a number of steps or offset out of range.
     """
     check_choice("spacing", spacing, SPACINGS)
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= num_timesteps:
-        raise LatentDiffError(f"num_steps={num_steps!r}: expected a whole number from 1 to {num_timesteps}")
+        raise LatentDiffError(f"num_steps={num_steps!r}: expected an integer from 1 to {num_timesteps}")
     if offset and spacing != "leading":
         raise LatentDiffError(f"offset={offset!r} with spacing {spacing!r}: only 'leading' takes an offset")
     index = torch.arange(num_steps, dtype=torch.float64)
@@ -143,7 +137,7 @@ def timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "trailing",
         grid = (num_timesteps - 1) * (1 - index / max(num_steps - 1, 1))
     result = [int(t) for t in grid.round()]
     if not 0 <= result[-1] <= result[0] < num_timesteps:
-        raise LatentDiffError(f"offset={offset!r} leaves the timesteps 0 to {num_timesteps - 1}")
+        raise LatentDiffError(f"offset={offset!r} moves timesteps out of the range 0 to {num_timesteps - 1}")
     return result
 
 
@@ -157,19 +151,20 @@ def make_rows(
     final_sigma_zero: bool = True,
     eta: float | None = None,
 ) -> list[Row]:
-    """The rows that take x from the first timestep of a grid to clean latents.
+    """Return the rows that take x from the noisiest timestep of a grid to clean latents.
 
     Args:
         sampler: `ddpm`, `ddim`, `euler`, `dpmpp_2m` or `dpmpp_2m_sde`.
-        schedule: the forward process.
-        num_steps: rows, 1 to T.
-        spacing: of the grid; None for `linspace` with `euler` and `trailing` with the others.
-        offset: of `leading` spacing.
-        final_sigma_zero: as in `rows_at`.
-        eta: `ddim` only: 0, the default, is deterministic and 1 is `ddpm`.
+        schedule: the noise schedule, with T timesteps.
+        num_steps: number of rows, 1 to T.
+        spacing: `trailing`, `leading` or `linspace`, see `timesteps`; None: `linspace` for `euler`, else `trailing`.
+        offset: added to the timesteps of `leading` spacing.
+        final_sigma_zero: False ends at the noise level of t = 0, as the original Stable Diffusion does (diffusers'
+            `set_alpha_to_one: false`).
+        eta: `ddim` only: 0 (the default) is deterministic, 1 is `ddpm`.
 
     Raises:
-        LatentDiffError: unknown sampler or spacing, or a number out of range.
+        LatentDiffError: on an unknown sampler or spacing, or a number out of range.
     """
     if spacing is None:
         spacing = "linspace" if sampler == "euler" else "trailing"
@@ -180,18 +175,11 @@ def make_rows(
 def rows_at(
     sampler: str, schedule: Schedule, grid: Sequence[int], *, final_sigma_zero: bool = True, eta: float | None = None
 ) -> list[Row]:
-    """The rows from each timestep of a grid to the next, and from the last to clean latents.
+    """Return the rows from each timestep of a descending grid to the next, and from the last to clean latents.
 
-    Args:
-        sampler: as in `make_rows`.
-        schedule: the forward process.
-        grid: descending timesteps, for instance the later part of `timesteps` to start from a noised picture.
-        final_sigma_zero: False ends at the noise level of t = 0 instead, as the original Stable Diffusion does
-            (diffusers' `set_alpha_to_one: false`).
-        eta: as in `make_rows`.
-
-    Raises:
-        LatentDiffError: unknown sampler, eta out of range, or a grid that does not descend within 0 ... T-1.
+    To start from a noised image, pass the later part of `timesteps` as the grid. The other arguments are those of
+    `make_rows`. Raises LatentDiffError on an unknown sampler, an eta out of range, or a grid that is not descending
+    within 0 ... T-1.
     """
     check_choice("sampler", sampler, SAMPLERS)
     if eta is not None and (sampler != "ddim" or not 0 <= eta <= 1):
@@ -204,7 +192,7 @@ def rows_at(
         or any(a <= b for a, b in pairwise(grid))
     ):
         raise LatentDiffError(
-            f"timesteps {list(grid)}: expected them descending within 0 to {schedule.num_timesteps - 1}"
+            f"timesteps {list(grid)}: expected descending integers from 0 to {schedule.num_timesteps - 1}"
         )
     index = torch.tensor(grid)
     end = (1.0, 0.0) if final_sigma_zero else (float(schedule.alpha[0]), float(schedule.sigma[0]))
@@ -220,13 +208,13 @@ def rows_at(
 def sample(
     denoise: Denoise, x: Tensor, rows: Iterable[Row], noise: Callable[[int], Tensor] | None = None
 ) -> Iterator[Step]:
-    """Run rows from x, yielding after each; the last `x` is the result. Nothing here is below float32.
+    """Run rows from x and yield after each one; the last step's `x` is the result, in float32 or float64.
 
     Args:
-        denoise: (x, t) -> x0, a model with its prediction, guidance and dtype dealt with; x comes in float32.
-        x: at the first row's noise level; standard normal where sampling starts from nothing.
-        rows: from `make_rows`.
-        noise: standard normal noise for the i-th row that wants some; by default drawn from torch's global generator.
+        denoise: (x, t) -> x0; handles the prediction type, guidance and the model's dtype.
+        x: latents at the first row's noise level: standard normal noise, unless sampling starts from an image.
+        rows: from `make_rows` or `rows_at`.
+        noise: row index -> standard normal noise, called for rows that add noise; default: torch's global generator.
     """
     x = x0_prev = at_least_float32(x)
     for index, (t, a, b, c, d) in enumerate(rows):

@@ -1,1 +1,1 @@
-"""Measuring and looking: quality of reconstructions, grids of pictures."""
+"""Evaluation of models: reconstruction quality, denoising, prompt fidelity, and grids of pictures."""

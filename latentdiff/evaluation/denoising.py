@@ -1,7 +1,7 @@
-"""How well a model takes noise away from pictures it has not seen, and what knowing the caption is worth.
+"""How well a model denoises held-out pictures, and how much the caption helps.
 
-The error is that of the denoised latents, whatever the model predicts and whatever its schedule, so that models of one
-VAE compare: the mean squared error of x0 per dimension, at fixed noise levels sigma / alpha with fixed noise.
+The error is the mean squared error of the predicted x0 per dimension, at fixed noise levels sigma / alpha and with
+fixed noise. It depends neither on the prediction type nor on the schedule, so models with the same VAE are comparable.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class DenoisingError:
-    """At one noise level. Latents have variance 1, so an error of 1 is that of always guessing their mean."""
+    """Error at one noise level; latents have variance 1, so always predicting their mean gives an error of 1."""
 
-    level: float  # sigma / alpha of the timestep measured, the one nearest to what was asked for
+    level: float  # sigma / alpha at the timestep nearest to the requested level
     error: float  # with the caption
     without_caption: float  # with the empty prompt
 
@@ -31,22 +31,17 @@ class DenoisingError:
 def denoising_errors(
     pipe: ModelParts, latents: Tensor, captions: Sequence[str], levels: Sequence[float] = LEVELS, seed: int = 0
 ) -> list[DenoisingError]:
-    """Error of x0 at some noise levels.
+    """Measure the error of the predicted x0 at some noise levels sigma / alpha, with noise from `seed`.
 
-    Args:
-        pipe: the model.
-        latents: (N, c, h, w) of pictures, from its own VAE.
-        captions: one each.
-        levels: sigma / alpha.
-        seed: of the noise.
+    `latents` (N, c, h, w) come from the model's own VAE; `captions` has one for each.
     """
     schedule = pipe.process.schedule
-    ratios = schedule.sigma / schedule.alpha  # inf where the signal is gone
+    ratios = schedule.sigma / schedule.alpha  # inf where no signal is left
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     parts = [slice(start, start + BATCH) for start in range(0, len(latents), BATCH)]
-    wanted = torch.cat([pipe.text_encoder(list(captions[part])) for part in parts])
-    contexts = [wanted, pipe.text_encoder.null_context(len(latents))]
-    found = []
+    conditional = torch.cat([pipe.text_encoder(list(captions[part])) for part in parts])
+    contexts = [conditional, pipe.text_encoder.null_context(len(latents))]
+    errors = []
     for level in levels:
         t = int((ratios.log() - torch.tensor(level).log()).abs().argmin())
         sums = torch.zeros(2, dtype=torch.float64)
@@ -54,9 +49,9 @@ def denoising_errors(
             x0, eps = latents[part].float(), noise[part]
             times = torch.full((len(x0),), t)
             x = add_noise(x0, eps, times, schedule).to(pipe.device)
-            for place, context in enumerate(contexts):
+            for i, context in enumerate(contexts):
                 model = CachedNetwork(pipe.network, context[part].to(pipe.unet.conv_in.weight), [t])
-                guess = to_x0(model(x, t).cpu(), x.cpu(), times, pipe.process.prediction, schedule)
-                sums[place] += (guess - x0).double().square().mean((1, 2, 3)).sum()
-        found.append(DenoisingError(float(ratios[t]), *(sums / len(latents)).tolist()))
-    return found
+                predicted = to_x0(model(x, t).cpu(), x.cpu(), times, pipe.process.prediction, schedule)
+                sums[i] += (predicted - x0).double().square().mean((1, 2, 3)).sum()
+        errors.append(DenoisingError(float(ratios[t]), *(sums / len(latents)).tolist()))
+    return errors

@@ -1,4 +1,4 @@
-"""A set of pictures as a model sees them: read once, the broken ones left out, turned into features to compare."""
+"""Pictures as a model sees them: encoded to features that can be compared, skipping broken ones."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,80 +13,71 @@ from torch import Tensor
 from vae import VAE
 from vae.normalize import LatentStatistics
 
-from ..data.cache import pictures_at_a_time, read_pixels
+from ..data.cache import encode_batch_size, read_pixels
 from ..data.pictures import PictureError, to_pixels
 from ..data.sources import Source
 from ..errors import LatentDiffError
 from ..sections import DataConfig
 from .metrics import psnr, ssim
 
-THUMBNAIL = 32  # pixels a side
+THUMBNAIL = 32  # pixels per side
 LATENTS, RGB = "latents", f"{THUMBNAIL}x{THUMBNAIL} RGB"
 
-Pictures = Iterator[tuple[int, NDArray[np.uint8]]]  # places, and uint8 (H, W, 3)
+Pictures = Iterator[tuple[int, NDArray[np.uint8]]]  # index in the source, and uint8 (H, W, 3)
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Some pictures' features."""
+    """Features of some pictures, and the quality of their reconstructions."""
 
-    places: list[int]  # in the source; twice where a picture is there in the mirror, too
-    latents: Tensor  # (N, c, h, w) float32 on the CPU, the posterior's mode, scaled
+    indices: list[int]  # in the source; listed twice if the mirrored picture is included
+    latents: Tensor  # (N, c, h, w) float32 on the CPU: scaled mode of the posterior
     thumbnails: Tensor  # (N, 3, 32, 32) in [-1, 1]
     statistics: LatentStatistics
-    quality: Tensor  # (2, N): PSNR in dB and SSIM of the reconstructions; (2, 0) where none were asked for
+    quality: Tensor  # (2, N): PSNR in dB and SSIM of the reconstructions; (2, 0) if there are none
 
     def features(self) -> dict[str, Tensor]:
-        """(N, D) each."""
+        """Return the flattened features, (N, D) each, by name."""
         return {LATENTS: self.latents.flatten(1), RGB: self.thumbnails.flatten(1)}
 
 
-def readable(source: Source, data: DataConfig, most: int, broken: list[str], *, flip: bool = False) -> Pictures:
-    """At most so many pictures, spread over the source; the names of those that cannot be read go to `broken`.
+def read_pictures(source: Source, data: DataConfig, limit: int, broken: list[str], *, flip: bool = False) -> Pictures:
+    """Yield up to `limit` pictures spread evenly over the source, with `flip` each of them also mirrored.
 
-    Args:
-        source: the pictures.
-        data: how they become pixels.
-        most: pictures that are read.
-        broken: is added to.
-        flip: give each in the mirror, too, at the same place.
+    The names of pictures that cannot be read are appended to `broken`.
     """
-    places = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int))
-    for place in places.tolist():
+    indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(int))
+    for index in indices.tolist():
         try:
-            picture = read_pixels(source, place, data)
+            picture = read_pixels(source, index, data)
         except PictureError:
-            broken.append(source.name(place))
+            broken.append(source.name(index))
             continue
-        yield place, picture
+        yield index, picture
         if flip:
-            yield place, picture[:, ::-1]
+            yield index, picture[:, ::-1]
 
 
 @torch.no_grad()
 def embed(vae: VAE, pictures: Pictures, image_size: int, *, reconstruct: bool = False) -> Gallery:
-    """Encode pictures, and decode them again where their quality is wanted.
-
-    Raises:
-        LatentDiffError: there are none, or the VAE gives numbers that are not finite.
-    """
+    """Encode pictures, and with `reconstruct` decode them again to measure the quality of the reconstructions."""
     weights = next(vae.parameters())
     statistics = LatentStatistics(vae.config.latent_channels)
-    places: list[int] = []
+    indices: list[int] = []
     latents, thumbnails, quality = [], [], [torch.zeros(2, 0, dtype=torch.float64)]
-    while batch := list(islice(pictures, pictures_at_a_time(image_size))):
-        places += [place for place, _ in batch]
+    while batch := list(islice(pictures, encode_batch_size(image_size))):
+        indices += [index for index, _ in batch]
         pixels = to_pixels(torch.from_numpy(np.stack([picture for _, picture in batch])))
         posterior = vae.latent_posterior(pixels.to(weights))
         statistics.add(posterior)
         latents.append(posterior.mode().float().cpu())
         thumbnails.append(F.interpolate(pixels, size=(THUMBNAIL, THUMBNAIL), mode="area"))
         if reconstruct:
-            again = vae.decode(posterior.mode().to(weights.dtype)).float().cpu()
-            quality.append(torch.stack([psnr(pixels, again), ssim(pixels, again)]))
-    if not places:
-        raise LatentDiffError("no picture can be read")
-    gallery = Gallery(places, torch.cat(latents), torch.cat(thumbnails), statistics, torch.cat(quality, 1))
+            decoded = vae.decode(posterior.mode().to(weights.dtype)).float().cpu()
+            quality.append(torch.stack([psnr(pixels, decoded), ssim(pixels, decoded)]))
+    if not indices:
+        raise LatentDiffError("none of the pictures can be read")
+    gallery = Gallery(indices, torch.cat(latents), torch.cat(thumbnails), statistics, torch.cat(quality, 1))
     if not bool(gallery.latents.isfinite().all()):
         raise LatentDiffError("the VAE's latents are not finite; float32 (--precision fp32) may help")
     return gallery

@@ -1,6 +1,6 @@
 """How close a reconstruction is to its picture: PSNR and SSIM.
 
-Both measure what a user sees: pixels are clamped to [-1, 1] and rounded to the 256 levels of a file first.
+Both compare what a viewer sees: pixels are first clamped to [-1, 1] and rounded to the 256 levels of an 8-bit file.
 """
 
 from collections.abc import Callable
@@ -16,52 +16,50 @@ WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian window, in pixels
 
 
 def psnr(pixels: Tensor, reconstruction: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture, (B,) dB, float64: 10 log10(1 / mean squared error on [0, 1]).
+    """Return the peak signal-to-noise ratio of each picture: 10 log10(1 / mean squared error), for pixels in [0, 1].
 
     Args:
         pixels: (B, C, H, W) in [-1, 1].
-        reconstruction: the same shape.
+        reconstruction: same shape.
 
     Returns:
-        (B,); infinite where all pixels are equal.
+        (B,) float64, in dB; infinite if all pixels are equal.
 
     Raises:
         LatentDiffError: the shapes differ.
     """
-    x, y = _as_seen(pixels, reconstruction)
+    x, y = _quantize(pixels, reconstruction)
     return -10.0 * (x - y).square().mean((1, 2, 3)).log10()
 
 
 def ssim(pixels: Tensor, reconstruction: Tensor) -> Tensor:
-    """Structural similarity of each picture, (B,) in [-1, 1], float64; 1 for equal pictures.
+    """Return the structural similarity of each picture.
 
-    Wang et al. 2004 (doi 10.1109/TIP.2003.819861): Gaussian window of 11 x 11 pixels and sigma 1.5, K1 = 0.01,
-    K2 = 0.03; only windows that lie within the picture; the mean over R, G and B rather than of the luminance, so that
-    a wrong colour counts.
+    Wang et al. 2004 (doi 10.1109/TIP.2003.819861): 11 x 11 Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03,
+    averaged over the windows that lie inside the picture. It is the mean over R, G and B rather than that of the
+    luminance, so that wrong colors count.
 
     Args:
         pixels: (B, C, H, W) in [-1, 1], H and W at least 11.
-        reconstruction: the same shape.
+        reconstruction: same shape.
+
+    Returns:
+        (B,) float64 in [-1, 1]; 1 for equal pictures.
 
     Raises:
         LatentDiffError: the shapes differ, or the pictures are smaller than the window.
     """
     if pixels.dim() == 4 and min(pixels.shape[2:]) < WINDOW:
-        raise LatentDiffError(f"pixels have shape {tuple(pixels.shape)}; SSIM needs {WINDOW} pixels a side at least")
-    x, y = _as_seen(pixels, reconstruction)
+        raise LatentDiffError(f"pixels have shape {tuple(pixels.shape)}; SSIM needs at least {WINDOW} pixels per side")
+    x, y = _quantize(pixels, reconstruction)
     return ssim_map(x, y, _gaussian).mean((1, 2, 3))
 
 
 def ssim_map(x: Tensor, y: Tensor, smooth: Callable[[Tensor], Tensor]) -> Tensor:
-    """SSIM at every window (Wang et al. 2004, equation 13), for pictures in [0, 1].
+    """Return the SSIM of every window (Wang et al. 2004, equation 13), for pictures (B, C, H, W) in [0, 1].
 
-    Args:
-        x: (B, C, H, W); float32 at least: the variances are small differences of large numbers.
-        y: the same shape.
-        smooth: weighted mean over each window, (B, C, H, W) -> (B, C, H', W').
-
-    Returns:
-        (B, C, H', W').
+    `smooth` takes the weighted mean over each window, (B, C, H, W) -> (B, C, H', W'). Use at least float32: the
+    variances are small differences of large numbers.
     """
     mean_x, mean_y = smooth(x), smooth(y)
     var_x = smooth(x * x) - mean_x * mean_x
@@ -72,18 +70,18 @@ def ssim_map(x: Tensor, y: Tensor, smooth: Callable[[Tensor], Tensor]) -> Tensor
     return luminance * contrast_and_structure
 
 
-def _as_seen(*batches: Tensor) -> list[Tensor]:
-    """Batches of pixels in [-1, 1] as multiples of 1/255 in [0, 1], float64."""
+def _quantize(*batches: Tensor) -> list[Tensor]:
+    """Round pixels in [-1, 1] to multiples of 1/255 in [0, 1], as float64."""
     shapes = [tuple(pixels.shape) for pixels in batches]
     if len(set(shapes)) > 1 or len(shapes[0]) != 4:
-        raise LatentDiffError(f"pixels and reconstruction have shapes {shapes}; expected (B, C, H, W) twice")
-    if batches[0].device.type == "mps":  # does not compute in float64
+        raise LatentDiffError(f"pixels and reconstruction have shapes {shapes}; expected the same (B, C, H, W)")
+    if batches[0].device.type == "mps":  # has no float64
         batches = tuple(pixels.cpu() for pixels in batches)
     return [((pixels.double() + 1.0) * 127.5).round().clamp(0.0, 255.0) / 255.0 for pixels in batches]
 
 
 def _gaussian(x: Tensor) -> Tensor:
-    """Weighted means over all 11 x 11 windows within the picture, one axis after the other."""
+    """Take Gaussian-weighted means over all 11 x 11 windows inside the picture, one axis at a time."""
     offsets = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
     weights = (-0.5 * (offsets / SIGMA).square()).exp()
     column = (weights / weights.sum()).view(1, 1, -1, 1).expand(x.shape[1], 1, -1, 1)

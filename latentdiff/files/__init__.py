@@ -1,1 +1,1 @@
-"""Models on disk: diffusers' folders, single files of the original layout, cards. Imports nothing by itself."""
+"""Models on disk: folders, single files and model cards. Imports nothing, so that `unet` and `vae` stay light."""

@@ -1,4 +1,4 @@
-"""The model card: what the model is, how it was made, how good it is. Only what is known from its files."""
+"""The model card: what a model is, how it was trained and how good it is, as far as its files tell."""
 
 import json
 import re
@@ -24,58 +24,48 @@ def model_card(
     license: str = "other",
     data: str = "",
 ) -> str:
-    """The card as Markdown.
-
-    Args:
-        parts: `vae`, `unet` and `text_encoder`.
-        process: how the model denoises.
-        title: its name.
-        image_size: pixels along one side.
-        run: output of the training, for recipe, seed, versions and figures.
-        license: of the weights, as the hub spells licenses.
-        data: what is to be said of the pictures and their license.
-    """
+    """Return the card as Markdown; `run` is the training output that has the recipe, seed, versions and metrics."""
     launch = _last_launch(run)
-    prompts = launch.get("config", {}).get("validation", {}).get("prompts") or ["what to draw"]
+    prompts = launch.get("config", {}).get("validation", {}).get("prompts") or ["your prompt"]
     encoder = type(getattr(parts["text_encoder"], "model", parts["text_encoder"])).__name__.removesuffix("Model")
     text = HEADER.format(
         license=json.dumps(license), title=title, name=title, size=image_size, encoder=encoder, prompt=prompts[0]
     )
-    text += "\n## Parts\n\n| part | parameters |\n|---|---|\n"
+    text += "\n## Components\n\n| component | parameters |\n|---|---|\n"
     for name, part in parts.items():
         text += f"| {name} | {sum(parameter.numel() for parameter in part.parameters()):,} |\n"
     curve = process.schedule.name
     text += (
-        f"\n{process.schedule.num_timesteps} timesteps, {curve.name if curve else 'its own'} noise schedule"
+        f"\n{process.schedule.num_timesteps} timesteps, {curve.name if curve else 'custom'} noise schedule"
         f"{', zero terminal SNR' if process.schedule.has_zero_terminal_snr else ''}; the UNet predicts "
         f"{process.prediction}.\n"
     )
     if launch:
-        text += _training(launch) + _figures(run)
-    return text + f"\n## Data and license\n\n{data or 'Not stated by whoever exported this model.'}\n"
+        text += _training(launch) + _metrics(run)
+    return text + f"\n## Data and license\n\n{data or 'Not stated when this model was exported.'}\n"
 
 
 def _training(launch: Mapping[str, Any]) -> str:
-    """Recipe, seed and versions; paths and host names of the machine stay there."""
+    """Format the recipe, seed and versions, without paths and host names of the machine."""
     config = {key: _without_folders(value) for key, value in launch["config"].items()
               if key not in ("output", "trackers", "workers")}  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in launch.get("versions", {}).items())
     recipe = yaml.safe_dump(config, sort_keys=False, width=110)
     return (
         f"\n## Training\n\nSeed {config.get('seed')}, {config.get('precision')} precision; "
-        f"{versions or 'versions unknown'}. The whole configuration:\n\n```yaml\n{recipe}```\n"
+        f"{versions or 'versions unknown'}. The full configuration:\n\n```yaml\n{recipe}```\n"
     )
 
 
 def _without_folders(value: Any) -> Any:
-    """Paths, wherever they are in a config, as their last part."""
+    """Reduce every path in a config to its last component."""
     if isinstance(value, Mapping):
         return {key: _without_folders(inner) for key, inner in value.items()}
     is_path = isinstance(value, str) and re.match(r"[/~.\\]|[A-Za-z]:[/\\]", value)
     return PureWindowsPath(value).name if is_path else value
 
 
-def _figures(run: Path | None) -> str:
+def _metrics(run: Path | None) -> str:
     lines = []
     for stage in ("train_vae", "train_latent"):
         last = _last_validation(run, stage)
@@ -83,8 +73,8 @@ def _figures(run: Path | None) -> str:
     if not lines:
         return ""
     table = "\n".join(lines)
-    head = "\n## Figures\n\nOn pictures held out of training, at the last validation.\n\n"
-    return f"{head}| stage | figure | value |\n|---|---|---|\n{table}\n"
+    head = "\n## Metrics\n\nOn held-out images, at the last validation.\n\n"
+    return f"{head}| stage | metric | value |\n|---|---|---|\n{table}\n"
 
 
 def _last_launch(run: Path | None) -> dict[str, Any]:
@@ -97,14 +87,14 @@ def _last_launch(run: Path | None) -> dict[str, Any]:
 
 
 def _last_validation(run: Path | None, stage: str) -> dict[str, float]:
-    """The newest figures of a stage's log that are of validation."""
-    found: dict[str, float] = {}
+    """Return the metrics of the last validation in a stage's log, or nothing if it has none or is damaged."""
+    last: dict[str, float] = {}
     try:
         lines = (run / stage / "log.jsonl").read_text(encoding="utf-8").splitlines() if run else []
         for line in lines:
             values = json.loads(line)
             chosen = {key: value for key, value in values.items() if key.startswith("validation")}
-            found = {"step": values["step"], **chosen} if chosen else found
+            last = {"step": values["step"], **chosen} if chosen else last
     except (OSError, ValueError, KeyError):
         return {}
-    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+    return {key: value for key, value in last.items() if isinstance(value, int | float)}

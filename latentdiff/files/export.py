@@ -1,4 +1,4 @@
-"""Writing a model: the folder that diffusers' StableDiffusionPipeline opens, or a single file; card, upload."""
+"""Writing a model: a folder for diffusers' StableDiffusionPipeline or a single file; model card and upload."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -12,13 +12,13 @@ from vae import VAE
 
 from ..assets import INDEX
 from ..diffusion.process import Process
-from ..errors import LatentDiffError, errors_of
+from ..errors import LatentDiffError, reraise_as
 from .card import model_card
 from .open import find_model, open_model
 from .scheduler import scheduler_config
 from .tensors import staged, to_json
 
-DIFFUSERS_VERSION = "0.42.1"  # whose layout this is; the inpainting pipeline does not open a model that names none
+DIFFUSERS_VERSION = "0.42.1"  # of this layout; the inpainting pipeline rejects a model without it
 
 
 def save_model(
@@ -32,25 +32,14 @@ def save_model(
     variant: str | None = None,
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Write all parts; model_index.json comes last, so a folder that has one is whole.
+    """Write all parts, and model_index.json last: a folder that has one is complete.
 
-    Args:
-        folder: where to.
-        vae: between pixels and latents.
-        unet: predicts from noisy latents.
-        text_encoder: prompts to features.
-        process: how the model denoises.
-        dtype: that weights are cast to on the way; None: as they are.
-        variant: for the names of the weight files, such as `fp16`.
-        max_shard_bytes: of the UNet's and the VAE's weights, above which they are split over several files.
-
-    Raises:
-        LatentDiffError, VAEError, UNetError, TextEncoderError: the prediction has no name in diffusers, or the folder
-            cannot be written.
+    `dtype` None keeps the weights as they are; `variant` is part of the names of the weight files, such as `fp16`;
+    UNet and VAE weights above `max_shard_bytes` are sharded. Raise if diffusers has no name for the prediction.
     """
     scheduler = scheduler_config(process)
     with suppress(OSError):
-        (folder / INDEX).unlink(missing_ok=True)  # until the folder is whole again
+        (folder / INDEX).unlink(missing_ok=True)  # until the folder is complete again
     vae.save_pretrained(folder / "vae", dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
     unet.save_pretrained(folder / "unet", dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
     text_encoder.save_pretrained(folder / "text_encoder", folder / "tokenizer", dtype=dtype, variant=variant)
@@ -59,15 +48,15 @@ def save_model(
 
 
 def model_index(text_encoder: TextEncoder) -> dict[str, Any]:
-    """What diffusers loads each part with."""
-    nothing = [None, None]
+    """Return the contents of `model_index.json`, which names the class of each part."""
+    absent = [None, None]
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
-        "feature_extractor": nothing,
-        "image_encoder": nothing,
+        "feature_extractor": absent,
+        "image_encoder": absent,
         "requires_safety_checker": False,
-        "safety_checker": nothing,
+        "safety_checker": absent,
         "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", type(text_encoder.model).__name__],
         "tokenizer": ["transformers", type(text_encoder.tokenizer).__name__],
@@ -87,30 +76,30 @@ def export_model(
     license: str = "other",
     data: str = "",
 ) -> Path:
-    """Open a model and write it again, with a card.
+    """Open a model and write it in another form, with a model card.
 
     Args:
         source: anything that `LatentPipeline.from_pretrained` opens.
-        output: folder, or file.
-        single: one file in the original layout instead of diffusers' folder; the card is part of its header.
-        dtype: of the weights.
-        variant: for the names of the weight files.
-        max_shard_bytes: size of a weight file above which it is split.
-        license: of the weights.
-        data: what the card says of the pictures and their license.
+        output: folder, or `.safetensors` file if `single`.
+        single: write one file in the original layout, with the card in its header, instead of a diffusers folder.
+        dtype: of the written weights.
+        variant: part of the names of the weight files, such as `fp16`.
+        max_shard_bytes: split UNet and VAE weights that are larger.
+        license: of the weights, as the Hub spells it.
+        data: what the card says about the training images and their license.
 
     Raises:
-        LatentDiffError: the source cannot be opened, or the output not be written.
+        LatentDiffError: the source cannot be opened or the output cannot be written.
     """
     if single and output.suffix != ".safetensors":
-        raise LatentDiffError(f"{output}: a single file's name ends in .safetensors")
+        raise LatentDiffError(f"{output}: expected a name ending in .safetensors for a single file")
     if single and (variant or max_shard_bytes is not None):
-        raise LatentDiffError("a single file has no variant and no shards")
+        raise LatentDiffError("a single file cannot have a variant or shards")
     opened = find_model(source)
     if opened.resolve() in (output.resolve(), *(output / "model").resolve().parents, (output / "model").resolve()):
-        raise LatentDiffError(f"{output}: the model itself lies there; choose another output")
+        raise LatentDiffError(f"{output}: overlaps the model to be exported; choose another output")
     if not single and output.is_dir() and any(output.iterdir()):
-        raise LatentDiffError(f"{output}: is not empty; choose another output, or delete it")
+        raise LatentDiffError(f"{output}: the folder is not empty; choose another output or delete it")
     parts = open_model(source, device=torch.device("cpu"), dtype=torch.float32)
     models: dict[str, Any] = {"vae": parts.vae, "unet": parts.unet, "text_encoder": parts.text_encoder}
     size = (parts.unet.config.sample_size or 32) * parts.vae.config.downsampling
@@ -120,8 +109,8 @@ def export_model(
     if single:
         from .single_file import write_single_file
 
-        facts = {"latentdiff.card": card, "modelspec.license": license}
-        write_single_file(output, **models, scheduler=scheduler_config(parts.process), facts=facts, dtype=dtype)
+        metadata = {"latentdiff.card": card, "modelspec.license": license}
+        write_single_file(output, **models, scheduler=scheduler_config(parts.process), metadata=metadata, dtype=dtype)
         return output
     save_model(output, **models, process=parts.process, dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
     _write(output / "README.md", card)
@@ -129,14 +118,14 @@ def export_model(
 
 
 def push_folder(folder: Path, name: str, *, token: str | None = None, private: bool = False) -> str:
-    """Upload a model's folder to the Hugging Face hub; returns its address.
+    """Upload a model folder to the Hugging Face Hub and return its URL.
 
     Raises:
-        LatentDiffError: no network, no permission, or no such name.
+        LatentDiffError: the upload fails, for example without network or permission.
     """
     from huggingface_hub import HfApi
 
-    with errors_of(LatentDiffError, f"{name}: cannot be uploaded", Exception):  # the hub's own, the network's
+    with reraise_as(LatentDiffError, f"{name}: cannot be uploaded", Exception):  # the Hub's own, the network's
         api = HfApi(token=token)
         api.create_repo(name, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a latentdiff model"))

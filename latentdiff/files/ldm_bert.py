@@ -1,4 +1,4 @@
-"""LDM-text2im's own BERT: diffusers keeps its class, and this is one of the few places that may ask for it."""
+"""LDM-text2im's own BERT, whose class comes from diffusers; only modules of this folder may import diffusers."""
 
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,9 @@ from text_encoder.files import load_model, load_tokenizer
 def load_ldm_bert(
     folder: str | Path, tokenizer: str | Path | None = None, *, dtype: torch.dtype = torch.float32
 ) -> TextEncoder:
-    """Open the `bert` folder of an LDM-text2im pipeline (LDMBertModel).
+    """Open the `bert` folder of an LDM-text2im pipeline; its tokenizer is by default in `tokenizer` beside it.
 
-    Args:
-        folder: with `config.json` and `model.safetensors`.
-        tokenizer: folder of its BERT tokenizer; by default `tokenizer` beside it.
-        dtype: of the weights.
-
-    Returns:
-        The encoder, without attention mask and without dropout, as that pipeline runs it; prompts have 77 tokens.
-
-    Raises:
-        TextEncoderError: a file is missing or damaged, or a tensor is missing or misshapen.
+    As in that pipeline, the encoder has no attention mask and no dropout, and prompts have 77 tokens.
     """
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 

@@ -1,6 +1,6 @@
-"""The original latent diffusion layout: what its single files call our tensors, and the configs their shapes imply.
+"""The original latent diffusion layout: its names for our tensors, and configs inferred from tensor shapes.
 
-Names are without the prefix that tells UNet, VAE and text encoder apart. All of them follow from the config.
+Names come without the prefix that tells UNet, VAE and text encoder apart. They follow from the config alone.
 """
 
 import re
@@ -16,21 +16,21 @@ from vae import VAE, VAEConfig
 from ..errors import LatentDiffError
 
 Shapes = Mapping[str, Sequence[int]]
-Layout = list[tuple[nn.Module, dict[str, str]]]  # models, and ours to the file's name of each of their tensors
+Layout = list[tuple[nn.Module, dict[str, str]]]  # models, each with its tensor names: ours to the file's
 
 UNET, VAE_ = "model.diffusion_model.", "first_stage_model."
 TEXT, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 
-# Endings of files that are never opened, and why.
+# Extensions of files that are never opened, and why.
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 NO_PICKLES = (
-    "a pickle, which can run code: pickled weights are never opened; where you trust it, convert it to safetensors: "
+    "a pickle, which can run code: pickled weights are never opened; if you trust it, convert it to safetensors: "
     "python -c \"import sys, torch; from safetensors.torch import save_file; d = torch.load(sys.argv[1], 'cpu', "
     "weights_only=True); save_file({k: v.clone().contiguous() for k, v in d.get('state_dict', d).items() "
     "if hasattr(v, 'shape')}, sys.argv[2])\" model.ckpt model.safetensors"
 )
 
-# Inside a layer, ours: theirs. The UNet's transformers have the same names on both sides.
+# Names within a block, ours to theirs. Those of the UNet's transformers do not differ.
 UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
                "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
 VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
@@ -51,7 +51,7 @@ OPEN_CLIP_ENDS = {
     "embeddings.position_embedding.weight": "positional_embedding",
     "final_layer_norm": "ln_final",
 }
-OPEN_CLIP_LAYER = {  # queries, keys and values are the three thirds of one tensor
+OPEN_CLIP_LAYER = {  # queries, keys and values are stacked in one tensor
     **{f"self_attn.{x}_proj.{kind}": f"attn.in_proj_{kind}" for x in "qkv" for kind in ("weight", "bias")},
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -60,22 +60,22 @@ OPEN_CLIP_LAYER = {  # queries, keys and values are the three thirds of one tens
     "mlp.fc2": "mlp.c_proj",
 }
 
-# CLIP's layouts: how many last layers features do not pass through (1 in Stable Diffusion 2); tensors that tell sizes.
+# CLIP layouts: name, number of unused last layers (Stable Diffusion 2 skips one), and the tensors that imply the sizes.
 EMBEDDINGS = "text_model.embeddings."
 CLIPS = (
     ("clip_text_model", 0, f"{EMBEDDINGS}token_embedding.weight", f"{EMBEDDINGS}position_embedding.weight",
      "text_model.encoder.layers.", "mlp.fc1"),
     ("open_clip", 1, "token_embedding.weight", "positional_embedding", "transformer.resblocks.", "mlp.c_fc"),
 )  # fmt: skip
-# What files of others hold beside the weights: averages, the schedule's tables, what features do not pass through.
+# What third-party files hold besides the weights: averages, the tables of the schedule, unused layers.
 IGNORED = (
     "model_ema.",
     *("betas", "alphas_cumprod", "sqrt_", "posterior_", "log_one_minus", "lvlb_weights", "logvar", "scale_factor"),
     "first_stage_model.loss.",
     *("cond_stage_model.logit_scale", f"{TEXT}text_projection.", f"{TEXT}{EMBEDDINGS}position_ids"),
-    *(f"{OPEN_CLIP}{name}" for name in ("logit_scale", "text_projection", "transformer.resblocks.")),  # its last layer
+    *(f"{OPEN_CLIP}{name}" for name in ("logit_scale", "text_projection", "transformer.resblocks.")),  # last layer
 )
-STABLE_DIFFUSION: dict[str, Any] = {  # 1.x; its scheduler_config.json
+STABLE_DIFFUSION: dict[str, Any] = {  # scheduler_config.json of version 1.x
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
@@ -89,7 +89,7 @@ STABLE_DIFFUSION: dict[str, Any] = {  # 1.x; its scheduler_config.json
 
 
 def make_layout(unet: UNet, vae: VAE, text: nn.Module, text_layout: str) -> Layout:
-    """Where in a single file the tensors of UNet, VAE and text encoder (see `text_names`) are, in this order."""
+    """Return UNet, VAE and text encoder with their tensor names in a single file; `text_layout` as in `text_names`."""
     named: list[tuple[nn.Module, str, dict[str, str]]] = [
         (unet, UNET, unet_names(unet.config)),
         (vae, VAE_, vae_names(vae.config)),
@@ -99,109 +99,104 @@ def make_layout(unet: UNet, vae: VAE, text: nn.Module, text_layout: str) -> Layo
 
 
 class Plan(NamedTuple):
-    """What a file says, or implies, of the models in it."""
+    """What a file states or implies about the models in it."""
 
     unet: UNetConfig
     vae: VAEConfig
     text: dict[str, Any]  # transformers' config
     layout: str  # of the text encoder's names, as in `text_names`
     scheduler: dict[str, Any]  # contents of a `scheduler_config.json`
-    tokenizer: dict[str, str]  # text of its files; none in files of others
+    tokenizer: dict[str, str]  # text of its files; empty for third-party files
 
 
 def unet_names(config: UNetConfig) -> dict[str, str]:
-    """Name of every tensor of this UNet: ours (diffusers') to the original's, `input_blocks.1.0.in_layers.0.weight`."""
-    places = {
+    """Map our (diffusers') tensor names to the original's, such as `input_blocks.1.0.in_layers.0.weight`."""
+    prefixes = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
         "mid_block.attentions.0": "middle_block.1",
-        **_inside("mid_block.resnets.0", "middle_block.0", UNET_RESNET),
-        **_inside("mid_block.resnets.1", "middle_block.2", UNET_RESNET),
+        **_block_names("mid_block.resnets.0", "middle_block.0", UNET_RESNET),
+        **_block_names("mid_block.resnets.1", "middle_block.2", UNET_RESNET),
     }
     levels, layers = len(config.block_out_channels), config.layers_per_block
-    for level in range(levels):  # each also has its downsampling, which the last only reserves a number for
+    for level in range(levels):  # plus a downsampler, for which the last level only reserves the index
         for layer in range(layers):
-            place = f"input_blocks.{1 + level * (layers + 1) + layer}"
-            places |= _inside(f"down_blocks.{level}.resnets.{layer}", f"{place}.0", UNET_RESNET)
-            places[f"down_blocks.{level}.attentions.{layer}"] = f"{place}.1"
-        places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{(level + 1) * (layers + 1)}.0.op"
+            theirs = f"input_blocks.{1 + level * (layers + 1) + layer}"
+            prefixes |= _block_names(f"down_blocks.{level}.resnets.{layer}", f"{theirs}.0", UNET_RESNET)
+            prefixes[f"down_blocks.{level}.attentions.{layer}"] = f"{theirs}.1"
+        prefixes[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{(level + 1) * (layers + 1)}.0.op"
     for block, level in enumerate(reversed(range(levels))):
         for layer in range(layers + 1):
-            place = f"output_blocks.{block * (layers + 1) + layer}"
-            places |= _inside(f"up_blocks.{block}.resnets.{layer}", f"{place}.0", UNET_RESNET)
-            places[f"up_blocks.{block}.attentions.{layer}"] = f"{place}.1"
-        after = 2 if level in config.attention_levels else 1  # the upsampling follows the level's last layer
-        places[f"up_blocks.{block}.upsamplers.0.conv"] = f"{place}.{after}.conv"
+            theirs = f"output_blocks.{block * (layers + 1) + layer}"
+            prefixes |= _block_names(f"up_blocks.{block}.resnets.{layer}", f"{theirs}.0", UNET_RESNET)
+            prefixes[f"up_blocks.{block}.attentions.{layer}"] = f"{theirs}.1"
+        after = 2 if level in config.attention_levels else 1  # the upsampler follows the last layer of the level
+        prefixes[f"up_blocks.{block}.upsamplers.0.conv"] = f"{theirs}.{after}.conv"
     with torch.device("meta"):
-        return _renamed(UNet(config).state_dict(), places)
+        return _renamed(UNet(config).state_dict(), prefixes)
 
 
 def vae_names(config: VAEConfig) -> dict[str, str]:
-    """Name of every tensor of this VAE: ours (diffusers') to the original's, `encoder.down.0.block.0.norm1.weight`."""
-    places = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    """Map our (diffusers') tensor names to the original's, such as `encoder.down.0.block.0.norm1.weight`."""
+    prefixes = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     levels = len(config.block_out_channels)
     for half, way in (("encoder", "down"), ("decoder", "up")):
-        places |= {f"{half}.{layer}": f"{half}.{layer}" for layer in ("conv_in", "conv_out")}
-        places[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        prefixes |= {f"{half}.{layer}": f"{half}.{layer}" for layer in ("conv_in", "conv_out")}
+        prefixes[f"{half}.conv_norm_out"] = f"{half}.norm_out"
         for index in range(2):
-            places |= _inside(f"{half}.mid_block.resnets.{index}", f"{half}.mid.block_{index + 1}", VAE_RESNET)
-        places |= _inside(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", VAE_ATTENTION)
+            prefixes |= _block_names(f"{half}.mid_block.resnets.{index}", f"{half}.mid.block_{index + 1}", VAE_RESNET)
+        prefixes |= _block_names(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", VAE_ATTENTION)
         for block in range(levels):
-            level = block if half == "encoder" else levels - 1 - block  # theirs counts levels on the way up, too
+            level = block if half == "encoder" else levels - 1 - block  # the original's up.0 is the finest
             here, there = f"{half}.{way}_blocks.{block}", f"{half}.{way}.{level}"
             for layer in range(config.layers_per_block + 1):
-                places |= _inside(f"{here}.resnets.{layer}", f"{there}.block.{layer}", VAE_RESNET)
-                places |= _inside(f"{here}.attentions.{layer}", f"{there}.attn.{layer}", VAE_ATTENTION)
-            places[f"{here}.{way}samplers.0.conv"] = f"{there}.{way}sample.conv"
+                prefixes |= _block_names(f"{here}.resnets.{layer}", f"{there}.block.{layer}", VAE_RESNET)
+                prefixes |= _block_names(f"{here}.attentions.{layer}", f"{there}.attn.{layer}", VAE_ATTENTION)
+            prefixes[f"{here}.{way}samplers.0.conv"] = f"{there}.{way}sample.conv"
     with torch.device("meta"):
-        return _renamed(VAE(config).state_dict(), places)
+        return _renamed(VAE(config).state_dict(), prefixes)
 
 
 def text_names(layout: str, names: Iterable[str]) -> dict[str, str]:
-    """Transformers' names of a text encoder's tensors to those behind `cond_stage_model.transformer.`.
+    """Map transformers' tensor names of a text encoder to those after `cond_stage_model.transformer.`.
 
-    Args:
-        layout: `bert`, which keeps its names; `clip_text_model`, whose names begin with `text_model.`; `ldmbert`,
-            LDM-text2im's own BERT, with the names of x-transformers; `open_clip`, Stable Diffusion 2's encoder behind
-            `cond_stage_model.model.`, where queries, keys and values share a tensor.
-        names: all of the model's.
+    Layouts: `bert` keeps its names; `clip_text_model` prefixes `text_model.`; `ldmbert`, LDM-text2im's own BERT, has
+    those of x-transformers; `open_clip`, of Stable Diffusion 2, stacks q, k, v and is in `cond_stage_model.model.`.
     """
     names = list(names)
     if layout == "bert":
         return {name: name for name in names}
     if layout == "ldmbert":
-        places = {**LDM_BERT, "to_logits": "to_logits"}
+        prefixes = {**LDM_BERT, "to_logits": "to_logits"}
         for layer in range(_count(names, "model.layers.")):
             for ours, (half, theirs) in LDM_BERT_LAYER.items():
-                places[f"model.layers.{layer}.{ours}"] = f"attn_layers.layers.{2 * layer + half}.{theirs}"
-        return _renamed(names, places)
-    bare = {name: name.removeprefix("text_model.") for name in names}  # transformers 5 dropped what the files have
+                prefixes[f"model.layers.{layer}.{ours}"] = f"attn_layers.layers.{2 * layer + half}.{theirs}"
+        return _renamed(names, prefixes)
+    bare = {name: name.removeprefix("text_model.") for name in names}  # transformers 5 dropped this prefix
     if layout == "clip_text_model":
         return {name: f"text_model.{rest}" for name, rest in bare.items()}
-    places = dict(OPEN_CLIP_ENDS)
+    prefixes = dict(OPEN_CLIP_ENDS)
     for layer in range(_count(bare.values(), "encoder.layers.")):
         for ours, theirs in OPEN_CLIP_LAYER.items():
-            places[f"encoder.layers.{layer}.{ours}"] = f"transformer.resblocks.{layer}.{theirs}"
-    renamed = _renamed(bare.values(), places)
+            prefixes[f"encoder.layers.{layer}.{ours}"] = f"transformer.resblocks.{layer}.{theirs}"
+    renamed = _renamed(bare.values(), prefixes)
     return {name: renamed[rest] for name, rest in bare.items()}
 
 
 def infer_plan(header: Mapping[str, str], shapes: Shapes, scale_factor: float) -> Plan:
-    """What the names and shapes in a file of others imply; and its `modelspec.*`, where it has any.
+    """Infer the models in a third-party file from its names, shapes and `modelspec.*` header entries, if any.
 
-    Raises:
-        KeyError, IndexError: a tensor is not there or has too few dimensions.
-        LatentDiffError, UNetError, VAEError: another kind of model.
+    Raise KeyError or IndexError if a tensor is missing or has too few dimensions.
     """
     under = {
         prefix: {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
         for prefix in (UNET, VAE_, TEXT, OPEN_CLIP)
     }
-    if lacking := [prefix for prefix in (UNET, VAE_) if not under[prefix]]:
-        raise LatentDiffError(f"has no tensors named {lacking[0]}…; expected UNet, VAE and text encoder in one file")
+    if missing := [prefix for prefix in (UNET, VAE_) if not under[prefix]]:
+        raise LatentDiffError(f"has no tensors named {missing[0]}…; expected UNet, VAE and text encoder in one file")
     layout, text = infer_text(under[TEXT] or under[OPEN_CLIP])
     side = header.get("modelspec.resolution", "").split("x")[0]
     pixels = int(side) if re.fullmatch("[0-9]{1,5}", side) else 256 if layout == "ldmbert" else 512
@@ -213,13 +208,13 @@ def infer_plan(header: Mapping[str, str], shapes: Shapes, scale_factor: float) -
 
 
 def infer_unet(shapes: Shapes, sample_size: int) -> UNetConfig:
-    """The config that these tensors imply.
+    """Infer the config from the tensor shapes.
 
-    What shapes cannot tell is taken from Stable Diffusion: with linear projections heads are 64 wide and attention is
-    computed in float32 (2.1 overflows otherwise), without there are 8 heads.
+    What shapes cannot tell is assumed to be as in Stable Diffusion: with linear projections, heads are 64 wide and
+    attention runs in float32 (2.1 overflows otherwise); without, there are 8 heads.
     """
     count = _count(shapes, "input_blocks.")
-    ends = [place for place in range(count) if f"input_blocks.{place}.0.op.weight" in shapes] + [count]
+    ends = [index for index in range(count) if f"input_blocks.{index}.0.op.weight" in shapes] + [count]
     firsts = [1, *(end + 1 for end in ends[:-1])]  # first ResBlock of each level
     is_linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
     return UNetConfig(
@@ -238,7 +233,7 @@ def infer_unet(shapes: Shapes, sample_size: int) -> UNetConfig:
 
 
 def infer_vae(shapes: Shapes, sample_size: int, scale_factor: float) -> VAEConfig:
-    """The config that these tensors imply."""
+    """Infer the config from the tensor shapes."""
     levels = range(_count(shapes, "encoder.down."))
     return VAEConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
@@ -255,7 +250,7 @@ def infer_vae(shapes: Shapes, sample_size: int, scale_factor: float) -> VAEConfi
 
 
 def infer_text(shapes: Shapes) -> tuple[str, dict[str, Any]]:
-    """The layout (as in `text_names`) and the transformers config that these tensors imply."""
+    """Infer the layout (as in `text_names`) and the transformers config from the tensor shapes."""
     if "token_emb.weight" in shapes:
         return "ldmbert", {
             "model_type": "ldmbert",
@@ -269,10 +264,10 @@ def infer_text(shapes: Shapes) -> tuple[str, dict[str, Any]]:
         }
     for layout, unused, tokens, positions, layers, hidden in CLIPS:
         if tokens in shapes:
-            vocabulary, width = shapes[tokens][0], shapes[tokens][1]
+            vocab_size, width = shapes[tokens][0], shapes[tokens][1]
             return layout, {
                 "model_type": "clip_text_model",
-                "vocab_size": vocabulary,
+                "vocab_size": vocab_size,
                 "hidden_size": width,
                 "max_position_embeddings": shapes[positions][0],
                 "num_hidden_layers": _count(shapes, layers) - unused,
@@ -280,25 +275,25 @@ def infer_text(shapes: Shapes) -> tuple[str, dict[str, Any]]:
                 "intermediate_size": shapes[f"{layers}0.{hidden}.weight"][0],
                 "hidden_act": "gelu" if layout == "open_clip" else "quick_gelu",
             }
-    raise LatentDiffError("its text encoder is neither CLIP nor LDM's BERT, and no other can be told from shapes alone")
+    raise LatentDiffError("its text encoder is neither CLIP nor LDM's BERT, and no other can be inferred from shapes")
 
 
-def _inside(ours: str, theirs: str, layers: Mapping[str, str]) -> dict[str, str]:
-    """A block, and those of its layers that have other names."""
+def _block_names(ours: str, theirs: str, layers: Mapping[str, str]) -> dict[str, str]:
+    """Map a block, and those of its layers whose names differ."""
     return {ours: theirs, **{f"{ours}.{layer}": f"{theirs}.{name}" for layer, name in layers.items()}}
 
 
-def _renamed(names: Iterable[str], places: Mapping[str, str]) -> dict[str, str]:
-    """Every name with the longest of its beginnings that has a place put there."""
+def _renamed(names: Iterable[str], prefixes: Mapping[str, str]) -> dict[str, str]:
+    """Map every name by replacing its longest prefix in `prefixes`."""
     renamed = {}
     for name in names:
         parts = name.split(".")
-        beginnings = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        ours = next(beginning for beginning in beginnings if beginning in places)
-        renamed[name] = places[ours] + name[len(ours) :]
+        candidates = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        ours = next(prefix for prefix in candidates if prefix in prefixes)
+        renamed[name] = prefixes[ours] + name[len(ours) :]
     return renamed
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
-    """How many different numbers (or words) follow a prefix."""
+    """Count the different indices (or words) that follow a prefix."""
     return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""Opening a whole model by name: one that ships, a folder in diffusers' layout, a single file, or from the hub."""
+"""Opening a model by name: one that ships, a diffusers folder, a single file or a model on the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -19,19 +19,19 @@ from .tensors import read_json
 __all__ = ["Parts", "find_model", "open_folder", "open_model", "read_json"]
 
 DEFAULT = "emoji-64"
-# Pipelines whose parts these are, and the folders of VAE and text encoder in each.
+# Supported pipelines, and the folders of VAE and text encoder in each.
 FOLDERS = {
     "StableDiffusionPipeline": ("vae", "text_encoder"),
     "StableDiffusionImg2ImgPipeline": ("vae", "text_encoder"),
     "StableDiffusionInpaintPipeline": ("vae", "text_encoder"),
     "LDMTextToImagePipeline": ("vqvae", "bert"),
 }
-NEEDED = ("scheduler", "tokenizer", "unet", *dict.fromkeys(folder for pair in FOLDERS.values() for folder in pair))
-TEXTS = (INDEX, *(f"{folder}/*.{ending}" for folder in NEEDED for ending in ("json", "txt")))
+SUBFOLDERS = ("scheduler", "tokenizer", "unet", *dict.fromkeys(folder for pair in FOLDERS.values() for folder in pair))
+TEXT_FILES = (INDEX, *(f"{folder}/*.{ending}" for folder in SUBFOLDERS for ending in ("json", "txt")))
 
 
 class Parts(NamedTuple):
-    """A model, opened."""
+    """The parts of an open model."""
 
     vae: VAE
     unet: UNet
@@ -47,41 +47,32 @@ def open_model(
     variant: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> Parts:
-    """Open what `name` means, as LatentPipeline.from_pretrained says.
+    """Open the model that `name` refers to; see LatentPipeline.from_pretrained."""
+    path = find_model(name, variant)
+    if path.is_dir():
+        return open_folder(path, device=device, dtype=dtype, variant=variant)
+    from .single_file import read_single_file  # importing it loads transformers
 
-    Raises:
-        LatentDiffError, VAEError, UNetError, TextEncoderError: what is not there, damaged, or not supported.
-    """
-    place = find_model(name, variant)
-    if place.is_dir():
-        return open_folder(place, device=device, dtype=dtype, variant=variant)
-    from .single_file import read_single_file  # which loads transformers
-
-    vae, unet, text_encoder, scheduler = read_single_file(place, tokenizer=tokenizer, device=device, dtype=dtype)
-    return Parts(_upcast(vae, dtype), unet, text_encoder, read_scheduler(scheduler, place))
+    vae, unet, text_encoder, scheduler = read_single_file(path, tokenizer=tokenizer, device=device, dtype=dtype)
+    return Parts(_upcast(vae, dtype), unet, text_encoder, read_scheduler(scheduler, path))
 
 
 def find_model(name: str | Path | None, variant: str | None = None) -> Path:
-    """The folder or single file that a name means; from the hub it is downloaded, with the weights of a variant.
+    """Return the folder or single file that `name` refers to; from the Hub, download it with the weights of `variant`.
 
-    None is the model that ships, also where a folder of its name is at hand.
-
-    Raises:
-        LatentDiffError: nothing of that name.
+    None means the default model that ships, even if there is a folder of the same name.
     """
     if name is None:
         return ASSETS / DEFAULT
     if not isinstance(name, str | Path) or not str(name) or len(str(name)) > 1000 or "\0" in str(name):
-        raise LatentDiffError(f"model {name!r:.100}: expected a folder, a file, or a name")
+        raise LatentDiffError(f"model {name!r:.100}: expected a folder, a file or a name on the Hub")
     path = Path(name).expanduser()
     if path.suffix in PICKLES:
         raise LatentDiffError(f"{path}: {NO_PICKLES}")
     if path.is_dir():
-        inner = path / "model"  # of a training's output
+        inner = path / "model"  # of a training output
         if not (path / INDEX).is_file() and (path / "run.json").is_file() and not (inner / INDEX).is_file():
-            raise LatentDiffError(
-                f"{path}: no finished model there; give the training's command again to go on with it"
-            )
+            raise LatentDiffError(f"{path}: no finished model there; run the training command again to resume")
         return inner if not (path / INDEX).is_file() and (inner / INDEX).is_file() else path
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -92,24 +83,22 @@ def find_model(name: str | Path | None, variant: str | None = None) -> Path:
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from text_encoder.files import fetch
 
-        return fetch(name, TEXTS, [f"{folder}/" for folder in NEEDED], variant)
+        return fetch(name, TEXT_FILES, [f"{folder}/" for folder in SUBFOLDERS], variant)
     known = ", ".join(shipped_models()) or "none"
-    raise LatentDiffError(f"{name}: no such folder or file; the models that come with the package: {known}")
+    raise LatentDiffError(f"{name}: no such folder or file; models that ship with the package: {known}")
 
 
 def open_folder(folder: Path, *, device: torch.device, dtype: torch.dtype, variant: str | None = None) -> Parts:
-    """The parts in a folder of diffusers' layout.
-
-    Raises:
-        LatentDiffError, VAEError, UNetError, TextEncoderError: what is missing, damaged, or not supported.
-    """
-    index = read_json(folder / INDEX, "a model's folder has one")
+    """Open the parts of a diffusers folder."""
+    index = read_json(folder / INDEX, "every model folder has one")
     kind = str(index.get("_class_name"))
     if kind not in FOLDERS:
-        raise LatentDiffError(f"{folder / INDEX}: _class_name {kind!r} is not supported; only {', '.join(FOLDERS)} are")
+        raise LatentDiffError(
+            f"{folder / INDEX}: _class_name {kind!r} is not supported; use one of {', '.join(FOLDERS)}"
+        )
     vae_folder, text_folder = FOLDERS[kind]
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    process = read_scheduler(read_json(scheduler, "it says how the model denoises"), scheduler)
+    process = read_scheduler(read_json(scheduler, "it defines how the model denoises"), scheduler)
     vae = VAE.from_pretrained(folder / vae_folder, device=device, dtype=dtype, variant=variant)
     unet = UNet.from_pretrained(folder / "unet", device=device, dtype=dtype, variant=variant)
     if "LDMBertModel" in str(index.get(text_folder)):
@@ -125,5 +114,5 @@ def open_folder(folder: Path, *, device: torch.device, dtype: torch.dtype, varia
 
 
 def _upcast(vae: VAE, dtype: torch.dtype) -> VAE:
-    """float32 for a VAE that says it overflows in float16."""
+    """Return the VAE in float32 if its config says that it overflows in float16."""
     return vae.float() if dtype == torch.float16 and vae.config.force_upcast else vae

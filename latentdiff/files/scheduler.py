@@ -1,4 +1,4 @@
-"""How a model denoises, to and from the `scheduler_config.json` of diffusers."""
+"""A model's diffusion process, to and from the `scheduler_config.json` of diffusers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from ..errors import LatentDiffError
 
 PREDICTIONS: dict[Prediction, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours: diffusers'
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-# Schedulers of this forward process, and what each takes for a missing `timestep_spacing`.
+# Schedulers with this forward process, by the `timestep_spacing` that each defaults to.
 LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DDIMInverseScheduler")
 LINSPACE = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler",
             "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
@@ -21,16 +21,12 @@ SPACINGS: dict[str, Spacing] = {**dict.fromkeys(LEADING, "leading"), **dict.from
 
 
 def scheduler_config(process: Process) -> dict[str, Any]:
-    """The process as diffusers' DDIMScheduler reads it.
-
-    Raises:
-        LatentDiffError: the prediction is `mean`, which diffusers does not know.
-    """
+    """Return the config of diffusers' DDIMScheduler; raise for the prediction `mean`, which diffusers does not have."""
     schedule, prediction, spacing, offset, final_sigma_zero = process
     if prediction not in PREDICTIONS:
         raise LatentDiffError(
             f"diffusion.prediction={prediction}: diffusers has no scheduler for it; "
-            f"models with {', '.join(PREDICTIONS)} can be written"
+            f"only models that predict {', '.join(PREDICTIONS)} can be saved"
         )
     values: dict[str, Any] = {
         "_class_name": "DDIMScheduler",
@@ -39,7 +35,7 @@ def scheduler_config(process: Process) -> dict[str, Any]:
         "timestep_spacing": spacing,
         "clip_sample": False,
         "set_alpha_to_one": final_sigma_zero,
-        "steps_offset": offset if spacing == "leading" else 1,  # not used by the others; diffusers rewrites all but 1
+        "steps_offset": offset if spacing == "leading" else 1,  # the others ignore it; diffusers overwrites all but 1
     }
     if schedule.name is None:
         return values | {"trained_betas": schedule.betas.tolist()}
@@ -52,15 +48,7 @@ def scheduler_config(process: Process) -> dict[str, Any]:
 
 
 def read_scheduler(values: Mapping[str, Any], where: object) -> Process:
-    """The process that a `scheduler_config.json` of diffusers describes; what is missing has diffusers' defaults.
-
-    Args:
-        values: contents of the file.
-        where: its name, for errors.
-
-    Raises:
-        LatentDiffError: a scheduler of another kind of model, or a value that is not supported.
-    """
+    """Return the process that a `scheduler_config.json` describes, with diffusers' defaults; errors name `where`."""
     kind = values.get("_class_name", "DDIMScheduler")
     if not isinstance(kind, str) or kind not in SPACINGS:
         raise LatentDiffError(f"{where}: _class_name {kind!r} is not supported; choose one of {', '.join(SPACINGS)}")
@@ -74,40 +62,37 @@ def read_scheduler(values: Mapping[str, Any], where: object) -> Process:
 
     prediction = choice("prediction_type", "epsilon", PREDICTIONS)
     spacing = choice("timestep_spacing", SPACINGS[kind], {name: name for name in ("leading", "trailing", "linspace")})
-    clean = values.get("set_alpha_to_one", kind != "PNDMScheduler")
+    final_sigma_zero = values.get("set_alpha_to_one", kind != "PNDMScheduler")
     offset = values.get("steps_offset", 0)
-    if not isinstance(clean, bool) or not isinstance(offset, int) or isinstance(offset, bool) or offset < 0:
+    if not isinstance(final_sigma_zero, bool) or not isinstance(offset, int) or isinstance(offset, bool) or offset < 0:
         raise LatentDiffError(
-            f"{where}: set_alpha_to_one={clean!r}, steps_offset={offset!r}: expected true or false, and a whole number"
+            f"{where}: set_alpha_to_one={final_sigma_zero!r}, steps_offset={offset!r}: "
+            "expected a boolean and an integer >= 0"
         )
     try:
         schedule = _schedule(values, choice)
     except (LatentDiffError, TypeError, ValueError) as error:
         text = str(error)
         raise LatentDiffError(text if text.startswith(str(where)) else f"{where}: {text}") from None
-    return Process(schedule, prediction, spacing, offset if spacing == "leading" else 0, clean)
+    return Process(schedule, prediction, spacing, offset if spacing == "leading" else 0, final_sigma_zero)
 
 
 def check_scheduler(scheduler: Any, process: Process) -> None:
-    """Raise unless a diffusers scheduler object matches the model's noise schedule and prediction.
-
-    Raises:
-        LatentDiffError: it does not; the message says how to build the right one.
-    """
+    """Raise unless a diffusers scheduler object matches the model's noise schedule and prediction."""
     if not all(hasattr(scheduler, name) for name in ("set_timesteps", "step", "config", "alphas_cumprod")):
-        raise LatentDiffError(f"sampler={scheduler!r:.200}: expected a sampler's name or a diffusers scheduler")
+        raise LatentDiffError(f"sampler={scheduler!r:.200}: expected the name of a sampler or a diffusers scheduler")
     kind = type(scheduler).__name__
     advice = f"build it with {kind}.from_config(pipe.scheduler_config)"
     if (found := scheduler.config.get("prediction_type")) != (wanted := PREDICTIONS.get(process.prediction)):
-        raise LatentDiffError(f"{kind} has prediction_type {found!r} and the model {wanted!r}: {advice}")
-    for key in ("clip_sample", "thresholding"):  # for pixels; latents go beyond 1
+        raise LatentDiffError(f"{kind} has prediction_type {found!r} but the model has {wanted!r}; {advice}")
+    for key in ("clip_sample", "thresholding"):  # meant for pixels; latents exceed 1
         if scheduler.config.get(key):
-            raise LatentDiffError(f"{kind} has {key}=True, which cuts latents off: {advice}")
+            raise LatentDiffError(f"{kind} has {key}=True, which clips the latents; {advice}")
     levels = scheduler.alphas_cumprod.double().cpu()
     if levels.shape != process.schedule.alpha_bar.shape or not torch.allclose(
         levels, process.schedule.alpha_bar, atol=1e-4
     ):
-        raise LatentDiffError(f"{kind} has other noise levels than the model: {advice}")
+        raise LatentDiffError(f"{kind} has different noise levels from the model; {advice}")
 
 
 def _schedule(values: Mapping[str, Any], choice: Any) -> Schedule:

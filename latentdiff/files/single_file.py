@@ -1,7 +1,7 @@
-"""A whole model in one safetensors file, in the layout of the original latent diffusion and Stable Diffusion.
+"""A model in one safetensors file, in the layout of the original latent diffusion and Stable Diffusion.
 
-Files written here carry in their header all that rebuilds them: configs, schedule, tokenizer. From files of others the
-configs are told from names and shapes; their tokenizer must be given.
+The header of a file written here has all it takes to rebuild the model: configs, schedule and tokenizer. For
+third-party files, the configs are inferred from names and shapes, and the tokenizer must be given.
 """
 
 import json
@@ -26,14 +26,14 @@ from .names import IGNORED, NO_PICKLES, PICKLES, Layout, Plan, infer_plan, make_
 from .scheduler import read_scheduler
 from .tensors import Stored, check_dtype, check_tensors, open_file, staged
 
-OURS = "latentdiff."  # our keys in the header: what rebuilds each part, as JSON
+PREFIX = "latentdiff."  # of our header keys, whose values are JSON
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-MAX_HEADER = 32 * 2**20  # bytes; of a whole model in one file, with its tokenizer
-PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+MAX_HEADER = 32 * 2**20  # bytes, for a header that contains a tokenizer
+PICKLE_MAGIC = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
 class Parts(NamedTuple):
-    """The parts of a model."""
+    """The parts read from a single file."""
 
     vae: VAE
     unet: UNet
@@ -48,26 +48,17 @@ def write_single_file(
     unet: UNet,
     text_encoder: TextEncoder,
     scheduler: dict[str, Any],
-    facts: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write all parts to one file, which appears under its name only when it is whole.
+    """Write all parts to a `.safetensors` file, which appears only when it is complete.
 
-    Args:
-        path: ends in `.safetensors`.
-        vae: the autoencoder.
-        unet: the denoiser.
-        text_encoder: BERT or CLIP, with its tokenizer.
-        scheduler: contents of a `scheduler_config.json`.
-        facts: what else is known of the model, for the header; `modelspec.*` among them replaces what is written here.
-        dtype: what the weights are cast to; None leaves them as they are.
-
-    Raises:
-        LatentDiffError: the name has another ending, the scheduler is not supported, or the file cannot be written.
+    `scheduler` has the contents of a `scheduler_config.json`; `metadata` is added to the header and may replace
+    `modelspec.*` keys; `dtype` None keeps the weights as they are.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise LatentDiffError(f"{path}: a single file is safetensors; expected a name that ends in .safetensors")
+        raise LatentDiffError(f"{path}: expected a name ending in .safetensors")
     parts = Parts(vae, unet, text_encoder, scheduler)
     schedule = read_scheduler(scheduler, path).schedule
     tensors = {"betas": schedule.betas.float(), "alphas_cumprod": schedule.alpha_bar.float()}
@@ -75,10 +66,10 @@ def write_single_file(
     for model, names in make_layout(unet, vae, text, text.config.model_type):
         for name, tensor in model.state_dict().items():
             if model is vae and tensor.dim() == 2:
-                tensor = tensor[:, :, None, None]  # the original's attention there is made of 1x1 convolutions
-            tensors[names[name]] = tensor.to(dtype or tensor.dtype).contiguous()  # files know no channels-last
+                tensor = tensor[:, :, None, None]  # the original's VAE attention uses 1x1 convolutions
+            tensors[names[name]] = tensor.to(dtype or tensor.dtype).contiguous()  # files cannot be channels-last
     with staged(path.parent, path.name) as staging:
-        save_file(tensors, staging / path.name, metadata=_header(parts, path.stem, facts or {}))
+        save_file(tensors, staging / path.name, metadata=_header(parts, path.stem, metadata or {}))
 
 
 def read_single_file(
@@ -88,71 +79,64 @@ def read_single_file(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Parts:
-    """Open a single file, in evaluation mode. Nothing in it is ever unpickled or run.
+    """Open a safetensors file of this library, Stable Diffusion 1.x or 2.x, or LDM-text2im, in evaluation mode.
 
-    Args:
-        path: a safetensors file; of this library, or Stable Diffusion 1.x or 2.x, or LDM-text2im.
-        tokenizer: folder of its tokenizer; files written here have their own.
-        device: where the weights go; the CPU by default.
-        dtype: what they are cast to; float32 by default.
-
-    Raises:
-        LatentDiffError: the file is missing, a pickle or damaged, describes a model that is not supported, or a tensor
-            is missing, extra, misshapen or not of floating point. No weight is read before all tensors were checked.
+    `tokenizer` is a folder; files written here contain theirs. Weights go to the CPU in float32 by default. Nothing is
+    unpickled or executed, and no weight is read before the names, shapes and dtypes of all tensors have been checked.
     """
     path, dtype = Path(path), check_dtype(dtype)
     stored, header = _open(path, device)
-    with _errors_of(path):
-        if f"{OURS}unet" in header:
-            plan = _own_plan(header)
+    with _naming_errors(path):
+        if f"{PREFIX}unet" in header:
+            plan = _plan_from_header(header)
         else:
             shapes = {name: tensor.shape for name, tensor in stored.items()}
-            measured = shapes.get("scale_factor") == []  # by LDM; Stable Diffusion has it in a config
-            scale = float(stored["scale_factor"].read(torch.float64)) if measured else 0.18215
+            is_stored = shapes.get("scale_factor") == []  # LDM stores it; Stable Diffusion has it in a config
+            scale = float(stored["scale_factor"].read(torch.float64)) if is_stored else 0.18215
             plan = infer_plan(header, shapes, scale)
-        read_scheduler(plan.scheduler, "its scheduler")  # refuses what is not supported
+        read_scheduler(plan.scheduler, "its scheduler")  # raises if it is not supported
         loaded_tokenizer = _load_tokenizer(plan, tokenizer)
         with torch.device("meta"):  # shapes only, no memory
             unet, vae, text = UNet(plan.unet), VAE(plan.vae), _new_text_model(plan.text, len(stored))
         layout = make_layout(unet, vae, text, plan.layout)
-        check_tensors(path, *_compared(stored, layout), "model")
+        check_tensors(path, *_expected(stored, layout), "model")
         weights = [_read_weights(stored, model, names, dtype) for model, names in layout]
         unet.load_state_dict(weights[0], assign=True)
         vae.load_state_dict(weights[1], assign=True)
         text, _ = fill_model(text, weights[2], dtype)
         max_length = min(loaded_tokenizer.model_max_length, text.config.max_position_embeddings)
-        masked = plan.text.get("use_attention_mask", False)
-        encoder = TextEncoder(text, loaded_tokenizer, max_length, use_attention_mask=bool(masked))
+        use_mask = plan.text.get("use_attention_mask", False)
+        encoder = TextEncoder(text, loaded_tokenizer, max_length, use_attention_mask=bool(use_mask))
     for model in (unet, vae):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Parts(vae.eval(), unet.eval(), encoder.to(device or "cpu").eval(), plan.scheduler)
 
 
 def _open(path: Path, device: torch.device | str | None) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors and metadata of a file, unless it is a pickle, by whatever name."""
+    """Return the tensors and metadata of a file; raise if it is a pickle, whatever its name."""
     if path.suffix in PICKLES:
         raise LatentDiffError(f"{path}: {NO_PICKLES}")
     with suppress(OSError), path.open("rb") as raw:
         start = raw.read(8)
-        if start[:2] in PICKLE_STARTS and int.from_bytes(start, "little") > MAX_HEADER:
+        if start[:2] in PICKLE_MAGIC and int.from_bytes(start, "little") > MAX_HEADER:
             raise LatentDiffError(f"{path}: {NO_PICKLES}")
     return open_file(path, device, MAX_HEADER)
 
 
 @contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with a file, in one line that names the file."""
+def _naming_errors(path: Path) -> Iterator[None]:
+    """Turn any error in a file into one line that names the file."""
     try:
         yield
     except LookupError as error:
-        raise LatentDiffError(f"{path}: not a whole latent diffusion model: no usable tensor {error}") from None
+        raise LatentDiffError(f"{path}: not a complete latent diffusion model: no usable tensor {error}") from None
     except (LatentDiffError, SafetensorError, OSError) as error:
         named = str(error).startswith(str(path))
         raise LatentDiffError(str(error) if named else f"{path}: {error}") from None
 
 
-def _header(parts: Parts, title: str, facts: Mapping[str, str]) -> dict[str, str]:
-    """What other programs look for, and all that rebuilds the parts."""
+def _header(parts: Parts, title: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the modelspec keys that other programs read, and everything to rebuild the parts."""
     encoder, text = parts.text_encoder, parts.text_encoder.model
     text_config = json.loads(text.config.to_json_string(use_diff=False))  # type: ignore[union-attr,operator]
     with TemporaryDirectory() as folder:
@@ -174,25 +158,27 @@ def _header(parts: Parts, title: str, facts: Mapping[str, str]) -> dict[str, str
         "modelspec.architecture": "latent-diffusion",
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         **({"modelspec.resolution": f"{side}x{side}"} if side else {}),
-        **facts,
+        **metadata,
         "format": "pt",
-        **{OURS + name: json.dumps(value) for name, value in values.items()},
+        **{PREFIX + name: json.dumps(value) for name, value in values.items()},
     }
 
 
-def _own_plan(header: Mapping[str, str]) -> Plan:
-    """What the header of a file written here says."""
+def _plan_from_header(header: Mapping[str, str]) -> Plan:
+    """Read the plan from the header of a file written here."""
     parts: dict[str, Any] = {}
     for name in ("unet", "vae", "text_encoder", "scheduler", "tokenizer"):
         try:
-            parts[name] = json.loads(header.get(OURS + name, "null"))
+            parts[name] = json.loads(header.get(PREFIX + name, "null"))
         except (ValueError, RecursionError) as error:
-            raise LatentDiffError(f"{OURS}{name} in its header is not JSON ({error})") from None
+            raise LatentDiffError(f"{PREFIX}{name} in its header is not JSON ({error})") from None
         if not isinstance(parts[name], dict):
-            raise LatentDiffError(f"{OURS}{name} in its header is {parts[name]!r}; expected an object")
+            raise LatentDiffError(f"{PREFIX}{name} in its header is {parts[name]!r}; expected an object")
     for name, text in parts["tokenizer"].items():
         if name not in TOKENIZER_FILES or not isinstance(text, str):
-            raise LatentDiffError(f"{OURS}tokenizer in its header has {name!r}; expected {', '.join(TOKENIZER_FILES)}")
+            raise LatentDiffError(
+                f"{PREFIX}tokenizer in its header has {name!r}; expected {', '.join(TOKENIZER_FILES)}"
+            )
     return Plan(
         UNetConfig.from_diffusers(parts["unet"]),
         VAEConfig.from_diffusers(parts["vae"]),
@@ -215,34 +201,33 @@ def _load_tokenizer(plan: Plan, folder: str | Path | None) -> Any:
         return load_tokenizer(temporary, temporary, kind)[0]
 
 
-def _new_text_model(values: Mapping[str, Any], most_layers: int) -> Any:
-    """The text encoder of a transformers config, on no device: of the known classes, or LDM's own BERT."""
+def _new_text_model(values: Mapping[str, Any], max_layers: int) -> Any:
     where = "its text encoder's config"
     if values.get("model_type") != "ldmbert":
-        return new_model(values, most_layers, where)
+        return new_model(values, max_layers, where)
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 
-    return new_model(values, most_layers, where, LDMBertModel)
+    return new_model(values, max_layers, where, LDMBertModel)
 
 
-def _compared(stored: Mapping[str, Stored], layout: Layout) -> tuple[dict[str, Stored], dict[str, list[list[int]]]]:
-    """The tensors that a file should have, and the shapes that each may have."""
+def _expected(stored: Mapping[str, Stored], layout: Layout) -> tuple[dict[str, Stored], dict[str, list[list[int]]]]:
+    """Return the tensors to check, without the ignored ones, and the shapes allowed for each expected tensor."""
     expected: dict[str, list[list[int]]] = {}
     for model, names in layout:
         for ours, tensor in model.state_dict().items():
             name, shape = names[ours], list(tensor.shape)
-            if ".in_proj_" in name:  # OpenCLIP's queries, keys and values in one
+            if ".in_proj_" in name:  # OpenCLIP stacks queries, keys and values
                 shape[0] *= 3
-            is_conv = isinstance(model, VAE) and len(shape) == 2  # 1x1 in the original
+            is_conv = isinstance(model, VAE) and len(shape) == 2  # a 1x1 convolution in the original
             expected[name] = [[*shape, 1, 1], shape] if is_conv else [shape]
-    counted = {name: tensor for name, tensor in stored.items() if name in expected or not name.startswith(IGNORED)}
-    return counted, expected
+    checked = {name: tensor for name, tensor in stored.items() if name in expected or not name.startswith(IGNORED)}
+    return checked, expected
 
 
 def _read_weights(
     stored: Mapping[str, Stored], model: nn.Module, names: Mapping[str, str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """A model's tensors, by our names."""
+    """Read a model's tensors, under our names."""
     weights = {}
     for name, tensor in model.state_dict().items():
         found = stored[names[name]]

@@ -1,4 +1,4 @@
-"""The one engine for folders of weights: checked before anything is allocated, whole before they have their names.
+"""Folders of weights: every tensor is checked before any is loaded, and files get their names only once complete.
 
 Beside `config.json`; STEM is `diffusion_pytorch_model` in diffusers, `model` in transformers, a variant such as `fp16`:
 
@@ -24,64 +24,64 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latentdiff.errors import LatentDiffError, complain, errors_of, one_line, several
+from latentdiff.errors import LatentDiffError, one_line, raise_for_tensors, reraise_as, several
 
 CONFIG = "config.json"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names of them
-MAX_JSON = MAX_HEADER = 4 * 2**20  # bytes of a config, an index, or a safetensors header; real ones are far below
+MAX_JSON = MAX_HEADER = 4 * 2**20  # bytes of a config, an index or a safetensors header; real ones are far smaller
 VARIANT = r"[A-Za-z0-9_]{1,32}"
-PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors"  # of a shard: leads nowhere else
+PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors"  # of a shard; cannot point to another folder
 
 Device: TypeAlias = torch.device | str | None  # None is the CPU
 
 
 class Stored(NamedTuple):
-    """A tensor in an open file, not read yet."""
+    """A tensor in an open file, read on demand."""
 
     path: Path
-    file: Any  # as safe_open gives it
+    file: Any  # from safe_open
     name: str  # in the file
     shape: list[int]
-    dtype: str  # as safetensors calls it
+    dtype: str  # safetensors' name of it
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The tensor, copied: one that stays mapped to the file changes with the file."""
+        """Return a copy: a tensor that stays memory-mapped would change with the file."""
         return self.file.get_tensor(self.name).to(dtype, copy=True)
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """How one kind of model lies on disk."""
+    """How one kind of model is stored on disk."""
 
-    model: str  # what it is called
-    error: type[LatentDiffError]  # what opening and saving raise; the functions here raise a plain one
-    stem: str = "diffusion_pytorch_model"  # what names of weight files begin with
-    single_first: bool = False  # where there is an index, too: so transformers has it, and diffusers takes the index
-    current_name: Callable[[str], str] = str  # today's name of a tensor, from one that an old file may have
+    model: str  # its name in messages
+    error: type[LatentDiffError]  # raised by loading and saving; the functions below raise the base class
+    stem: str = "diffusion_pytorch_model"  # that weight file names begin with
+    single_first: bool = False  # prefer a single file to an index, as in transformers; diffusers prefers the index
+    current_name: Callable[[str], str] = str  # maps tensor names of old files to current ones
 
     def staged(self, folder: Path, variant: str | None) -> AbstractContextManager[Path]:
-        """As `staged`; what a former save left of the variant goes: diffusers takes an index before a single file."""
+        """Like `staged`, and remove what an earlier save left of the variant, since an index may hide a single file."""
         self.names(variant)
-        return staged(folder, is_former=lambda name: self._kind(name)[1:] == (variant,))
+        return staged(folder, is_stale=lambda name: self._kind(name)[1:] == (variant,))
 
     def names(self, variant: str | None) -> tuple[str, str]:
-        """The names of a variant's single file and of its index."""
+        """Return the file names of a variant's single file and index."""
         if variant is not None and (not isinstance(variant, str) or not re.fullmatch(VARIANT, variant)):
             raise LatentDiffError(f"variant={one_line(repr(variant))}: expected letters, digits and _, such as 'fp16'")
         ending = "" if variant is None else f".{variant}"
         return f"{self.stem}{ending}.safetensors", f"{self.stem}.safetensors.index{ending}.json"
 
     def find(self, folder: Path, variant: str | None) -> Path:
-        """The single file or the index of a variant; the only variant there, where there are no plain files."""
+        """Return the single file or index of a variant; if None, of the plain files or else the only variant."""
         files = sorted(os.listdir(folder))
-        there = {name: kind for name in files if (kind := self._kind(name)) and kind[0] != "shard"}
-        variants = {kind[1] for kind in there.values()}
+        kinds = {name: kind for name in files if (kind := self._kind(name)) and kind[0] != "shard"}
+        variants = {kind[1] for kind in kinds.values()}
         if variant is None and None not in variants and len(variants) == 1:
             (variant,) = variants
         single, index = self.names(variant)
-        former = [name for name, kind in there.items() if kind == ("index", variant)]  # the other place is of 2023
-        for name in (single, index, *former) if self.single_first else (index, *former, single):
+        older = [name for name, kind in kinds.items() if kind == ("index", variant)]  # the naming scheme of 2023
+        for name in (single, index, *older) if self.single_first else (index, *older, single):
             if (folder / name).is_file():
                 return folder / name
         others = several((name for name in files if name.endswith((".safetensors", ".bin", ".json"))), 10)
@@ -90,20 +90,20 @@ class ModelFiles:
         raise LatentDiffError(f"{folder / single}: no such file; {choice or f'the folder has {others}{advice}'}")
 
     def read_config(self, folder: Path) -> dict[str, Any]:
-        """The folder's `config.json`."""
+        """Read the folder's `config.json`."""
         if not folder.is_dir():
             raise LatentDiffError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
         return read_json(folder / CONFIG, f"a {self.model} folder has {CONFIG} and {self.names(None)[0]}")
 
     def read_weights(self, source: Path, model: nn.Module, device: Device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors of a file or of an index's shards, after all were compared with what the model has."""
+        """Read the tensors of a file or of an index's shards, once all have been checked against the model."""
         tensors = open_tensors(source, device, self.current_name)
         expected = {name: [list(tensor.shape)] for name, tensor in model.state_dict().items()}
         check_tensors(source, tensors, expected, self.model)
         return {name: tensors[name].read(dtype) for name in expected}
 
     def _kind(self, name: str) -> tuple[str, str | None] | tuple[()]:
-        """What a file is by its name, `single`, `shard` or `index`, and of which variant; nothing for any other."""
+        """Classify a file name as `single`, `shard` or `index`, with its variant; empty for any other file."""
         variant = rf"(?:\.({VARIANT}))?"
         if match := re.fullmatch(rf"{self.stem}{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors", name):
             return ("shard" if match[2] else "single"), match[1]
@@ -112,7 +112,7 @@ class ModelFiles:
 
 
 class Pretrained(nn.Module):
-    """A model that lies in a folder as diffusers has it; `config_class` translates its `config.json`."""
+    """A model stored as a diffusers folder; `config_class` converts its `config.json`."""
 
     files: ClassVar[ModelFiles]
     config_class: ClassVar[Any]
@@ -122,19 +122,20 @@ class Pretrained(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, *, device: Device = None, dtype: torch.dtype | None = None, variant: str | None = None
     ) -> Self:
-        """Open a folder with diffusers' `config.json` and `diffusion_pytorch_model.safetensors`, in evaluation mode.
+        """Load a model in evaluation mode from a folder in diffusers layout.
 
         Args:
-            device: where the weights go; the CPU by default.
-            dtype: what they are cast to; float32 by default.
-            variant: of the weights' files, such as `fp16`; None: the plain ones, or the only variant there is.
+            folder: has `config.json` and `diffusion_pytorch_model.safetensors`, or shards and their index.
+            device: for the weights; the CPU by default.
+            dtype: for the weights; float32 by default.
+            variant: of the weight files, such as `fp16`; None means the plain files, or the only variant.
 
         Raises:
-            LatentDiffError: of the model's own kind; a file is missing, damaged, or not of a model that is supported.
-                Nothing is allocated before the configuration and all tensors were checked.
+            LatentDiffError: the model's own subclass, if a file is missing, damaged or of an unsupported model. No
+                weights are allocated before the config and all tensors have been checked.
         """
         folder = Path(folder)
-        with errors_of(cls.files.error):
+        with reraise_as(cls.files.error):
             dtype = check_dtype(dtype)
             values = cls.files.read_config(folder)
             try:
@@ -150,28 +151,27 @@ class Pretrained(nn.Module):
         self, folder: str | Path, facts: Mapping[str, str] | None = None, *, dtype: torch.dtype | None = None,
         variant: str | None = None, max_shard_bytes: int | None = None,
     ) -> None:  # fmt: skip
-        """Write the folder that `from_pretrained` and diffusers open.
+        """Save the model to a folder that `from_pretrained` and diffusers can load, replacing an earlier save.
 
         Args:
-            facts: what else is known of the weights, for the header of each file: diffusers warns of keys that it does
-                not know in the config.
-            dtype: what the weights are cast to on the way; None: as they are.
-            variant: for the names of the weights' files, such as `fp16`.
-            max_shard_bytes: size above which the weights are split over several files.
+            facts: metadata for the header of each weight file; diffusers would warn about unknown keys in the config.
+            dtype: for the written weights; None keeps them as they are.
+            variant: part of the names of the weight files, such as `fp16`.
+            max_shard_bytes: size above which the weights are split into several files.
 
         Raises:
-            LatentDiffError: of the model's own kind; an argument is not allowed, or the folder cannot be written.
+            LatentDiffError: the model's own subclass, if an argument is invalid or the folder cannot be written.
         """
-        with errors_of(self.files.error):
+        with reraise_as(self.files.error):
             if max_shard_bytes is not None and (type(max_shard_bytes) is not int or max_shard_bytes < 1):
-                raise LatentDiffError(f"max_shard_bytes={max_shard_bytes!r}: expected a whole number from 1 up")
+                raise LatentDiffError(f"max_shard_bytes={max_shard_bytes!r}: expected a positive integer")
             single, index = self.files.names(variant)
             dtype = dtype if dtype is None else check_dtype(dtype)
             weights = self.state_dict()
             sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in weights.items()}
             shards = _split(sizes, max_shard_bytes or sum(sizes.values()), single)
             with self.files.staged(Path(folder), variant) as staging:
-                for shard, names in shards.items():  # cast one shard at a time; files know no channels-last
+                for shard, names in shards.items():  # cast one shard at a time; files cannot be channels-last
                     tensors = {name: weights[name].to(dtype or weights[name].dtype).contiguous() for name in names}
                     save_file(tensors, staging / shard, metadata={**(facts or {}), "format": "pt"})
                 (staging / CONFIG).write_text(to_json(self.config.to_diffusers()), encoding="utf-8")
@@ -182,85 +182,85 @@ class Pretrained(nn.Module):
 
 
 @contextmanager
-def staged(folder: Path, file: str = "", is_former: Callable[[str], object] = lambda name: False) -> Iterator[Path]:
-    """A folder for files that, once all are written, get their names in `folder`: weights first, an index last.
+def staged(folder: Path, file: str = "", is_stale: Callable[[str], object] = lambda name: False) -> Iterator[Path]:
+    """Yield a temporary folder whose files, once all are written, move to `folder`: weights first, an index last.
 
-    Where the folder is not the writer's alone, `file` is the one that is written. `is_former` says which go, by name.
+    `file` is the one to be written, if other writers share the folder; `is_stale` selects old files to delete.
     """
     staging = folder / f".partial-{file}"
-    with errors_of(LatentDiffError, f"{folder / file}: cannot be written", OSError, SafetensorError):
+    with reraise_as(LatentDiffError, f"{folder / file}: cannot be written", OSError, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
         try:
             staging.mkdir()
             yield staging
             names = sorted(os.listdir(staging), key=lambda name: (not name.endswith(".safetensors"), ".index." in name))
-            if ".index." in names[-1]:  # else, for a moment, a former index would name new shards beside old ones
+            if ".index." in names[-1]:  # else an old index would briefly mix new and old shards
                 (folder / names[-1]).unlink(missing_ok=True)
             for name in names:
                 os.replace(staging / name, folder / name)
             for name in sorted(os.listdir(folder), reverse=True):  # an index before its shards
-                if is_former(name) and name not in names:
+                if is_stale(name) and name not in names:
                     (folder / name).unlink()
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """The text of a config as it lies on disk."""
+    """Format a config as it is written to disk."""
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object in a file of reasonable size; `why` there should be one is for the error where there is none."""
-    with errors_of(LatentDiffError, f"{path}: not valid JSON", OSError, ValueError, RecursionError):
+    """Read a JSON object from a file of limited size; if there is no file, the error says `why` there should be one."""
+    with reraise_as(LatentDiffError, f"{path}: not valid JSON", OSError, ValueError, RecursionError):
         if not path.exists():
             raise LatentDiffError(f"{path}: no such file; {why}")
         if (size := path.stat().st_size) > MAX_JSON:
-            raise LatentDiffError(f"{path}: has {size} bytes; expected at most {MAX_JSON}")
+            raise LatentDiffError(f"{path}: {size} bytes is too large; expected at most {MAX_JSON}")
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     if not isinstance(values, dict):
-        raise LatentDiffError(f"{path}: holds a {type(values).__name__}; expected an object")
+        raise LatentDiffError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
 
 
 def open_file(path: Path, device: Device = None, limit: int = MAX_HEADER) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors and metadata of a safetensors file. The library itself lets giant headers pass, and names twice."""
+    """Open the tensors and metadata of a file; reject huge headers and duplicate names, which the library accepts."""
     if not path.is_file():
         raise LatentDiffError(f"{path}: no such file")
     kinds = SafetensorError, OSError, ValueError, RecursionError
-    with errors_of(LatentDiffError, f"{path}: damaged or not a safetensors file", *kinds), path.open("rb") as raw:
+    with reraise_as(LatentDiffError, f"{path}: damaged or not a safetensors file", *kinds), path.open("rb") as raw:
         length, size = int.from_bytes(raw.read(8), "little"), os.fstat(raw.fileno()).st_size
         if length > limit:
-            raise ValueError(f"of {size} bytes, with a header of {length}; at most {limit} are read")
-        file: Any = safe_open(path, framework="pt", device=str(device or "cpu"))  # also checks what the header says
+            raise ValueError(f"{size} bytes with a header of {length}; expected at most {limit}")
+        file: Any = safe_open(path, framework="pt", device=str(device or "cpu"))  # also validates the header
         header = json.loads(raw.read(length), object_pairs_hook=partial(_unique, where="its header"))
-    facts = header.pop("__metadata__", None) or {}
-    return {name: Stored(path, file, name, entry["shape"], entry["dtype"]) for name, entry in header.items()}, facts
+    metadata = header.pop("__metadata__", None) or {}
+    return {name: Stored(path, file, name, entry["shape"], entry["dtype"]) for name, entry in header.items()}, metadata
 
 
 def open_tensors(source: Path, device: Device = None, current_name: Callable[[str], str] = str) -> dict[str, Stored]:
-    """The tensors of a file, or of all shards that an index names, by today's names."""
+    """Open the tensors of a file, or of all shards in an index, under their current names."""
     tensors: dict[str, Stored] = {}
-    promises: Mapping[Path, set[str] | None] = _read_index(source) if source.suffix == ".json" else {source: None}
-    for path, promised in promises.items():
+    listed: Mapping[Path, set[str] | None] = _read_index(source) if source.suffix == ".json" else {source: None}
+    for path, names in listed.items():
         found, _ = open_file(path, device)
-        if promised is not None:
-            complain(path, f"lacks, though {source.name} has them,", promised - found.keys())
-            complain(path, f"has, though {source.name} has not,", found.keys() - promised)
-        here = {current_name(name): tensor for name, tensor in found.items()}
-        if len(here) < len(found) or here.keys() & tensors.keys():
-            raise LatentDiffError(f"{path}: has a tensor under two names, that of today and that of 2022")
-        tensors |= here
+        if names is not None:
+            raise_for_tensors(path, f"does not match {source.name}: lacks", names - found.keys())
+            raise_for_tensors(path, f"not listed in {source.name}:", found.keys() - names)
+        renamed = {current_name(name): tensor for name, tensor in found.items()}
+        if len(renamed) < len(found) or renamed.keys() & tensors.keys():
+            raise LatentDiffError(f"{path}: has a tensor twice, under its current name and its name of 2022")
+        tensors |= renamed
     return tensors
 
 
 def check_tensors(
     source: Path, tensors: Mapping[str, Stored], expected: dict[str, list[list[int]]], model: str
 ) -> None:
-    """Compare names, shapes and dtypes with those of a model: for each name the shapes that the tensor may have."""
-    complain(source, "lacks", expected.keys() - tensors.keys())
-    complain(source, f"has, and this {model} has not,", tensors.keys() - expected.keys())
+    """Raise unless names, shapes and dtypes match a model; `expected` has the shapes allowed for each name."""
+    raise_for_tensors(source, "lacks", expected.keys() - tensors.keys())
+    raise_for_tensors(source, f"unexpected for this {model}:", tensors.keys() - expected.keys())
     for name, shapes in expected.items():
         path, *_, shape, dtype = tensors[name]
         if shape not in shapes:
@@ -270,21 +270,21 @@ def check_tensors(
 
 
 def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """Only what both torch and the files can hold; float32 where nothing is said."""
+    """Return the dtype, float32 by default; raise unless both torch and safetensors can store it."""
     if dtype is not None and dtype not in DTYPES:
-        raise LatentDiffError(f"dtype={dtype!r}: expected a floating point torch.dtype such as torch.bfloat16")
+        raise LatentDiffError(f"dtype={dtype!r}: expected a floating-point torch.dtype such as torch.bfloat16")
     return dtype or torch.float32
 
 
 def _split(sizes: Mapping[str, int], limit: int, single: str) -> dict[str, list[str]]:
-    """Tensors in their order, in files of at most `limit` bytes; a larger tensor has a file of its own."""
+    """Split tensors, in order, into files of at most `limit` bytes; a larger tensor gets a file of its own."""
     shards: list[list[str]] = []
     size = limit
-    for name, more in sizes.items():
-        size += more
+    for name, added in sizes.items():
+        size += added
         if size > limit or not shards:
             shards.append([])
-            size = more
+            size = added
         shards[-1].append(name)
     if len(shards) == 1:
         return {single: shards[0]}
@@ -293,10 +293,10 @@ def _split(sizes: Mapping[str, int], limit: int, single: str) -> dict[str, list[
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
-    """The shards that an index names, with the tensors each should hold. No shard was opened yet."""
+    """Return the shards that an index names, each with its tensor names, without opening them."""
     weight_map = read_json(path, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise LatentDiffError(f"{path}: weight_map={one_line(weight_map)}: expected an object of tensor and file names")
+        raise LatentDiffError(f"{path}: weight_map={one_line(weight_map)}: expected a mapping of tensors to files")
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(PLAIN_NAME, shard):
@@ -306,15 +306,15 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise LatentDiffError(f"{path}: {len(missing)} of its {len(shards)} files are missing: {several(missing)}")
     home = path.parent.resolve()
-    # In the Hugging Face cache, files are links out of `snapshots/REVISION` to `blobs` beside it.
-    home = next((up.parent for up in home.parents if up.name == "snapshots"), home)
-    if out := [shard for shard in shards if not shard.resolve().is_relative_to(home)]:
-        raise LatentDiffError(f"{out[0]}: is a link to {out[0].resolve()}; expected a file in the folder of the index")
+    # In the Hugging Face cache, files in `snapshots/REVISION` are links to `blobs` beside `snapshots`.
+    home = next((parent.parent for parent in home.parents if parent.name == "snapshots"), home)
+    if outside := [shard for shard in shards if not shard.resolve().is_relative_to(home)]:
+        raise LatentDiffError(f"{outside[0]}: is a link to {outside[0].resolve()}; expected a file next to the index")
     return shards
 
 
 def _unique(pairs: list[tuple[str, Any]], where: str = "it") -> dict[str, Any]:
     values = dict(pairs)
-    if len(values) < len(pairs):  # parsers differ in which one they take
+    if len(values) < len(pairs):  # parsers disagree on which one to keep
         raise ValueError(f"{where} has the key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} twice")
     return values

@@ -1,7 +1,7 @@
-"""What a run will need before it begins: parameters, FLOPs, memory, disk and time, stage by stage.
+"""What a run will need: parameters, FLOPs, memory, disk and time, stage by stage.
 
-Parameters and FLOPs are counted on the real models and losses (counting.py); all else is an estimate and called one.
-No picture is looked at, no weight is allocated.
+Parameters and FLOPs are counted on the real models and losses (counting.py); everything else is labeled an estimate.
+No image is opened and no weight is allocated.
 """
 
 import copy
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..data.cache import pictures_at_a_time
+from ..data.cache import encode_batch_size
 from ..data.order import BatchPlan
 from ..data.pictures import to_pixels
 from ..device import DTYPES
@@ -28,17 +28,17 @@ from ..training.perceptual import PerceptualLoss
 from ..training.vae import Autoencoder, AutoencoderLosses
 from ..training.vae_losses import StructuralLoss
 from .counting import Autocast, Counter
-from .devices import DEVICES, GIB, USABLE, Device, measured_cpu
+from .devices import DEVICES, GIB, USABLE, Device, measure_cpu
 from .models import Models, build_models
 from .report import Memory, Plan, Stage, gib
 
 __all__ = ["DEVICES", "Plan", "plan"]
 
-Work = Callable[[Autocast, int], object]  # passes over some pictures
-LARGEST = 4096  # pictures a pass; more is of no use
+Work = Callable[[Autocast, int], object]  # passes over a batch of pictures
+MAX_BATCH = 4096  # pictures per pass; larger ones gain nothing
 META = torch.device("meta")
-# Of the device's peak. Peers reached 0.24 (MosaicML, SD2 at 32x32 latents, A100) to 0.31 (NVIDIA, MLPerf 4.0, H200). On
-# two CPU cores emoji-64 reached 0.5 to 0.7 of a large matrix product (the pictures a second of docs/emoji-64.md).
+# Model FLOPs utilization, a share of the peak. Published runs reach 0.24 (MosaicML, SD2 at 32x32 latents, A100) to 0.31
+# (NVIDIA, MLPerf 4.0, H200). On two CPU cores, emoji-64 reached 0.5 to 0.7 of a large matmul (see docs/emoji-64.md).
 MFU = {"gpu": 0.25, "cpu": 0.5}
 
 
@@ -46,30 +46,30 @@ def plan(
     config: Config, *, device: str = "cpu", num_devices: int = 1, dataset_size: int | None = None,
     mfu: float | None = None,
 ) -> Plan:  # fmt: skip
-    """Plan a run.
+    """Plan every stage of a run.
 
     Args:
         config: of the run.
-        device: `cpu`, or one of `DEVICES`.
-        num_devices: processes, one a device.
-        dataset_size: pictures to train on; None: the cache is planned for 1,000.
-        mfu: share of the device's peak that training is assumed to reach; None: `MFU`.
+        device: `cpu` or one of `DEVICES`.
+        num_devices: with one process each.
+        dataset_size: number of training pictures; None plans the cache for 1,000.
+        mfu: model FLOPs utilization, the share of the device's peak that training reaches; None means `MFU`.
 
     Raises:
-        LatentDiffError: no such device, or a batch that the devices cannot share.
+        LatentDiffError: the device is unknown, or the devices cannot share the batch evenly.
     """
     check_choice("device", device, ["cpu", *DEVICES])
     if num_devices < 1 or (dataset_size is not None and dataset_size < 1) or not 0 < (1.0 if mfu is None else mfu) <= 1:
         raise LatentDiffError(f"num_devices={num_devices}, dataset_size={dataset_size}, mfu={mfu!r}: "
-                              "expected counts from 1 up and a share above 0, up to 1")  # fmt: skip
-    chosen = DEVICES[device] if device != "cpu" else measured_cpu(num_devices)
+                              "expected positive counts, and mfu above 0 and at most 1")  # fmt: skip
+    chosen = DEVICES[device] if device != "cpu" else measure_cpu(num_devices)
     mfu = MFU["cpu" if device == "cpu" else "gpu"] if mfu is None else mfu
     planner = _Planner(config, chosen, num_devices, mfu, build_models(config))
     notes = list(planner.models.notes)
     if config.precision == "auto" and not chosen.has_bf16 and device != "cpu":
         notes.append(f"{device} has no bf16, so precision=auto computes in float32; precision=fp16 is faster")
     if num_devices > 1:
-        notes.append("several devices each hold all weights (DDP); FSDP shares out those of the latent training")
+        notes.append("every device holds all weights (DDP); FSDP shards those of latent training")
     vae = [] if config.vae.pretrained else [planner.train_vae()]
     encode = [planner.encode(dataset_size or 1000)] if config.train_latent.cache else []
     return Plan(chosen, num_devices, mfu, (*vae, *encode, planner.train_latent(), planner.sample()), tuple(notes))
@@ -77,7 +77,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Planner:
-    """What the stages' plans share."""
+    """Plans the stages of one run."""
 
     config: Config
     device: Device
@@ -87,8 +87,8 @@ class _Planner:
 
     @property
     def precision(self) -> str:
-        wanted = self.config.precision
-        return wanted if wanted != "auto" else "bf16" if self.device.has_bf16 else "fp32"
+        precision = self.config.precision
+        return precision if precision != "auto" else "bf16" if self.device.has_bf16 else "fp32"
 
     def train_vae(self) -> Stage:
         section, models, one = self.config.train_vae, self.models, torch.ones((), device=META)
@@ -110,15 +110,15 @@ class _Planner:
                 autocast.backward(losses.discriminate(pixels, reconstruction))
 
         adversarial = section.adversarial_weight > 0
-        alone = max(0, min(section.steps, section.adversarial_start - 1)) if adversarial else section.steps
+        vae_steps = max(0, min(section.steps, section.adversarial_start - 1)) if adversarial else section.steps
         modules = [inner, perceptual, discriminator] if adversarial else [inner, perceptual]
         parameters = {"vae": count(inner), "discriminator": adversarial * count(discriminator),
                       "lpips": count(perceptual)}  # fmt: skip
         stage = self._training("train_vae", section, modules, parameters,
                                lambda *_: inner.vae(to_pixels(models.images(1))),
-                               lambda autocast, batch: step(autocast, batch, alone < section.steps))  # fmt: skip
+                               lambda autocast, batch: step(autocast, batch, vae_steps < section.steps))  # fmt: skip
         shorter = self._run(lambda autocast, batch: step(autocast, batch, False), 1).flops
-        total = section.batch_size * (alone * shorter + (section.steps - alone) * stage.step_flops)
+        total = section.batch_size * (vae_steps * shorter + (section.steps - vae_steps) * stage.step_flops)
         return replace(stage, total_flops=total, seconds=self._seconds(total, self.precision))
 
     def train_latent(self) -> Stage:
@@ -131,9 +131,9 @@ class _Planner:
         schedule, prediction = self.config.diffusion.build().to(META), self.config.diffusion.prediction
 
         def loss(batch: int, cached: bool) -> Tensor:
-            given = models.latent_batch(batch, cached=cached, caches_text=cached and not trains_text)
-            x0, noise, t = frozen.draw(given)
-            output = frozen.predict(inner, add_noise(x0, noise, t, schedule), t, given.text)
+            micro_batch = models.latent_batch(batch, cached=cached, caches_text=cached and not trains_text)
+            x0, noise, t = frozen.prepare(micro_batch)
+            output = frozen.predict(inner, add_noise(x0, noise, t, schedule), t, micro_batch.text)
             return diffusion_loss(output, x0, noise, t, prediction, schedule).mean()
 
         parts = {"unet": models.unet, "text encoder": models.text_encoder, "vae": models.vae}
@@ -143,9 +143,9 @@ class _Planner:
                               lambda autocast, batch: autocast.backward(loss(batch, section.cache)))  # fmt: skip
 
     def encode(self, number: int) -> Stage:
-        """Float32, without autocast: the cache's contents do not depend on the precision of the training."""
+        """Plan encoding, in float32 without autocast: the cache does not depend on the training precision."""
         models, caches_text = self.models, not self.config.text_encoder.train
-        flips, batch = 1 + self.config.data.flip, pictures_at_a_time(models.image_size)
+        flips, batch = 1 + self.config.data.flip, encode_batch_size(models.image_size)
 
         def work(autocast: Autocast, batch: int) -> None:
             with torch.no_grad():
@@ -157,13 +157,13 @@ class _Planner:
         run = self._run(work, batch, "fp32")
         features = caches_text * models.text_encoder.max_length * models.text_encoder.context_dim
         values = flips * 2 * math.prod(models.latent_shape) + features
-        disk = {"cache, with one caption a picture" if caches_text else "cache": number * (2 * values + 1)}
+        disk = {"cache, with one caption per picture" if caches_text else "cache": number * (2 * values + 1)}
         parameters = {"vae": count(models.vae), "text encoder": count(models.text_encoder)}
-        name = f"encode {number:,} pictures{', upright and mirrored' if flips == 2 else ''}"
+        name = f"encode {number:,} pictures{', plain and mirrored' if flips == 2 else ''}"
         return self._untrained(name, parameters, 4 * sum(parameters.values()), run, batch, number, "fp32", disk)
 
     def sample(self) -> Stage:
-        """One picture as `LatentPipeline` samples it; passes of the UNet that are alike are run once."""
+        """Plan sampling one picture with `LatentPipeline`; identical UNet passes are counted from a single one."""
         settings, models = self.config.validation, self.models.cast(DTYPES[self.precision])
         guided = settings.guidance_scale != 1
         with Counter() as run, Autocast(DTYPES[self.precision], norms_in_float32=False), torch.no_grad():
@@ -176,7 +176,7 @@ class _Planner:
         parts = {"unet": models.unet, "text encoder": models.text_encoder, "vae": models.vae}
         parameters = {name: count(part) for name, part in parts.items()}
         name = f"sample one picture ({settings.num_steps} steps{', guided' if guided else ''})"
-        stage = self._untrained(name, parameters, sum(map(in_bytes, parts.values())), run, 1, 1, self.precision,
+        stage = self._untrained(name, parameters, sum(map(num_bytes, parts.values())), run, 1, 1, self.precision,
                                 {"finished model": 4 * sum(parameters.values())})  # fmt: skip
         return replace(stage, seconds=self._seconds(run.flops, self.precision, 1))
 
@@ -196,40 +196,40 @@ class _Planner:
             share = BatchPlan(section.batch_size, 0, self.num_devices, section.micro_batch_size)
         except LatentDiffError as error:
             raise LatentDiffError(f"{name}.{error}") from None
-        batch = share.pictures_a_pass
+        batch = share.pictures_per_pass
         trained = [p for module in modules for p in module.parameters() if p.requires_grad]
         for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)  # there from the second micro-batch on, under DDP always
+            parameter.grad = torch.empty_like(parameter)  # allocated from the second micro-batch on, under DDP always
         first, second = self._run(step, batch), self._run(step, 2 * batch)
         number = sum(p.numel() for p in trained)
-        memory = Memory(sum(map(in_bytes, modules)), 4 * number, 8 * number + 4 * len(trained), 4 * number, first.peak)
+        memory = Memory(sum(map(num_bytes, modules)), 4 * number, 8 * number + 4 * len(trained), 4 * number, first.peak)
         slope = (second.peak - first.peak) / batch
-        room = USABLE * self.device.memory * GIB - (memory.total - max(memory.activations, memory.average))
-        most = min(LARGEST, (room - first.peak) / slope + batch) if room > memory.average else 0
+        available = USABLE * self.device.memory * GIB - (memory.total - max(memory.activations, memory.average))
+        most = min(MAX_BATCH, (available - first.peak) / slope + batch) if available > memory.average else 0
         largest = 2 ** int(math.log2(most)) if most >= 1 else 0
         flops = first.flops // batch
         pictures, kept = section.steps * section.batch_size, section.keep_checkpoints
-        disk = {f"{kept} checkpoints, and one being written": (kept + 1) * 16 * number}  # weights, average, two moments
-        alone = self._run(forward, 1, "fp32").flops
-        stage = Stage(name, parameters, number, batch, alone, flops, pictures, pictures * flops, self.precision, memory,
-                      self._fits(memory.total), largest, self._seconds(pictures * flops, self.precision),
-                      disk)  # fmt: skip
+        disk = {f"{kept} checkpoints and one being written": (kept + 1) * 16 * number}  # weights, EMA, two moments
+        forward_flops = self._run(forward, 1, "fp32").flops
+        stage = Stage(name, parameters, number, batch, forward_flops, flops, pictures, pictures * flops,
+                      self.precision, memory, self._fits(memory.total), largest,
+                      self._seconds(pictures * flops, self.precision), disk)  # fmt: skip
         return replace(stage, advice=self._advice(stage, section, share))
 
     def _advice(self, stage: Stage, section: TrainSection, share: BatchPlan) -> tuple[str, ...]:
-        whole, advice = share.pictures_a_pass * share.accumulation_steps, []
-        fitting = max((n for n in range(1, min(whole, stage.largest_batch) + 1) if whole % n == 0), default=0)
+        total, advice = share.pictures_per_pass * share.accumulation_steps, []
+        fitting = max((n for n in range(1, min(total, stage.largest_batch) + 1) if total % n == 0), default=0)
         if not stage.fits:
             if not section.gradient_checkpointing:
-                advice.append(f"{stage.name}.gradient_checkpointing=true keeps fewer activations")
+                advice.append(f"{stage.name}.gradient_checkpointing=true stores fewer activations")
             if 0 < fitting < stage.batch:
-                advice.append(f"{stage.name}.micro_batch_size={fitting} fits, with the same batch_size")
+                advice.append(f"{stage.name}.micro_batch_size={fitting} fits, at the same batch_size")
             if not fitting and self.num_devices > 1 and stage.name == "train_latent":
                 states = stage.memory.total - stage.memory.activations
-                shared = states // self.num_devices + stage.memory.activations
-                advice.append(f"with FSDP over the {self.num_devices} devices: {gib(shared)} on each (estimate)")
+                sharded = states // self.num_devices + stage.memory.activations
+                advice.append(f"with FSDP over the {self.num_devices} devices: {gib(sharded)} on each (estimate)")
             elif not fitting and not advice:
-                advice.append("not even one picture a pass fits: choose a smaller model or a device with more memory")
+                advice.append("not even one picture per pass fits: choose a smaller model or a device with more memory")
         elif fitting >= 2 * stage.batch:
             advice.append(f"there is room for {stage.name}.micro_batch_size={fitting}: fewer, larger passes")
         return tuple(advice)
@@ -249,10 +249,10 @@ class _Planner:
 
 
 def count(module: nn.Module) -> int:
-    """Parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in module.parameters())
 
 
-def in_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters."""
+def num_bytes(module: nn.Module) -> int:
+    """Return the size of the parameters in bytes."""
     return sum(p.nbytes for p in module.parameters())

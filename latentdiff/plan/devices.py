@@ -1,4 +1,4 @@
-"""What devices can compute: GPUs by their vendors' figures, this machine's CPU measured."""
+"""Peak speed and memory of devices: vendor figures for GPUs, a measurement for this machine's CPU."""
 
 import time
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import torch
 from ..device import computes_in_bf16
 
 GIB = 2**30
-USABLE = 0.9  # share of a device's memory; the rest is for libraries, their work space and gaps between tensors
+USABLE = 0.9  # share of a device's memory; the rest is for libraries, workspaces and fragmentation
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device: the vendor's figures for dense matrices, or for the CPU what was measured."""
+    """A device with its peak for dense matmuls."""
 
     name: str
-    memory: float  # GiB that programs see
-    half: float  # TFLOP/s in bf16, or fp16 where there is no bf16
-    single: float  # TFLOP/s in float32; TF32 where the GPU has it
+    memory: float  # GiB available to programs
+    half: float  # TFLOP/s in bf16, or fp16 if there is no bf16
+    single: float  # TFLOP/s in float32, or TF32 if the GPU has it
     has_bf16: bool = True
 
 
@@ -41,8 +41,8 @@ DEVICES = {device.name: device for device in (
 )}  # fmt: skip
 
 
-def measured_cpu(num_processes: int) -> Device:
-    """This machine's share for each of some processes; the peak is that of a matrix product of one second."""
+def measure_cpu(num_processes: int) -> Device:
+    """Return one process's share of this machine, with its peak measured by a second of matmuls per dtype."""
     memory = psutil.virtual_memory().total / GIB / num_processes
     bf16 = computes_in_bf16(torch.device("cpu"))
     single = _matmul_speed(torch.float32) / num_processes
@@ -51,10 +51,10 @@ def measured_cpu(num_processes: int) -> Device:
 
 
 def _matmul_speed(dtype: torch.dtype) -> float:
-    """TFLOP/s."""
+    """Return the measured speed in TFLOP/s."""
     size, count = 1024, 0
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    torch.mm(a, b)  # the first one prepares
+    torch.mm(a, b)  # warm up
     start = time.perf_counter()
     while (seconds := time.perf_counter() - start) < 1 or not count:
         torch.mm(a, b)

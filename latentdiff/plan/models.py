@@ -1,4 +1,4 @@
-"""The three models of a run, and the batches they are trained on, on PyTorch's meta device: shapes without memory."""
+"""The three models of a run and their training batches on PyTorch's meta device: shapes without memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..files.open import read_json
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """As much of a tokenizer as a text encoder asks for before there is text."""
+    """Stand-in for a tokenizer, with what a text encoder needs before there is text."""
 
     size: int
     model_max_length: int
@@ -36,47 +36,47 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Models:
-    """The three models of a run, on the meta device, and what had to be assumed of them."""
+    """The three models of a run, and in `notes` what had to be assumed about them."""
 
     vae: VAE
     text_encoder: TextEncoder
     unet: UNet
-    image_size: int  # pixels a side
+    image_size: int  # pixels per side
     notes: tuple[str, ...] = ()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w)."""
+        """Shape of the latents of one picture, (c, h, w)."""
         size = self.image_size // self.vae.config.downsampling
         return self.vae.config.latent_channels, size, size
 
     def tokens(self, batch: int) -> Tokens:
-        """Captions of a batch."""
+        """Return the tokenized captions of a batch."""
         length = self.text_encoder.max_length
         with torch.device("meta"):
             return Tokens(torch.zeros(batch, length, dtype=torch.int64), torch.ones(batch, length, dtype=torch.bool))
 
     def images(self, batch: int) -> Tensor:
-        """Pictures of a batch, (B, H, W, 3) uint8."""
+        """Return the pictures of a batch, (B, H, W, 3) uint8."""
         return torch.empty(batch, self.image_size, self.image_size, 3, dtype=torch.uint8, device="meta")
 
     def noise(self, batch: int) -> Tensor:
-        """Noise of a batch, or its latents, (B, c, h, w)."""
+        """Return the noise or the latents of a batch, (B, c, h, w)."""
         return torch.empty(batch, *self.latent_shape, device="meta")
 
     def latent_batch(self, batch: int, *, cached: bool, caches_text: bool) -> LatentBatch:
-        """A micro-batch of latent training."""
+        """Return a micro-batch of latent training."""
         t, text = torch.zeros(batch, dtype=torch.int64, device="meta"), self.tokens(batch)
-        given: Tokens | Tensor = text
+        captions: Tokens | Tensor = text
         if caches_text:
             width = self.text_encoder.context_dim
-            given = torch.empty(*text.tokens.shape, width, dtype=torch.float16, device="meta")
+            captions = torch.empty(*text.tokens.shape, width, dtype=torch.float16, device="meta")
         if cached:
-            return CachedBatch(self.noise(batch), self.noise(batch), t, given, [])
-        return RawBatch(self.images(batch), self.noise(batch), self.noise(batch), t, given, [])
+            return CachedBatch(self.noise(batch), self.noise(batch), t, captions, [])
+        return RawBatch(self.images(batch), self.noise(batch), self.noise(batch), t, captions, [])
 
     def cast(self, dtype: torch.dtype) -> Models:
-        """Copies with weights in another dtype, without gradients: for drawing."""
+        """Return copies for sampling: weights in another dtype, without gradients."""
         vae, text, unet = copy.deepcopy((self.vae, self.text_encoder, self.unet))
         for model in (vae, text, unet):
             model.to(dtype).eval().requires_grad_(False)
@@ -85,43 +85,39 @@ class Models:
 
 
 def build_models(config: Config) -> Models:
-    """The models that a config describes; of pretrained ones the configs are read, and nothing else.
-
-    Raises:
-        LatentDiffError: the sizes do not fit, or a named model is not there.
-    """
+    """Build the models of a config; of pretrained ones, only the configs are read."""
     notes: list[str] = []
     with torch.device("meta"):
-        named = _values("vae", config.vae.pretrained)
-        vae = VAE(VAEConfig.from_diffusers(named) if named else config.vae.build(config.data.image_size))
-        text = _text_encoder(config, notes)
+        known = _read_config("vae", config.vae.pretrained)
+        vae = VAE(VAEConfig.from_diffusers(known) if known else config.vae.build(config.data.image_size))
+        text = _build_text_encoder(config, notes)
         if config.data.image_size % (factor := vae.config.downsampling):
             raise LatentDiffError(f"data.image_size={config.data.image_size}: expected a multiple of {factor}")
         size = config.data.image_size // factor
-        named, channels = _values("unet", config.unet.pretrained), vae.config.latent_channels
-        unet = UNet(UNetConfig.from_diffusers(named) if named else config.unet.build(channels, text.context_dim, size))
+        known, channels = _read_config("unet", config.unet.pretrained), vae.config.latent_channels
+        unet = UNet(UNetConfig.from_diffusers(known) if known else config.unet.build(channels, text.context_dim, size))
     return Models(vae, text, unet, config.data.image_size, tuple(notes))
 
 
-def _values(part: str, named: str | None) -> Any:
-    if not named:
+def _read_config(part: str, pretrained: str | None) -> Any:
+    if not pretrained:
         return None
-    return read_json(Path(part_folder(named, part)) / "config.json", f"{part}.pretrained={named} needs it")
+    return read_json(Path(part_folder(pretrained, part)) / "config.json", f"{part}.pretrained={pretrained} needs it")
 
 
-def _text_encoder(config: Config, notes: list[str]) -> TextEncoder:
+def _build_text_encoder(config: Config, notes: list[str]) -> TextEncoder:
     from transformers import BertConfig, BertModel, PretrainedConfig
 
     section = config.text_encoder
     if not section.pretrained:
-        notes.append(f"text_encoder.vocab_size={section.vocab_size} is the most; captions may give fewer entries")
+        notes.append(f"text_encoder.vocab_size={section.vocab_size} is an upper limit; captions may yield fewer")
         return TextEncoder.new(section.build(), Vocabulary(section.vocab_size, section.max_length))
-    try:  # a folder, or what was downloaded before: the network is not asked
+    try:  # a folder or an earlier download; the network is not used
         folder = part_folder(section.pretrained, "text_encoder")
         values, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
         kind: Any = MODELS[str(values.get("model_type"))]
         sizes = kind.config_class.from_dict(values.get("text_config", values))
     except (OSError, KeyError):
-        notes.append(f"{section.pretrained} is not on this machine: BERT-base is assumed in its place")
+        notes.append(f"{section.pretrained} is not on this machine; BERT-base is assumed instead")
         kind, sizes = BertModel, BertConfig()
     return TextEncoder(kind(sizes), Vocabulary(sizes.vocab_size, section.max_length), section.max_length)

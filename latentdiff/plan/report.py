@@ -1,4 +1,4 @@
-"""A plan as numbers and as text."""
+"""A plan, as numbers and as text."""
 
 from dataclasses import dataclass
 
@@ -7,44 +7,44 @@ from .devices import GIB, Device
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device; all but the activations are exact."""
+    """Bytes per device, exact except for the activations."""
 
     weights: int
     gradients: int = 0
     optimizer: int = 0
     average: int = 0
-    activations: int = 0  # and half-precision copies and temporary tensors: the most at once
+    activations: int = 0  # at their peak, with half-precision copies and temporary tensors
 
     @property
     def total(self) -> int:
-        """The estimated peak: in the passes, or after them, when the average's update takes one more copy."""
+        """Estimated peak, reached in the passes or in the update of the average, which takes one more copy."""
         return sum((self.weights, self.gradients, self.optimizer, self.average, max(self.activations, self.average)))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. FLOPs are those of a picture; a multiply-add is two."""
+    """The plan of one stage, with FLOPs per picture; a multiply-add counts as two."""
 
     name: str
     parameters: dict[str, int]
     trained: int  # parameters
-    batch: int  # pictures a pass and device
+    batch: int  # pictures per pass and device
     forward_flops: int
-    step_flops: int  # forward and backward, with what is recomputed; of a stage that does not train: all
+    step_flops: int  # forward and backward with recomputation; forward only if the stage does not train
     pictures: int  # in the whole stage
     total_flops: int
     precision: str
     memory: Memory
     fits: bool
-    largest_batch: int  # power of two that is estimated to fit; 0: none
+    largest_batch: int  # the largest power of two estimated to fit; 0 if none
     seconds: float  # estimated
-    disk: dict[str, int]  # bytes by what they are for
+    disk: dict[str, int]  # bytes by purpose
     advice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages on some devices."""
+    """The plan of all stages on a number of devices."""
 
     device: Device
     num_devices: int
@@ -54,18 +54,18 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage is estimated to fit."""
+        """Whether every stage is estimated to fit in memory."""
         return all(stage.fits for stage in self.stages)
 
     def lines(self) -> list[str]:
-        """The plan as text."""
+        """Format the plan as text."""
         device = self.device
-        origin = "measured with matrix products" if device.name == "cpu" else "the vendor's figures without sparsity"
+        origin = "measured with matmuls" if device.name == "cpu" else "vendor figures without sparsity"
         speed = f"{device.half:.3g} TFLOP/s in half precision, {device.single:.3g} in float32 ({origin})"
         head = [
             f"{self.num_devices} x {device.name}: {device.memory:.1f} GiB each, {speed}",
-            "parameters and FLOPs are counted; memory and times (of passes only) are estimates;",
-            f"the device is assumed to reach {self.mfu:.0%} of its peak (--mfu); a single small picture waits longer",
+            "parameters and FLOPs are counted; memory and time (of passes only) are estimates;",
+            f"the device is assumed to reach {self.mfu:.0%} of its peak (--mfu); a single small picture reaches less",
         ]
         end = f"estimate: the run {'fits' if self.fits else 'does not fit'} on {self.num_devices} x {device.name}"
         return [*head, *(line for stage in self.stages for line in ["", *_stage_lines(stage)]),
@@ -73,19 +73,19 @@ class Plan:
 
 
 def _stage_lines(stage: Stage) -> list[str]:
-    memory, each = stage.memory, ", ".join(f"{name} {number:,}" for name, number in stage.parameters.items() if number)
-    rows = [("parameters", each + (f"; {stage.trained:,} are trained" if stage.trained else ""))]
+    memory, sizes = stage.memory, ", ".join(f"{name} {number:,}" for name, number in stage.parameters.items() if number)
+    rows = [("parameters", sizes + (f"; {stage.trained:,} trainable" if stage.trained else ""))]
     flops = f"{stage.forward_flops / 1e9:,.1f} GFLOP forward"
     if stage.trained:
         flops += f", {stage.step_flops / 1e9:,.1f} forward and backward ({stage.step_flops / stage.forward_flops:.2f}x)"
     rows.append(("one picture", f"{flops}, in {stage.precision}"))
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
              "average": memory.average, "activations": memory.activations}  # fmt: skip
-    inside = " + ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-    rows.append(("memory", f"estimate {gib(memory.total)} a device with {stage.batch} a pass: {inside}"))
+    breakdown = " + ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+    rows.append(("memory", f"estimate {gib(memory.total)} per device at {stage.batch} per pass: {breakdown}"))
     verdict = "fits (estimate)" if stage.fits else "DOES NOT FIT (estimate)"
     if stage.trained:
-        verdict += f"; the largest power of two a pass that fits: {stage.largest_batch or 'none'}"
+        verdict += f"; largest power of two per pass that fits: {stage.largest_batch or 'none'}"
     rows.append(("verdict", verdict))
     rows += [("disk", f"{what}: {gib(size)}") for what, size in stage.disk.items()]
     rows.append(("time", f"estimate {_duration(stage.seconds)} for {stage.total_flops / 1e12:,.3g} TFLOP"))
@@ -94,7 +94,7 @@ def _stage_lines(stage: Stage) -> list[str]:
 
 
 def gib(size: float) -> str:
-    """Bytes for people."""
+    """Format a number of bytes as GiB or MiB."""
     return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 

@@ -1,1 +1,1 @@
-"""From prompts to pictures: `LatentPipeline`, the loop beneath it, and what a user may ask of it."""
+"""Sampling from prompts: `LatentPipeline`, its settings, and the sampling loop beneath it."""

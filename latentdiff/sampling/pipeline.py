@@ -1,4 +1,4 @@
-"""`LatentPipeline`: prompts in, pictures out, with a model that was trained here or by anyone in diffusers' layout."""
+"""`LatentPipeline`: text-to-image generation with models trained here or saved in diffusers' layout."""
 
 import inspect
 import json
@@ -24,11 +24,16 @@ from .prompts import as_list
 from .settings import SamplingOptions, SamplingSettings
 
 Prompt = str | Sequence[str]
-METADATA = "latentdiff"  # key of the settings in a picture's metadata
+METADATA = "latentdiff"  # key of the sampling settings in an image's metadata
 
 
 class LatentPipeline(ModelParts):
-    """VAE, UNet, text encoder and noise schedule, in evaluation mode on one device."""
+    """A text-to-image model: VAE, UNet, text encoder and noise schedule, in evaluation mode on one device.
+
+    Prompts and options mean the same in all methods, see `__call__`. Input images are Pillow images or file names; they
+    are center-cropped and resized to the output size. Methods raise LatentDiffError on an unknown setting, a value out
+    of range, or a file that cannot be read or written.
+    """
 
     @classmethod
     def from_pretrained(
@@ -41,99 +46,81 @@ class LatentPipeline(ModelParts):
         tokenizer: str | Path | None = None,
         attention: str = "sdpa",
     ) -> Self:
-        """Open a model.
+        """Load a model; raise LatentDiffError if it is missing, damaged or not supported.
 
         Args:
-            name: a model that comes with the package (None: the default one), a folder in diffusers' layout or a
-                training's output, a `.safetensors` file in the original layout, or a name on the Hugging Face hub.
-            device: None: CUDA, Apple's GPU or the CPU, whichever there is.
-            dtype: None: bfloat16 where the device computes in it, else float32.
+            name: a model that ships with the package (None: the default one), a folder in diffusers' layout, the output
+                of a training run, a `.safetensors` file in the original layout, or a name on the Hugging Face Hub.
+            device: default: CUDA, else Apple's GPU, else the CPU.
+            dtype: default: bfloat16 where the device has fast support for it, else float32.
             variant: of the weight files, such as `fp16`.
-            tokenizer: folder, for a single file that brings none.
+            tokenizer: folder of a tokenizer, for a `.safetensors` file without one.
             attention: backend of the UNet's attention layers, `sdpa` or `xformers` (NVIDIA GPUs; the extra `xformers`).
-
-        Raises:
-            LatentDiffError: it is not there, damaged, or not supported.
         """
-        place = as_device(device)
-        check_attention(attention, place)
-        dtype = (torch.bfloat16 if computes_in_bf16(place) else torch.float32) if dtype is None else dtype
-        parts = open_model(name, device=place, dtype=dtype, variant=variant, tokenizer=tokenizer)
+        device = as_device(device)
+        check_attention(attention, device)
+        dtype = (torch.bfloat16 if computes_in_bf16(device) else torch.float32) if dtype is None else dtype
+        parts = open_model(name, device=device, dtype=dtype, variant=variant, tokenizer=tokenizer)
         parts.unet.set_attention_backend(attention)
         return cls(vae=parts.vae, unet=parts.unet, text_encoder=parts.text_encoder, **parts.process._asdict())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder that `from_pretrained` and diffusers' StableDiffusionPipeline open.
-
-        Raises:
-            LatentDiffError: it cannot be written, or diffusers has no name for the prediction.
-        """
+        """Save the model to a folder that `from_pretrained` and diffusers' StableDiffusionPipeline can load."""
         save_model(Path(folder), vae=self.vae, unet=self.unet, text_encoder=self.text_encoder, process=self.process)
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
-        """For diffusers schedulers: `UniPCMultistepScheduler.from_config(pipe.scheduler_config)`."""
+        """Config for a diffusers scheduler: `UniPCMultistepScheduler.from_config(pipe.scheduler_config)`."""
         return scheduler_config(self.process)
 
-    def to(self, *place: torch.device | str | torch.dtype, device: Any = None, dtype: Any = None) -> Self:
-        """Move or cast all parts, in place: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
-        for one in place:
-            device, dtype = (device, one) if isinstance(one, torch.dtype) else (one, dtype)
+    def to(self, *args: torch.device | str | torch.dtype, device: Any = None, dtype: Any = None) -> Self:
+        """Move or cast all parts in place: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
+        for arg in args:
+            device, dtype = (device, arg) if isinstance(arg, torch.dtype) else (arg, dtype)
         for part in (self.vae, self.unet, self.text_encoder):
             part.to(device=device, dtype=dtype)
         if dtype == torch.float16 and self.vae.config.force_upcast:
-            self.vae.float()  # it says that it overflows in float16
+            self.vae.float()  # its config says that it overflows in float16
         return self
 
     def compile(self, **options: Any) -> Self:
-        """Compile the UNet's pass with torch.compile; the first picture of each size takes longer."""
+        """Compile the UNet with torch.compile; the first image of each size takes longer."""
         self.network = cast(Network, torch.compile(self.unet, **{"fullgraph": True, **options}))
         return self
 
     def __call__(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> list[Image.Image]:
-        """Sample pictures of prompts.
+        """Generate images from prompts.
 
         Args:
-            prompt: one or several; "a (red:1.4) apple" weights words.
-            options: the fields of `SamplingSettings`, which says what they mean: `num_steps`, `guidance_scale`,
-                `sampler`, `seed`, `negative_prompt`, `num_images`, `height`, `width` and the rarer ones.
+            prompt: one prompt or several; "a (red:1.4) apple" weights words.
+            options: fields of `SamplingSettings`: `num_steps`, `guidance_scale`, `sampler`, `seed`, `negative_prompt`,
+                `num_images`, `height`, `width` and others.
 
         Returns:
-            The pictures, those of one prompt together. `image.info["latentdiff"]` are the settings as JSON.
-
-        Raises:
-            LatentDiffError: a setting is unknown or out of range.
+            The images, grouped by prompt. `image.info["latentdiff"]` holds the settings as JSON.
         """
         return self._sample(as_list(prompt), SamplingSettings.of(options))
 
     def stream(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Iterator[Step]:
-        """Sample prompts, all at once, and yield after every step; `pipe.decode(step.x0)` shows what is expected."""
+        """Generate all images as one batch, yielding after every step; `pipe.decode(step.x0)` gives previews."""
         prompts, settings = as_list(prompt), SamplingSettings.of(options)
         seeds = settings.seeds(len(prompts) * settings.num_images)
         return self.steps(self.features(prompts, settings), seeds, settings)
 
     def sample_features(self, features: Features, **options: Unpack[SamplingOptions]) -> Tensor:
-        """Text features (B, L, D) to latents (B, c, h, w); with `enable_grad=True` their graph is kept.
-
-        Raises:
-            LatentDiffError: as a call.
-        """
+        """Sample latents (B, c, h, w) from text features (B, L, D), differentiably with `enable_grad=True`."""
         settings = SamplingSettings.of(options)
-        return last(self.steps(features, settings.seeds(len(features.wanted)), settings)).x
+        return last(self.steps(features, settings.seeds(len(features.cond)), settings)).x
 
     def img2img(
         self, prompt: Prompt, image: Picture, strength: float = 0.6, **options: Unpack[SamplingOptions]
     ) -> list[Image.Image]:
-        """Start from a picture: noise it, then denoise it to a prompt.
+        """Add noise to an image and denoise it to a prompt.
 
         Args:
-            prompt: as in a call.
-            image: Pillow picture or file; cut and resized to what is sampled.
-            strength: above 0, to 1: how much noise, and what share of the steps is run.
-            options: as in a call.
-
-        Raises:
-            LatentDiffError: a setting is out of range, or the picture cannot be read.
+            prompt: one prompt or several.
+            image: the image to start from.
+            strength: above 0 and at most 1: how much noise to add, and what fraction of the steps to run.
         """
         settings = SamplingSettings.of(options)
         return self._sample(as_list(prompt), settings, editing.init_image(self, image, strength, settings))
@@ -141,49 +128,39 @@ class LatentPipeline(ModelParts):
     def inpaint(
         self, prompt: Prompt, image: Picture, mask: Picture, strength: float = 1.0, **options: Unpack[SamplingOptions]
     ) -> list[Image.Image]:
-        """Sample the white part of the mask anew; the rest stays as it is.
+        """Regenerate the white part of a mask and leave the rest of the image unchanged.
 
         Args:
-            prompt: as in a call.
-            image: Pillow picture or file; cut and resized to what is sampled.
-            mask: of the picture's size; white is sampled, black stays, grey is mixed.
-            strength: above 0, to 1: 1 forgets what was under the mask.
-            options: as in a call.
-
-        Raises:
-            LatentDiffError: a setting is out of range, or the mask's size is not the picture's.
+            prompt: one prompt or several.
+            image: the image to edit.
+            mask: an image of the same size: white is regenerated, black is kept, gray is blended.
+            strength: above 0 and at most 1, which regenerates the masked part from pure noise.
         """
         settings = SamplingSettings.of(options)
-        init, pixels, whole = editing.masked_image(self, image, mask, strength, settings)
-        return [paste(one, pixels, whole) for one in self._sample(as_list(prompt), settings, init)]
+        init, pixels, pixel_mask = editing.masked_image(self, image, mask, strength, settings)
+        return [paste(sampled, pixels, pixel_mask) for sampled in self._sample(as_list(prompt), settings, init)]
 
     def invert(
         self, image: Picture, prompt: str = "", *, num_steps: int = 100, guidance_scale: float = 1.0
     ) -> Inversion:
-        """Find the noise from which `ddim` samples a picture, and sample it again to see how well.
+        """Find the noise from which `ddim` samples an image, and sample from it to measure the error.
 
         Args:
-            image: Pillow picture or file; cut and resized to the model's size.
-            prompt: the picture's caption, or nothing.
-            num_steps: more lose less.
-            guidance_scale: 1 is off; guidance makes the way back less sure.
-
-        Raises:
-            LatentDiffError: the picture cannot be read, or a number is out of range.
+            image: the image to invert, resized to the model's default size.
+            prompt: caption of the image, if any.
+            num_steps: more steps lose less.
+            guidance_scale: 1 disables guidance; larger values make inversion less accurate.
         """
         return editing.invert(self, image, prompt, num_steps, guidance_scale)
 
     def interpolate(self, a: Any, b: Any, n: int = 8, **options: Unpack[SamplingOptions]) -> list[Image.Image]:
-        """Walk from one end to the other, in noise and in text features at once.
+        """Interpolate between two endpoints, in noise and in text features at once.
 
         Args:
-            a: a prompt, a picture, or a pair (picture, prompt). A picture is inverted first, by `ddim`.
-            b: the other end.
-            n: pictures, both ends included; from 2 up.
-            options: as in a call. With one `seed` both prompts start from the same noise, with two each from its own.
-
-        Raises:
-            LatentDiffError: a setting is out of range.
+            a: a prompt, an image, or a pair (image, prompt). Images are inverted first, and the sampler is `ddim`.
+            b: the other endpoint.
+            n: number of images, at least 2, including both endpoints.
+            options: with one `seed` both prompts start from the same noise, with two each from its own.
         """
         return editing.interpolate(self, a, b, n, options)
 
@@ -196,17 +173,14 @@ class LatentPipeline(ModelParts):
         image: Picture | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[Image.Image]:
-        """Sample a prompt with more, or less, of a feature.
+        """Generate images of a prompt with more, or less, of a feature.
 
         Args:
-            prompt: what to sample, "a noto emoji of a face".
-            feature: the same with the feature, "a noto emoji of a smiling face"; or a pair (without, with).
-            amount: 0 changes nothing, 1 adds the difference once, negative numbers take away.
-            image: start from this picture's noise, found by `invert` with the prompt, instead of the seed's.
-            options: as in a call; with an image the sampler is `ddim`, and guidance is off unless given.
-
-        Raises:
-            LatentDiffError: a setting is out of range.
+            prompt: what to generate, such as "a noto emoji of a face".
+            feature: the prompt with the feature, such as "a noto emoji of a smiling face", or a pair (without, with).
+            amount: multiple of the two predictions' difference to add; 0 changes nothing, negative values subtract it.
+            image: start from this image's noise, found by inverting it with the prompt, instead of the seed's.
+            options: with an image the sampler is `ddim`, and guidance is off by default.
         """
         return editing.exaggerate(self, prompt, feature, amount, image, options)
 
@@ -215,14 +189,14 @@ class LatentPipeline(ModelParts):
     ) -> list[Image.Image]:
         seeds = settings.seeds(len(prompts) * settings.num_images)
         images = self.sample_images(self.features(prompts, settings), seeds, settings, init)
-        for place, image in enumerate(images):
-            facts = settings.metadata(prompts, place, seeds[place])
-            image.info[METADATA] = json.dumps(facts if init is None else {**facts, "strength": init.strength})
+        for index, image in enumerate(images):
+            metadata = settings.metadata(prompts, index, seeds[index])
+            image.info[METADATA] = json.dumps(metadata if init is None else {**metadata, "strength": init.strength})
         return images
 
 
 def _signature() -> inspect.Signature:
-    """That of a call with the settings spelt out, for `help` and notebooks."""
+    """Return the signature of a call with all settings spelled out, for `help` and notebooks."""
     names, kinds = SamplingSettings.model_fields, inspect.Parameter
     first = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in ("self", "prompt")]
     rest = [kinds(name, kinds.KEYWORD_ONLY, default=field.default) for name, field in names.items()]

@@ -1,4 +1,4 @@
-"""Prompts to text features, with weights: in "a (red:1.4) apple" the word red counts 1.4 times."""
+"""Prompts to text features, with weights: "a (red:1.4) apple" gives the word red a weight of 1.4."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from text_encoder import TextEncoder
 
 from ..errors import LatentDiffError
 
-WEIGHTED = re.compile(r"\(([^()]+):\s*(-?\d+(?:\.\d+)?)\)")  # other parentheses are text
+WEIGHTED = re.compile(r"\(([^()]+):\s*(-?\d+(?:\.\d+)?)\)")  # other parentheses are plain text
 MAX_WEIGHT = 10.0
 
 
@@ -24,11 +24,7 @@ class Span(NamedTuple):
 
 
 def parse(prompt: str) -> tuple[str, list[Span]]:
-    """The prompt without its weights, and where they apply.
-
-    Raises:
-        LatentDiffError: a weight beyond 10.
-    """
+    """Return the prompt without its weights, and the spans to which they apply."""
     text, spans, done = "", [], 0
     for match in WEIGHTED.finditer(prompt):
         words, weight = match[1], float(match[2])
@@ -41,11 +37,7 @@ def parse(prompt: str) -> tuple[str, list[Span]]:
 
 
 def as_list(prompt: str | Sequence[str]) -> list[str]:
-    """One prompt or several, as a list.
-
-    Raises:
-        LatentDiffError: not text, or no prompt at all.
-    """
+    """Return one prompt or several as a list; raise LatentDiffError if there are none or one is not a string."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
     if not prompts or not all(isinstance(entry, str) for entry in prompts):
         raise LatentDiffError(f"prompt={prompt!r:.200}: expected a string or a list of at least one string")
@@ -55,13 +47,10 @@ def as_list(prompt: str | Sequence[str]) -> list[str]:
 def text_features(
     encoder: TextEncoder, prompts: Sequence[str], encode: Callable[[list[str]], Tensor] | None = None
 ) -> Tensor:
-    """Features (B, L, D). A weight w moves a token's feature from the empty prompt's at its place: 1 changes nothing.
+    """Return text features (B, L, D), encoding each distinct prompt once.
 
-    Every distinct prompt is encoded once, by `encode` where it is given: a call of the encoder in another way.
-
-    Raises:
-        LatentDiffError: a weight beyond 10.
-        TextEncoderError: a prompt is not valid text.
+    A weight w scales the difference between a token's feature and the empty prompt's at that position; 1 changes
+    nothing. `encode` replaces the call of the encoder. Raises LatentDiffError on a weight beyond 10.
     """
     parsed = {prompt: parse(prompt) for prompt in prompts}
     encode = encode or encoder
@@ -71,12 +60,12 @@ def text_features(
         empty = encode([""])
         context = torch.where((weights == 1)[..., None].to(context.device), context,
                               empty + weights[..., None].to(context) * (context - empty))  # fmt: skip
-    place = {prompt: index for index, prompt in enumerate(parsed)}
-    return context[[place[prompt] for prompt in prompts]]
+    row = {prompt: index for index, prompt in enumerate(parsed)}
+    return context[[row[prompt] for prompt in prompts]]
 
 
 def token_weights(encoder: TextEncoder, text: str, spans: Sequence[Span]) -> Tensor:
-    """The weight of each token, (L,)."""
+    """Return the weight of each token, (L,)."""
     weights = torch.ones(encoder.max_length)
     if spans:
         batch = encoder.tokenizer(text, truncation=True, max_length=encoder.max_length, return_offsets_mapping=True)

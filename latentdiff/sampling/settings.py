@@ -1,6 +1,6 @@
-"""How to sample, apart from what: one model of settings for the API, the command line and the evaluation.
+"""Sampling settings, shared by the API, the command line and the evaluation.
 
-Nothing heavy is imported here: the command line shows these settings in its help.
+Nothing heavy is imported here, because the command line's help lists these settings.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def _interval(value: object) -> object:
     if (
         isinstance(value, list | tuple)
         and len(value) == 2
-        and all(is_int(one) or isinstance(one, float) for one in value)
+        and all(is_int(bound) or isinstance(bound, float) for bound in value)
     ):
         return tuple(map(float, value))
     if value is not None:
-        raise ValueError("two numbers (low, high), of sigma/alpha")
+        raise ValueError("two numbers (low, high) in units of sigma/alpha")
     return None
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The fields of `SamplingSettings` as keywords, for type checkers."""
+    """The fields of `SamplingSettings` as keyword arguments, for type checkers."""
 
     negative_prompt: str | Sequence[str]
     num_steps: int
@@ -58,45 +58,41 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class SamplingSettings(BaseModel):
-    """Settings of one call, checked; what depends on the model is checked where it is used.
-
-    Raises:
-        LatentDiffError: a setting is unknown or out of range.
-    """
+    """Settings of a sampling call; raises LatentDiffError on an unknown setting or one out of range."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     negative_prompt: Any = ""
-    """What to steer away from: one for all prompts, or one each."""
+    """What to steer away from: one prompt for all, or one for each prompt."""
     num_steps: int = 25
-    """Network evaluations, 1 to the number of timesteps (twice as many passes with guidance)."""
+    """Number of denoising steps, up to the number of timesteps; guidance doubles the cost of each."""
     guidance_scale: Number = 5.0
-    """How strongly to follow the prompt; 1 is off, and twice as fast."""
+    """How strongly to follow the prompt; 1 disables guidance and is twice as fast."""
     guidance_rescale: Number = 0.0
-    """0 to 1: against oversaturation (arXiv 2305.08891)."""
+    """0 to 1: how strongly to counteract oversaturation (arXiv 2305.08891)."""
     guidance_interval: Annotated[tuple[float, float] | None, BeforeValidator(_interval)] = None
-    """Noise levels sigma/alpha, low and high, between which guidance is on (arXiv 2404.07724)."""
+    """Range (low, high) of noise levels sigma/alpha in which guidance is on (arXiv 2404.07724); default: everywhere."""
     sampler: Any = "dpmpp_2m"
     """`ddpm`, `ddim`, `euler`, `dpmpp_2m`, `dpmpp_2m_sde`, or a diffusers scheduler object."""
     eta: Number | None = None
-    """Of `ddim`: 0 is deterministic, 1 is `ddpm`."""
+    """For `ddim` only: 0 (the default) is deterministic, 1 is `ddpm`."""
     seed: Any = None
-    """Of the first picture, the next have seed + 1, ...; or one each; or None for random ones. A picture depends on its
-    own seed, not on its neighbours."""
+    """Seed of the first image (the others get seed + 1, ...), or one seed per image; default: random. An image depends
+    on its own seed only, not on the rest of the batch."""
     num_images: Count = 1
-    """Pictures a prompt."""
+    """Images per prompt."""
     height: Any = None
-    """Pixels, a multiple of the VAE's factor; by default as in training."""
+    """Height in pixels, a multiple of the VAE's downsampling factor; default: as in training."""
     width: Any = None
-    """Pixels."""
+    """Width in pixels, likewise."""
     latents: Any = None
-    """Standard normal noise to start from, (pictures, c, h, w), instead of the seed's."""
+    """Standard normal noise to start from, (images, c, h, w), instead of the seed's."""
     batch_size: Count = 16
-    """Pictures at a time."""
+    """Number of images sampled at a time."""
     progress: Flag = True
-    """A bar, where there is a terminal."""
+    """Show a progress bar if there is a terminal."""
     enable_grad: Flag = False
-    """Keep the graph, from the text features to the latents."""
+    """Keep the autograd graph from text features to latents."""
 
     def __init__(self, **values: Any) -> None:
         for name in values:
@@ -108,43 +104,35 @@ class SamplingSettings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name, expected = str(first["loc"][0]), re.sub("^(Input should be|Value error,) ", "", first["msg"])
-            expected = expected.replace("valid integer", "whole number").replace("valid ", "")
+            expected = expected.replace("a valid integer", "an integer").replace("valid ", "")
             raise LatentDiffError(f"{name}={values[name]!r:.200}: expected {expected}") from None
 
     @classmethod
     def of(cls, options: SamplingOptions) -> SamplingSettings:
-        """The settings with these values, the defaults elsewhere."""
+        """Create settings from keyword arguments, with defaults for the rest."""
         return cls(**options)
 
     def seeds(self, count: int) -> list[int]:
-        """One seed a picture.
-
-        Raises:
-            LatentDiffError: not one each, or out of range.
-        """
+        """Return one seed per image."""
         if (shape := getattr(self.latents, "shape", ())) and shape[0] != count:
-            raise LatentDiffError(f"latents are {shape[0]} for {count} pictures: give one for each")
+            raise LatentDiffError(f"latents has {shape[0]} entries for {count} images: expected one for each")
         first = self.seed
         if first is None:
             import torch
 
             first = int(torch.randint(2**31, (), dtype=torch.int64))
         if not is_int(first) and not isinstance(first, list | tuple | range):
-            raise LatentDiffError(f"seed={first!r}: expected a whole number, or one for each picture")
-        seeds = [first + place for place in range(count)] if is_int(first) else list(first)
+            raise LatentDiffError(f"seed={first!r}: expected an integer, or one for each image")
+        seeds = [first + index for index in range(count)] if is_int(first) else list(first)
         if len(seeds) != count:
-            raise LatentDiffError(f"seed has {len(seeds)} numbers for {count} pictures: give one, or one for each")
+            raise LatentDiffError(f"seed has {len(seeds)} entries for {count} images: expected one for each")
         for seed in seeds:
             if not is_int(seed) or not 0 <= seed <= MAX_SEED:
-                raise LatentDiffError(f"seed={seed!r}: expected a whole number from 0 to {MAX_SEED}")
+                raise LatentDiffError(f"seed={seed!r}: expected an integer from 0 to {MAX_SEED}")
         return seeds
 
     def negatives(self, count: int) -> list[str]:
-        """One negative prompt for each of `count` prompts.
-
-        Raises:
-            LatentDiffError: there are neither one nor as many as prompts.
-        """
+        """Return one negative prompt for each of `count` prompts."""
         given = self.negative_prompt
         if isinstance(given, str):
             return [given] * count
@@ -153,40 +141,28 @@ class SamplingSettings(BaseModel):
         raise LatentDiffError(f"negative_prompt={given!r}: expected one string, or one for each of {count} prompts")
 
     def latent_size(self, factor: int, default: int) -> tuple[int, int]:
-        """Height and width of the latents.
-
-        Args:
-            factor: pixels a latent along one side.
-            default: latents along one side in training.
-
-        Raises:
-            LatentDiffError: a size that the factor does not divide, or out of range.
-        """
+        """Return the height and width of the latents, given the VAE's downsampling factor and the default size."""
         for name, value in (("height", self.height), ("width", self.width)):
             if value is not None and (not is_int(value) or value % factor or not 0 < value <= MAX_SIDE):
                 raise LatentDiffError(f"{name}={value!r}: expected a multiple of {factor} from {factor} to {MAX_SIDE}")
         return (self.height or default * factor) // factor, (self.width or default * factor) // factor
 
-    def initial_noise(self, place: slice, shape: tuple[int, ...]) -> Tensor | None:
-        """The part of `latents` that belongs to the pictures at `place`, where any were given.
-
-        Raises:
-            LatentDiffError: they have another shape.
-        """
+    def initial_noise(self, index: slice, shape: tuple[int, ...]) -> Tensor | None:
+        """Return the part of `latents` for the images at `index`, or None if no latents were given."""
         if self.latents is None:
             return None
         from torch import Tensor
 
         found = tuple(self.latents.shape) if isinstance(self.latents, Tensor) else type(self.latents).__name__
-        if found[1:] != shape or not len(part := self.latents[place]):
-            raise LatentDiffError(f"latents are {found}; expected (pictures, {', '.join(map(str, shape))})")
+        if found[1:] != shape or not len(part := self.latents[index]):
+            raise LatentDiffError(f"latents={found}: expected shape (images, {', '.join(map(str, shape))})")
         return part
 
-    def metadata(self, prompts: Sequence[str], place: int, seed: int) -> dict[str, Any]:
-        """What the picture at `place` says of itself: all but what belongs to the machine or to other pictures."""
-        number = place // self.num_images
-        values: dict[str, Any] = {"prompt": prompts[number], "negative_prompt": self.negatives(len(prompts))[number]}
-        if self.latents is None:  # else it did not start from the seed's noise
+    def metadata(self, prompts: Sequence[str], index: int, seed: int) -> dict[str, Any]:
+        """Return the settings that reproduce the image at `index`, without those of the machine or of other images."""
+        row = index // self.num_images
+        values: dict[str, Any] = {"prompt": prompts[row], "negative_prompt": self.negatives(len(prompts))[row]}
+        if self.latents is None:  # otherwise it did not start from the seed's noise
             values["seed"] = seed
         values |= {name: getattr(self, name) for name in type(self).model_fields if name not in NOT_IN_METADATA}
         if not isinstance(self.sampler, str):
@@ -195,5 +171,5 @@ class SamplingSettings(BaseModel):
 
 
 def is_int(value: object) -> bool:
-    """Whether it is a whole number, true and false not counted."""
+    """Return whether a value is an integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)

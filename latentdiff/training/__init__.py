@@ -1,1 +1,1 @@
-"""The two trainings: the loop, the losses, the average of the weights, checkpoints."""
+"""VAE and latent training: stages, loop, losses, optimizer, EMA and checkpoints."""

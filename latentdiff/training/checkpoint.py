@@ -1,14 +1,14 @@
-"""Checkpoints that are whole or not there, whenever the process, the machine or the disk gives up.
+"""Crash-safe checkpoints: a checkpoint is complete or absent, even if the process, machine or disk fails midway.
 
-    folder/step-00001000/   unet.safetensors, ...   tensors
-                            facts.json              whatever else there is to remember
-                            manifest.json           size and SHA-256 of every other file
-    folder/step-00001000.old/       the earlier checkpoint of a step that is just being saved again; as good as any
-    folder/.partial-step-.../       being written
-    folder/.trash-step-.../         being deleted
+    folder/step-00001000/       unet.safetensors, ...   tensors
+                                facts.json              metadata
+                                manifest.json           size and SHA-256 of every other file
+    folder/step-00001000.old/   previous checkpoint of a step that is being saved again; equally valid
+    folder/.partial-step-.../   being written
+    folder/.trash-step-.../     being deleted
 
-A checkpoint is written under another name, brought to the disk, read back, and only then renamed, which happens at once
-or not at all. Deleting goes the same way in reverse. One process at a time may save into a folder.
+A checkpoint is written under a temporary name, synced, read back and then renamed, which is atomic. Deleting one starts
+with a rename, too. Only one process at a time may save into a folder.
 """
 
 import hashlib
@@ -27,15 +27,15 @@ from torch import Tensor
 
 from ..errors import LatentDiffError
 from .manifest import (
-    FACTS,
     FILE_NAME,
-    LARGEST_JSON,
     MANIFEST,
-    Damaged,
+    MAX_JSON_BYTES,
+    METADATA,
+    DamagedCheckpoint,
     Entry,
     encode_manifest,
-    read_facts,
     read_manifest,
+    read_metadata,
     verify,
 )
 from .tensor_file import TensorFile
@@ -47,114 +47,103 @@ Tensors = Mapping[str, Mapping[str, Tensor]]  # file name without suffix -> tens
 SUFFIX = ".safetensors"
 FOLDER_NAME = re.compile(r"(step-([0-9]{8,}))(\.old)?")
 LEFTOVER_NAME = re.compile(r"\.(partial|trash)-step-[0-9]{8,}(\.old)?-[0-9a-f]{32}")
-SPARE = 2**20  # bytes of disk space for what is not counted: the manifest, the folder, half-filled blocks
+DISK_MARGIN = 2**20  # bytes for the manifest, directory entries and partially filled blocks
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found whole."""
+    """A checkpoint that passed verification."""
 
     step: int
     path: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     def names(self) -> list[str]:
-        """Names of the files with tensors, without suffix, sorted.
-
-        Raises:
-            LatentDiffError: the checkpoint was damaged or removed since.
-        """
+        """Return the sorted names of the tensor files, without suffix."""
         try:
             files = read_manifest(self.path)
-        except Damaged as damage:
+        except DamagedCheckpoint as damage:
             raise LatentDiffError(f"{self.path}: {damage}") from None
-        return sorted(name.removesuffix(SUFFIX) for name in files if name != FACTS)
+        return sorted(name.removesuffix(SUFFIX) for name in files if name != METADATA)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file, on the CPU, in memory of their own.
-
-        Raises:
-            LatentDiffError: the checkpoint has no such file, or it was damaged since.
-        """
+        """Load the tensors of one file to the CPU; raise `LatentDiffError` if it is missing or damaged."""
         if name not in self.names():
-            raise LatentDiffError(f"{self.path}: has no {name}{SUFFIX}; there are {', '.join(self.names())}")
+            raise LatentDiffError(f"{self.path}: there is no {name}{SUFFIX}; available: {', '.join(self.names())}")
         try:
             with safe_open(self.path / f"{name}{SUFFIX}", framework="pt", device="cpu") as file:
-                # Copied, because a tensor that stays mapped to the file changes, or crashes, with the file.
+                # Cloned: a memory-mapped tensor would change, or crash the process, when the file does.
                 return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:
             raise LatentDiffError(f"{self.path / name}{SUFFIX}: cannot be read ({error})") from None
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Tensors, facts: Mapping[str, Any], *, keep: int = 2
+    folder: Path, step: int, tensors: Tensors, metadata: Mapping[str, Any], *, keep: int = 2
 ) -> Checkpoint:
-    """Write a checkpoint, read it back, and then delete those that are no longer needed.
+    """Write a checkpoint, verify it by reading it back, then delete the ones that are no longer needed.
 
-    Of the step and the ones before it, the newest `keep` whole ones stay, this one among them. Damaged older ones go;
-    later ones stay, as they are not of this training's past. An older one is read in full once per process, and
-    afterwards only when its size or time of change differ.
+    Including this one, the newest `keep` intact checkpoints up to `step` stay; other earlier ones are deleted. Later
+    ones are left alone, as they are not part of this run's past. An older checkpoint is read in full once per process,
+    and again only if its size or ctime has changed.
 
     Args:
-        folder: where the checkpoints lie; it is made if need be.
-        step: names the checkpoint; saving a step again replaces what is there.
-        tensors: of any device and memory layout; names of files from letters, digits, `_` and `-`.
-        facts: anything that JSON can say; read back, tuples are lists and all keys are strings.
+        folder: parent of the checkpoints; created if it does not exist.
+        step: names the checkpoint; saving a step again replaces it.
+        tensors: on any device, in any memory layout; file names may contain letters, digits, `_` and `-`.
+        metadata: JSON-serializable; read back, tuples become lists and keys become strings.
         keep: at least 1.
 
-    Returns:
-        The new checkpoint.
-
     Raises:
-        LatentDiffError: the arguments cannot be saved, the disk is full or broken; older checkpoints are as they were.
+        LatentDiffError: an argument is invalid or the disk is full or broken; older checkpoints are left as they were.
     """
     if keep < 1 or step < 0:
-        raise LatentDiffError(f"keep={keep}, step={step}: expected keep from 1 up and step from 0 up")
-    files = _files(tensors, facts)
+        raise LatentDiffError(f"keep={keep}, step={step}: keep must be at least 1 and step at least 0")
+    files = _files(tensors, metadata)
     target = folder / f"step-{step:08d}"
-    staging = _unique(target, "partial")
+    staging = _temporary_path(target, "partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        _remove_leftovers(folder)
         _check_space(folder, files)
         try:
             _stage(staging, step, files)
-            _put_in_place(staging, target)
+            _publish(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         _rotate(target, step, keep)
     except OSError as error:
         reason = error.strerror or error
         raise LatentDiffError(f"{folder}: the checkpoint of step {step} cannot be written ({reason})") from error
-    return Checkpoint(step, target, json.loads(b"".join(files[FACTS].chunks())))
+    return Checkpoint(step, target, json.loads(b"".join(files[METADATA].chunks())))
 
 
 def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint of a folder, every file of it read and hashed; None if there is none.
+    """Return the newest intact checkpoint, with every file read and hashed, or None if there is none.
 
     Args:
-        folder: where the checkpoints lie; it need not exist.
-        report: takes one line for each newer checkpoint that is damaged.
+        folder: parent of the checkpoints; need not exist.
+        report: called with one line for each newer checkpoint that is damaged.
 
     Raises:
-        LatentDiffError: the folder cannot be listed, so nobody knows whether there are checkpoints.
+        LatentDiffError: the folder cannot be listed.
     """
     damages: dict[str, str] = {}
     found = None
     for step, path in _step_folders(folder):
         damage = verify(path)
         if damage is None:
-            found = Checkpoint(step, path, read_facts(path))
+            found = Checkpoint(step, path, read_metadata(path))
             break
         damages[path.name] = damage
-    instead = f"using {found.path.name}" if found else "there is no whole checkpoint"
+    instead = f"using {found.path.name}" if found else "there is no intact checkpoint"
     for name, damage in damages.items():
         report(f"{name}: {damage}; {instead}")
     return found
 
 
-class _Text:
-    """A file of which all bytes are there already; beside TensorFile."""
+class _Bytes:
+    """In-memory counterpart of `TensorFile`."""
 
     def __init__(self, content: bytes) -> None:
         self.content, self.size = content, len(content)
@@ -163,46 +152,47 @@ class _Text:
         return [self.content]
 
 
-def _files(tensors: Tensors, facts: Mapping[str, Any]) -> dict[str, TensorFile | _Text]:
-    """File name -> contents, the manifest aside."""
-    files: dict[str, TensorFile | _Text] = {f"{name}{SUFFIX}": TensorFile(group) for name, group in tensors.items()}
+def _files(tensors: Tensors, metadata: Mapping[str, Any]) -> dict[str, TensorFile | _Bytes]:
+    """Contents of every file but the manifest, by file name."""
+    files: dict[str, TensorFile | _Bytes] = {f"{name}{SUFFIX}": TensorFile(group) for name, group in tensors.items()}
     for name in files:
         if not FILE_NAME.fullmatch(name):
-            raise LatentDiffError(f"checkpoint file {name!r}: expected a name of letters, digits, _ and -")
+            raise LatentDiffError(f"checkpoint file {name!r}: the name may contain only letters, digits, _ and -")
     try:
-        text = json.dumps(dict(facts), indent=2, allow_nan=False).encode() + b"\n"
+        text = json.dumps(dict(metadata), indent=2, allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
-        raise LatentDiffError(f"facts of a checkpoint: not for JSON ({error})") from None
-    if len(text) > LARGEST_JSON:
-        raise LatentDiffError(f"facts of a checkpoint: {len(text)} bytes; at most {LARGEST_JSON} are allowed")
-    return {**files, FACTS: _Text(text)}
+        raise LatentDiffError(f"checkpoint metadata is not JSON-serializable ({error})") from None
+    if len(text) > MAX_JSON_BYTES:
+        raise LatentDiffError(f"checkpoint metadata has {len(text)} bytes; at most {MAX_JSON_BYTES} are allowed")
+    return {**files, METADATA: _Bytes(text)}
 
 
-def _check_space(folder: Path, files: Mapping[str, TensorFile | _Text]) -> None:
-    needed = sum(file.size for file in files.values()) + SPARE
+def _check_space(folder: Path, files: Mapping[str, TensorFile | _Bytes]) -> None:
+    needed = sum(file.size for file in files.values()) + DISK_MARGIN
     available = shutil.disk_usage(folder).free
     if needed > available:
         raise LatentDiffError(
-            f"{folder}: the disk is too full for a checkpoint: {_amount(needed)} needed, {_amount(available)} available"
+            f"{folder}: the disk is too full for a checkpoint: "
+            f"{_format_bytes(needed)} needed, {_format_bytes(available)} available"
         )
 
 
-def _amount(size: int) -> str:
+def _format_bytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _stage(staging: Path, step: int, files: Mapping[str, TensorFile | _Text]) -> None:
-    """Write all files, bring them to the disk and read them back."""
+def _stage(staging: Path, step: int, files: Mapping[str, TensorFile | _Bytes]) -> None:
+    """Write and sync all files, then read them back."""
     staging.mkdir()
     entries = {name: _write(staging / name, file.chunks()) for name, file in files.items()}
     _write(staging / MANIFEST, [encode_manifest(step, entries)])
     _sync_folder(staging)
     if damage := verify(staging):
-        raise LatentDiffError(f"{staging.parent}: the checkpoint of step {step} reads back wrong: {damage}")
+        raise LatentDiffError(f"{staging.parent}: the checkpoint of step {step} failed verification: {damage}")
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> Entry:
-    """Write and sync a file; what is hashed is what was meant to be written."""
+    """Write and sync a file; the hash is of the data passed in, not of what reached the disk."""
     digest, size = hashlib.sha256(), 0
     with path.open("xb") as file:
         for chunk in chunks:
@@ -214,10 +204,10 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> Entry:
     return Entry(size, digest.hexdigest())
 
 
-def _put_in_place(staging: Path, target: Path) -> None:
-    """Give a finished checkpoint its name; an earlier one of the same step remains findable until then."""
+def _publish(staging: Path, target: Path) -> None:
+    """Rename a finished checkpoint into place; an earlier one of the same step can be found until then."""
     old = target.with_name(f"{target.name}.old")
-    if _is_ours(target) and verify(target) is None:
+    if _is_checkpoint(target) and verify(target) is None:
         _discard(old)
         os.rename(target, old)
     else:
@@ -238,7 +228,7 @@ def _rotate(newest: Path, step: int, keep: int) -> None:
 
 
 def _step_folders(folder: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each checkpoint, whole or not, newest first; of one step, the `.old` one last."""
+    """Step and path of each checkpoint, intact or not, newest first; `.old` comes after its replacement."""
     found = []
     try:
         for path in folder.iterdir():
@@ -252,35 +242,33 @@ def _step_folders(folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a checkpoint was once written there: a folder of the user's is never touched, whatever its name."""
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint was ever written here; a user's own folder is never touched, whatever its name."""
     named = bool(FOLDER_NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
-    return named and ((path / MANIFEST).exists() or (path / FACTS).exists())
+    return named and ((path / MANIFEST).exists() or (path / METADATA).exists())
 
 
 def _discard(path: Path) -> None:
-    """Delete a checkpoint, if it is one; half deleted, it no longer has its name."""
-    if _is_ours(path):
-        trash = _unique(path, "trash")
+    """Delete a checkpoint, if it is one, renaming it first so that a half-deleted one is never found."""
+    if _is_checkpoint(path):
+        trash = _temporary_path(path, "trash")
         os.rename(path, trash)
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what a crash left behind."""
+def _remove_leftovers(folder: Path) -> None:
     for path in [*folder.iterdir()]:
         if LEFTOVER_NAME.fullmatch(path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _unique(path: Path, purpose: str) -> Path:
+def _temporary_path(path: Path, purpose: str) -> Path:
     return path.with_name(f".{purpose}-{path.name}-{uuid.uuid4().hex}")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
     if os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a training run needs before its first step: processes, threads, precision, a record of what is run."""
+"""Setup of a training run before its first step: processes, threads, precision, a record of the launch."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ LIBRARIES = ("torch", "accelerate", "transformers", "tokenizers", "datasets", "s
 if sys.platform != "win32":
     import fcntl
 
-LOCKS: dict[Path, int] = {}  # files that this process holds open and locked
+LOCKS: dict[Path, int] = {}  # lock files that this process holds open
 
-LONGEST_WAIT = timedelta(hours=12)  # for another process, which may be encoding or writing a checkpoint
+PROCESS_GROUP_TIMEOUT = timedelta(hours=12)  # one may be encoding or writing a checkpoint while the rest wait
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The processes of a run, as one of them sees them."""
+    """A launched run, as seen by one of its processes."""
 
     config: Config
     accelerator: Accelerator
-    folder: Path  # of the run
+    folder: Path  # output of the run
     precision: str  # fp32, bf16 or fp16
-    report: Callable[[str], None]  # a line for the user, from the main process only
-    parent: int  # the process that started this one
-    cpu_group: torch.distributed.ProcessGroup | None = None  # for flags, where there are several processes
+    report: Callable[[str], None]  # prints a line for the user, from the main process only
+    parent: int  # PID of the process that started this one
+    cpu_group: torch.distributed.ProcessGroup | None = None  # for stop flags; None with a single process
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device of this process."""
         return self.accelerator.device
 
     @property
@@ -60,40 +60,32 @@ class Launch:
         return bool(self.accelerator.is_main_process)
 
     def batch_plan(self, section: TrainSection) -> BatchPlan:
-        """Which pictures of a step are this process's.
-
-        Raises:
-            LatentDiffError: the processes cannot share the batch evenly.
-        """
+        """Return this process's share of every batch; raise unless it divides evenly among the processes."""
         accelerator = self.accelerator
         return BatchPlan(section.batch_size, accelerator.process_index, accelerator.num_processes,
                          section.micro_batch_size)  # fmt: skip
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The precision of the passes; weights stay float32."""
+        """Return a context in which forward passes use `precision`; weights stay float32."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
 
 def launch(config: Config) -> Launch:
-    """Join the other processes, set threads and precision, lock the output folder, write run.json.
-
-    Raises:
-        LatentDiffError: the folder cannot be written or is in use, or a setting does not work on this device.
-    """
+    """Join the process group, set threads and precision, lock the output folder and write run.json."""
     parent = os.getppid()
     accelerator = Accelerator(
-        cpu=torch.backends.mps.is_available() and not torch.cuda.is_available(),  # sums in float64 are not for mps
-        mixed_precision="no",  # the passes are cast here, in one visible place
+        cpu=torch.backends.mps.is_available() and not torch.cuda.is_available(),  # MPS lacks float64, used in sums
+        mixed_precision="no",  # casting is left to `Launch.autocast`, in one visible place
         log_with=choose_trackers(config.trackers) or None,
         project_dir=config.output,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
     )
     check_device(config, accelerator)
-    threads = config.threads or max(1, _cores() // _processes_here(accelerator))
-    torch.set_num_threads(threads)  # `accelerate launch` sets one thread and would leave the rest idle
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it warns when workers are forked
+    threads = config.threads or max(1, _num_cores() // _num_local_processes(accelerator))
+    torch.set_num_threads(threads)  # `accelerate launch` sets one thread, leaving the other cores idle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # avoids a warning when workers are forked
     precision = choose_precision(config.precision, accelerator.device)
     if accelerator.device.type == "cuda" and precision != "fp32":
         torch.set_float32_matmul_precision("high")
@@ -103,65 +95,53 @@ def launch(config: Config) -> Launch:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
 
-    if (asked := processes_asked()) > accelerator.num_processes:
-        report(f"warning: {asked} processes were asked for and {accelerator.num_processes} came up; on a CPU use "
-               f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {asked} ...")  # fmt: skip
+    if (requested := requested_processes()) > accelerator.num_processes:
+        report(f"warning: {requested} processes were requested but {accelerator.num_processes} started; on a CPU use "
+               f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {requested} ...")  # fmt: skip
     several = accelerator.num_processes > 1
-    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT) if several else None
+    group = torch.distributed.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT) if several else None
     run = Launch(config, accelerator, Path(config.output), precision, report, parent, group)
     if accelerator.is_main_process:
-        _claim(run.folder)
+        _lock_folder(run.folder)
         _write_record(run, threads)
     accelerator.wait_for_everyone()
     return run
 
 
 def check_device(config: Config, accelerator: Accelerator) -> None:
-    """Refuse now what would be refused after the first stage.
-
-    Raises:
-        LatentDiffError: an engine that takes over the optimizer, or `compile` where it does not work.
-    """
+    """Raise unless the device and the launcher support the settings of both stages."""
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
     if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        raise LatentDiffError(f"the launcher asks for {kind.lower()}, which takes over the optimizer; use DDP or FSDP")
+        raise LatentDiffError(f"the launcher requests {kind.lower()}, which takes over the optimizer; use DDP or FSDP")
     for name, section in (("train_vae", config.train_vae), ("train_latent", config.train_latent)):
         if section.compile and accelerator.device.type == "cpu":
             raise LatentDiffError(
-                f"{name}.compile=true: not on a CPU, where torch was found to compile wrong gradients of UNets"
+                f"{name}.compile=true: not supported on a CPU, where torch compiles UNets with wrong gradients"
             )
     if config.train_latent.compile and wants_fsdp(accelerator):
-        raise LatentDiffError("train_latent.compile=true: not together with FSDP")
+        raise LatentDiffError("train_latent.compile=true: not supported with FSDP")
     check_attention(config.unet.attention, accelerator.device)
 
 
 def wants_fsdp(accelerator: Accelerator) -> bool:
-    """Whether the launcher asks for FSDP, and there are processes to shard over."""
+    """Whether the launcher requests FSDP and there are several processes to shard over."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and bool(accelerator.num_processes > 1)
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """The precision to compute in: what is wanted, or the launcher's, or bf16 where the device computes in it.
-
-    Raises:
-        LatentDiffError: fp16 on a CPU.
-    """
+    """Resolve `auto` to the launcher's precision, or to bf16 if the device supports it; raise for fp16 on a CPU."""
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted == "auto" and launcher in ("bf16", "fp16"):
         wanted = launcher
     if wanted == "auto":
         wanted = "bf16" if computes_in_bf16(device) else "fp32"
     if wanted == "fp16" and device.type == "cpu":
-        raise LatentDiffError("precision=fp16: not on a CPU; choose bf16, fp32 or auto")
+        raise LatentDiffError("precision=fp16: not supported on a CPU; choose bf16, fp32 or auto")
     return wanted
 
 
 def choose_trackers(wanted: Sequence[str] | None) -> list[str]:
-    """The trackers to use: those that are wanted, or TensorBoard where it is installed.
-
-    Raises:
-        LatentDiffError: accelerate does not know a name, or its package is not installed.
-    """
+    """Return the wanted trackers, by default TensorBoard if installed; raise if one is unknown or not installed."""
     installed = [str(name) for name in get_available_trackers()]
     if wanted is None:
         return [name for name in installed if name == "tensorboard"]
@@ -172,8 +152,8 @@ def choose_trackers(wanted: Sequence[str] | None) -> list[str]:
     return list(wanted)
 
 
-def processes_asked() -> int:
-    """`--num_processes` on the launcher's command line, or 0."""
+def requested_processes() -> int:
+    """Return `--num_processes` from the launcher's command line, or 0."""
     try:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
@@ -186,20 +166,16 @@ def processes_asked() -> int:
     return 0
 
 
-def _cores() -> int:
+def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _processes_here(accelerator: Accelerator) -> int:
+def _num_local_processes(accelerator: Accelerator) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
 
 
-def _claim(folder: Path) -> None:
-    """Lock the folder as long as this process lives, so that no second run writes into it.
-
-    Raises:
-        LatentDiffError: another run has it, or the folder cannot be written.
-    """
+def _lock_folder(folder: Path) -> None:
+    """Lock the folder for the lifetime of this process, so that no second run writes into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = (folder / ".lock").resolve()
@@ -212,14 +188,14 @@ def _claim(folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise LatentDiffError(f"output={folder}: another run is writing there") from None
-    except OSError:  # a file system without locks
+        raise LatentDiffError(f"output={folder}: in use by another run") from None
+    except OSError:  # the file system does not support locks
         pass
     LOCKS[path] = lock
 
 
 def _write_record(run: Launch, threads: int) -> None:
-    """Add this launch to run.json."""
+    """Append this launch to run.json."""
     record = {
         "command": sys.argv,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -241,7 +217,7 @@ def _write_record(run: Launch, threads: int) -> None:
 
 
 def _git_state() -> str | None:
-    """Commit of the checkout that runs, with `-dirty` where files were changed; None outside of one."""
+    """Commit of the running checkout, with `-dirty` if files were changed; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a line every few steps, `log.jsonl`, and accelerate's trackers."""
+"""Progress of a run: a line every few steps, `log.jsonl`, and accelerate's trackers."""
 
 import json
 import os
@@ -17,33 +17,33 @@ PHASES = ("data", "model", "optimizer")
 
 
 class MetricLogger:
-    """Sums metrics on the device and reads them when a line is written: the only place where the loop waits for it."""
+    """Metrics accumulated on the device; the loop waits for the device only when a line is logged."""
 
     def __init__(self, run: Launch, folder: Path, name: str, first_step: int, steps: int, batch_size: int) -> None:
         self.run, self.folder, self.name = run, folder, name
         self.steps, self.batch_size, self.done = steps, batch_size, first_step
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # sum and number of steps, on the device
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # sum and number of finite steps, on the device
         self._spent = dict.fromkeys(PHASES, 0.0)
         self._since = time.perf_counter()
         run.accelerator.init_trackers(name, config={"config": run.config.model_dump_json()})
         if run.is_main:
-            _drop_lines_after(folder / "log.jsonl", first_step or -1)  # a new run begins an empty one
+            _drop_lines_after(folder / "log.jsonl", first_step or -1)  # -1: a new run starts an empty log
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside towards `data`, `model` or `optimizer`; what is left over is `other`."""
+        """Attribute the time inside to `data`, `model` or `optimizer`; the rest is logged as `other`."""
         start = time.perf_counter()
         yield
         self._spent[name] += time.perf_counter() - start
 
     def add(self, metrics: Mapping[str, Tensor], step_is_finite: Tensor) -> None:
-        """Add one step's metrics, () each, where `step_is_finite` is 1; they are summed where they are."""
+        """Add one step's scalar metrics on the device, or ignore them if `step_is_finite` is 0."""
         for name, value in metrics.items():
             total, steps = self._sums.get(name, (torch.zeros_like(value), torch.zeros_like(step_is_finite)))
             self._sums[name] = total + torch.where(step_is_finite > 0, value.detach(), 0.0), steps + step_is_finite
 
     def log(self, step: int, extra: Mapping[str, float]) -> dict[str, float]:
-        """Write the mean of the steps since the last line that were finite, and where their time went."""
+        """Log and return means over the finite steps since the last line; also log the time per phase."""
         count = step - self.done
         sums = torch.stack([torch.stack([total.float(), steps.float()]) for total, steps in self._sums.values()])
         totals = self.run.accelerator.reduce(sums, "mean").tolist()
@@ -64,33 +64,33 @@ class MetricLogger:
         return means
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of log.jsonl, and to the trackers."""
+        """Write values to log.jsonl and to the trackers."""
         if self.run.is_main:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         self.run.accelerator.log({f"{self.name}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
-        """Let the trackers finish: the next training has its own."""
+        """Finish the trackers; the next stage starts its own."""
         for tracker in self.run.accelerator.trackers:
             tracker.finish()
         self.run.accelerator.trackers = []
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Validation and saving: their time is not the steps'."""
+        """Exclude the time inside, such as validation and saving, from the time of the steps."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint that training goes on from: those steps come again."""
+    """Drop lines logged after the checkpoint that the run resumes from; those steps will be repeated."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # a line cut short when the process died
+            with suppress(ValueError, KeyError, TypeError):  # a line truncated when the process died
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
     partial = path.with_suffix(".partial")

@@ -1,4 +1,4 @@
-"""The loop that both trainings share: steps, lines, validations, checkpoints, and how it stops."""
+"""The training loop of both stages: steps, logging, validation, checkpoints, and stopping early."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,35 +20,35 @@ from .signals import StopFlag, StopReason
 
 
 class Training(Protocol):
-    """What differs between the trainings."""
+    """What a stage provides to the loop."""
 
     name: str  # train_vae or train_latent
-    num_pictures: int  # to train on
+    num_pictures: int  # in the training set
 
     @property
     def section(self) -> TrainSection:
-        """Its settings."""
+        """The stage's section of the config."""
 
     @property
     def states(self) -> Mapping[str, TrainState]:
-        """What moves the weights, and all that a checkpoint must hold."""
+        """Weights, optimizers and EMAs by name: everything a checkpoint must hold."""
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """What a continuation must share with the run it continues."""
+        """Settings that must stay the same when the run is resumed."""
 
     def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
-        """The micro-batches of steps start ... stop - 1, counted from 0."""
+        """Yield the list of micro-batches of each step from `start` to `stop` - 1, counted from 0."""
 
     def train_step(self, batches: list[Any], step: int, log: MetricLogger) -> tuple[dict[str, Tensor], Tensor]:
-        """One training step, counted from 1, without waiting: metrics; 1 if it was finite and moved the weights."""
+        """Take one step, counted from 1, without waiting; return metrics, and 1 if it was finite, 0 if skipped."""
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure on held-out pictures, and draw some to look at."""
+        """Compute metrics on held-out images and save some images for inspection."""
 
 
 class Stopped(LatentDiffError):
-    """Training ended before its last step, with a checkpoint saved; `exit_code` 128 + the signal's number, or 1."""
+    """Error that ends training early, with a checkpoint saved; `exit_code` is 128 + the signal number, or 1."""
 
     def __init__(self, message: str, reason: StopReason) -> None:
         super().__init__(message)
@@ -56,32 +56,30 @@ class Stopped(LatentDiffError):
 
 
 class SkippedSteps:
-    """Counts, on the device, the steps that were not finite."""
+    """Counter of steps that were not finite, kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.counts = torch.zeros(2, device=device)  # in all, in a row
-        self.most = torch.zeros((), device=device)  # in a row since they were last read
+        self.counts = torch.zeros(2, device=device)  # in total, in a row
+        self.longest = torch.zeros((), device=device)  # longest streak since the last read
 
     def add(self, step_is_finite: Tensor) -> None:
-        """One step more; `step_is_finite` is 1 or 0."""
-        total, in_row = self.counts.unbind()
-        in_row = (in_row + 1) * (1 - step_is_finite)
-        self.counts = torch.stack([total + 1 - step_is_finite, in_row])
-        self.most = torch.maximum(self.most, in_row)
+        """Count one step; `step_is_finite` is 1 or 0."""
+        total, streak = self.counts.unbind()
+        streak = (streak + 1) * (1 - step_is_finite)
+        self.counts = torch.stack([total + 1 - step_is_finite, streak])
+        self.longest = torch.maximum(self.longest, streak)
 
     def read(self) -> tuple[int, int]:
-        """In all, and most in a row since the last time; waits for the device."""
-        total, most = torch.stack([self.counts[0], self.most]).tolist()
-        self.most = torch.zeros_like(self.most)
-        return int(total), int(most)
+        """Return the total and the longest streak since the last read; waits for the device."""
+        total, longest = torch.stack([self.counts[0], self.longest]).tolist()
+        self.longest = torch.zeros_like(self.longest)
+        return int(total), int(longest)
 
 
 def run_training(training: Training, run: Launch, folder: Path) -> None:
-    """Train from the newest good checkpoint in `folder`, or from the start, to the last step.
+    """Train from the newest intact checkpoint in `folder`, or from scratch, to the last step.
 
-    Raises:
-        Stopped: a signal came, or too many steps in a row were not finite; a checkpoint was saved.
-        LatentDiffError: the checkpoint belongs to another run, or a file cannot be written.
+    Raises `Stopped`, with a checkpoint saved, after a signal, too many non-finite steps or too many broken images.
     """
     skipped = SkippedSteps(run.device)
     first, section = restore(training, run, folder, skipped), training.section
@@ -100,14 +98,14 @@ def run_training(training: Training, run: Launch, folder: Path) -> None:
             skipped.add(step_is_finite)
             log.add(metrics, step_is_finite)
             why = too_many_broken(broken, training, run)
-            reason = agreed(flag.requested() or (StopReason.BROKEN_PICTURES if why else StopReason.NONE), run)
+            reason = sync_reason(flag.requested() or (StopReason.BROKEN_PICTURES if why else StopReason.NONE), run)
             last = bool(step == section.steps or reason)
             if step % section.log_every == 0 or last:
-                total, most = skipped.read()
+                total, longest = skipped.read()
                 log.log(step, {"skipped": total, "broken": len(broken)} if total or broken else {})
-                if most >= section.max_skipped:
+                if longest >= section.max_skipped:
                     reason, last = StopReason.NOT_FINITE, True
-                    why = f"the loss was not finite in {most} steps in a row"
+                    why = f"the loss was not finite in {longest} steps in a row"
                 _write_broken(broken, folder, run)
             with log.untimed():
                 if step % section.checkpoint_every == 0 or last:
@@ -115,26 +113,26 @@ def run_training(training: Training, run: Launch, folder: Path) -> None:
                 if (step % section.validate_every == 0 or step == section.steps) and not reason:
                     log.write(step, training.validate(step))
             if reason:
-                said = reason.sentence(why)
-                where = folder / "checkpoints"
-                raise Stopped(f"stopped at step {step} of {section.steps}: {said}; saved in {where}", reason)
+                sentence = reason.sentence(why)
+                checkpoints = folder / "checkpoints"
+                raise Stopped(f"stopped at step {step} of {section.steps}: {sentence}; saved in {checkpoints}", reason)
     log.close()
 
 
 def save(training: Training, run: Launch, folder: Path, step: int, skips: SkippedSteps) -> None:
-    """Write a checkpoint; all processes gather, the main one writes."""
+    """Save a checkpoint: all processes gather the tensors, the main one writes them."""
     tensors = {f"{name}-{what}": values for name, state in training.states.items()
                for what, values in state.tensors(keep=run.is_main).items()}  # fmt: skip
     tensors["skips"] = {"counts": skips.counts}
     if run.is_main:
         keep = training.section.keep_checkpoints
-        facts = {"key": digest(training.fingerprint), **training.fingerprint}
-        save_checkpoint(folder / "checkpoints", step, tensors, facts, keep=keep)
+        metadata = {"key": digest(training.fingerprint), **training.fingerprint}
+        save_checkpoint(folder / "checkpoints", step, tensors, metadata, keep=keep)
     run.accelerator.wait_for_everyone()
 
 
 def restore(training: Training, run: Launch, folder: Path, skips: SkippedSteps) -> int:
-    """Load the newest good checkpoint; returns its step, 0 where there is none."""
+    """Load the newest intact checkpoint and return its step, or 0 if there is none."""
     checkpoint = newest_checkpoint(folder / "checkpoints", run.report)
     _check_same_step(checkpoint, run)
     if checkpoint is None:
@@ -143,15 +141,15 @@ def restore(training: Training, run: Launch, folder: Path, skips: SkippedSteps) 
     for name, state in training.states.items():
         kinds = [file.removeprefix(f"{name}-") for file in checkpoint.names() if file.startswith(f"{name}-")]
         if not kinds:
-            raise LatentDiffError(f"{checkpoint.path}: has no {name}-weights; delete the checkpoints to begin again")
+            raise LatentDiffError(f"{checkpoint.path}: has no {name}-weights; delete the checkpoints to start over")
         state.load({kind: checkpoint.tensors(f"{name}-{kind}") for kind in kinds})
     skips.counts = checkpoint.tensors("skips")["counts"].to(run.device)
-    run.report(f"{training.name}: going on from step {checkpoint.step}")
+    run.report(f"{training.name}: resuming from step {checkpoint.step}")
     return checkpoint.step
 
 
-def agreed(reason: StopReason, run: Launch) -> StopReason:
-    """The largest reason that any of the processes has: asked over a CPU group, so that no device is waited for."""
+def sync_reason(reason: StopReason, run: Launch) -> StopReason:
+    """Return the largest stop reason of any process, over a CPU group so as not to wait for the device."""
     if run.accelerator.num_processes == 1:
         return reason
     largest = torch.tensor(int(reason))
@@ -160,7 +158,7 @@ def agreed(reason: StopReason, run: Launch) -> StopReason:
 
 
 def too_many_broken(broken: Mapping[str, str], training: Training, run: Launch) -> str | None:
-    """Why the run must stop, where more pictures turned out broken than `data.max_broken` allows."""
+    """Return why the run must stop if more images are broken than `data.max_broken` allows, else None."""
     try:
         check_broken(len(broken), training.num_pictures, run.config.data.max_broken)
     except LatentDiffError as error:
@@ -173,21 +171,20 @@ def _check_same_step(checkpoint: Checkpoint | None, run: Launch) -> None:
     steps = run.accelerator.gather(mine).tolist()
     if len(set(steps)) > 1:
         raise LatentDiffError(
-            f"output={run.folder}: the processes find checkpoints of steps {steps}; it must be one disk"
+            f"output={run.folder}: the processes found checkpoints of different steps {steps}; they must share a folder"
         )
 
 
 def _check_same_run(checkpoint: Checkpoint, training: Training) -> None:
-    if (difference := first_difference(checkpoint.facts, training.fingerprint)) is not None:
-        name, former, new = difference
+    if (difference := first_difference(checkpoint.metadata, training.fingerprint)) is not None:
+        name, previous, new = difference
         raise LatentDiffError(
-            f"{checkpoint.path}: this run began with {name}={former!r} and now it is {new!r}; "
-            "choose another `output`, or delete the checkpoints to begin again"
+            f"{checkpoint.path}: this run started with {name}={previous!r}, but it is now {new!r}; "
+            "choose another `output`, or delete the checkpoints to start over"
         )
 
 
 def _read_broken(folder: Path, run: Launch) -> dict[str, str]:
-    """What was found before the training was stopped."""
     path = folder / f"broken-{run.accelerator.process_index}.txt"
     if not path.is_file():
         return {}

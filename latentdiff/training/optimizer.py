@@ -1,6 +1,6 @@
-"""One update of the weights: AdamW, clipping, the average, and the refusal of a step that is not finite.
+"""The weight update: AdamW with gradient clipping, the EMA, and skipping of steps that are not finite.
 
-Nothing here waits for the device: whether a step counts is a number on the device that the kernels read there.
+Nothing here waits for the device: whether a step is finite is a scalar on the device, read by the kernels.
 """
 
 import math
@@ -15,11 +15,11 @@ from ..sections import TrainSection
 from .ema import EMA
 from .parallel import gather_full, local_shard
 
-FP16_SCALE, FP16_GROWTH = 2.0**16, 2000  # loss scale to begin with; finite steps after which it doubles
+FP16_SCALE, FP16_GROWTH = 2.0**16, 2000  # initial loss scale; finite steps until it doubles
 
 
 def learning_rate(step: int, section: TrainSection) -> float:
-    """Factor of `learning_rate` at a step, counted from 1: a linear warm-up, then constant or half a cosine."""
+    """Return the learning rate factor at a step, counted from 1: linear warm-up, then constant or cosine decay."""
     warm = min(1.0, step / section.warmup_steps) if section.warmup_steps else 1.0
     if section.lr_schedule == "constant" or step <= section.warmup_steps:
         return warm
@@ -29,9 +29,9 @@ def learning_rate(step: int, section: TrainSection) -> float:
 
 
 class TrainState:
-    """The optimizer of some parameters and their moving average, on the part of them that lies on this process.
+    """Optimizer and EMA of groups of named parameters, each group with its own learning rate.
 
-    Under FSDP a parameter is a DTensor; AdamW and the average work element by element, so they work on the local part.
+    Under FSDP parameters are DTensors. AdamW and the EMA are element-wise, so each process updates its local shards.
     """
 
     def __init__(
@@ -41,7 +41,6 @@ class TrainState:
         *,
         fp16: bool = False,
     ) -> None:
-        """Take groups of named parameters, each with its learning rate."""
         self.section = section
         self.parameters = {name: parameter for group, _ in groups for name, parameter in group.items()}
         self.local = {name: local_shard(parameter) for name, parameter in self.parameters.items()}
@@ -53,7 +52,7 @@ class TrainState:
             fused=True,
         )
         device = next(iter(self.local.values())).device
-        for tensor in self.local.values():  # as AdamW would at its first step; made now so that it can be loaded into
+        for tensor in self.local.values():  # as AdamW would at its first step; created now so checkpoints can be loaded
             self.optimizer.state[tensor] = {
                 "step": torch.zeros((), device=device),
                 "exp_avg": torch.zeros_like(tensor, requires_grad=False),
@@ -65,7 +64,7 @@ class TrainState:
         self.since_growth = torch.zeros((), device=device)
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the gradients, unscaled, over all processes: (); not finite where one of them is not."""
+        """Return the norm of the unscaled gradients over all processes, (); not finite if any gradient is not."""
         for name, parameter in self.parameters.items():
             if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
                 self.local[name].grad = parameter.grad.to_local()
@@ -77,17 +76,14 @@ class TrainState:
 
     @torch.no_grad()
     def update(self, step: int, norm: Tensor, step_is_finite: Tensor) -> None:
-        """Take the step, counted from 1, where `step_is_finite` is 1; where it is 0 nothing changes by a bit.
+        """Take a step, counted from 1, or change nothing at all if `step_is_finite`, () on the device, is 0.
 
-        Args:
-            step: for the learning rate and the average.
-            norm: what `gradient_norm` gave; a larger one than `max_grad_norm` is scaled down to it.
-            step_is_finite: () on the device.
+        `norm` comes from `gradient_norm`; gradients are scaled down if it exceeds `max_grad_norm`.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * learning_rate(step, self.section)
         clip = (norm / self.section.max_grad_norm).clamp(min=1.0)
-        optimizer: Any = self.optimizer  # the fused kernels read both from here, as torch's GradScaler has it
+        optimizer: Any = self.optimizer  # the fused kernels read both attributes, as with torch's GradScaler
         optimizer.grad_scale = torch.where(step_is_finite > 0, clip * self.loss_scale, torch.ones_like(clip))
         optimizer.found_inf = 1.0 - step_is_finite
         self.optimizer.step()
@@ -98,23 +94,23 @@ class TrainState:
             tensor.grad = None
 
     def named(self, what: str, *, keep: bool = True) -> dict[str, Tensor]:
-        """`weights`, `ema`, `exp_avg` or `exp_avg_sq` by parameter name, whole.
+        """Return full tensors of `weights`, `ema`, `exp_avg` or `exp_avg_sq` by parameter name.
 
-        Under FSDP all processes must ask; tensor by tensor is gathered and put on the CPU where it is to be kept.
+        Collective under FSDP: tensors are gathered to the CPU one at a time, and dropped if not `keep`.
         """
         parts = self._parts(what)
         tensors = ((name, gather_full(parameter, parts[name])) for name, parameter in self.parameters.items())
         return {name: tensor for name, tensor in tensors if keep}
 
     def tensors(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint must hold; under FSDP all processes must ask, also those that keep nothing."""
+        """Return everything a checkpoint must hold; collective under FSDP, even for processes that keep nothing."""
         tensors = {what: self.named(what, keep=keep) for what in ("weights", "ema", "exp_avg", "exp_avg_sq")}
         first = self.optimizer.state[next(iter(self.local.values()))]["step"]
         return {**tensors, "scalars": {"step": first, "scale": self.loss_scale, "since_growth": self.since_growth}}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Put back what `tensors` gave."""
+        """Load what `tensors` returned."""
         for what in ("weights", "ema", "exp_avg", "exp_avg_sq"):
             parts = self._parts(what)
             for name, parameter in self.parameters.items():
@@ -135,7 +131,7 @@ class TrainState:
         return {name: self.optimizer.state[tensor][what] for name, tensor in self.local.items()}
 
     def _adjust_scale(self, step_is_finite: Tensor) -> None:
-        """Halve the loss scale after an overflow, double it after many steps without one (arXiv 1710.03740, 3.2)."""
+        """Halve the loss scale after an overflow; double it after many finite steps (arXiv 1710.03740, 3.2)."""
         steps = torch.where(step_is_finite > 0, self.since_growth + 1, torch.zeros_like(self.since_growth))
         self.since_growth.copy_(steps)
         grows = self.since_growth >= FP16_GROWTH

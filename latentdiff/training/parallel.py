@@ -1,4 +1,4 @@
-"""A module on several processes: as it is, DDP, or FSDP where the launcher asks for it; and its parameters there."""
+"""Data parallelism: wrapping modules in DDP or FSDP, and access to full and local parameters."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -15,16 +15,15 @@ from .launch import Launch, wants_fsdp
 
 
 def sharded(module: nn.Module, run: Launch, section: TrainSection) -> nn.Module:
-    """The module on its device, its parameters sharded where the launcher asks for FSDP, else as `distributed`.
+    """Shard a module with FSDP if the launcher requests it, otherwise prepare it with `distributed`.
 
-    accelerate's own preparation shards on GPUs only; torch's does on CPUs too, which is how it is tested. Only a call
-    of the whole module gathers its parameters: not of a part of it, and not of another method. They are freed after
-    every pass, whatever the launcher says: the average could not be swapped in otherwise.
-
+    Uses torch's `fully_shard`, which also runs on CPUs, where it is tested; accelerate shards on GPUs only. Only a call
+    of the full module gathers its parameters, not one of a submodule or another method. They are resharded after every
+    pass, whatever the launcher says, because the EMA could not be swapped in otherwise.
     """
     if not wants_fsdp(run.accelerator):
         return distributed(module, run, section)
-    # fully_shard refuses channels-last parameters; the activations stay channels-last.
+    # fully_shard rejects channels-last parameters; the activations stay channels-last.
     module.to(run.device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     mesh = init_device_mesh(run.device.type, (run.accelerator.num_processes,))
     for layers in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
@@ -36,14 +35,14 @@ def sharded(module: nn.Module, run: Launch, section: TrainSection) -> nn.Module:
 
 
 def distributed(module: nn.Module, run: Launch, section: TrainSection) -> nn.Module:
-    """The module on its device, in DDP where there are several processes; its parameters are reachable as before."""
+    """Move a module to its device, wrap it in DDP if there are several processes, and compile it if configured."""
     module.to(run.device)
     wrapped = module
     if run.accelerator.num_processes > 1:
-        for parameter in module.parameters():  # a 1x1 kernel is the same in both layouts; DDP looks at its strides
+        for parameter in module.parameters():  # 1x1 kernels are equal in both layouts, but DDP compares strides
             if parameter.dim() == 4 and parameter.shape[2:] == (1, 1):
                 parameter.data = parameter.data.as_strided(parameter.shape, (parameter.shape[1], 1, 1, 1))
-        # The same layout under two spellings of the strides of a dimension of length 1.
+        # Harmless: the strides of a dimension of size 1 are ambiguous.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         devices = [run.device.index] if run.device.type == "cuda" else None
         wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
@@ -51,7 +50,7 @@ def distributed(module: nn.Module, run: Launch, section: TrainSection) -> nn.Mod
 
 
 def no_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Let DDP exchange gradients in the last micro-batch only."""
+    """Defer DDP's gradient synchronization to the last micro-batch."""
     inner = getattr(module, "_orig_mod", module)
     if isinstance(inner, DistributedDataParallel) and not last:
         return inner.no_sync()
@@ -59,14 +58,14 @@ def no_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
-    """The part of a parameter that lies here, sharing its memory."""
+    """Return this process's shard of a parameter, sharing its memory."""
     if isinstance(parameter, DTensor):
         return parameter.to_local().detach().requires_grad_()
     return parameter
 
 
 def gather_full(parameter: nn.Parameter, part: Tensor | None = None) -> Tensor:
-    """A parameter, or what belongs to it element by element, gathered from all processes; `part` is what lies here."""
+    """Gather a parameter, or an element-wise state of it whose local shard is `part`, from all processes."""
     part = local_shard(parameter).detach() if part is None else part
     if not isinstance(parameter, DTensor):
         return part

@@ -1,4 +1,4 @@
-"""Pictures sampled during a training: the same prompts, the same noise, every time."""
+"""Preview images during training, sampled from the same prompts and noise every time."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from text_encoder import TextEncoder
 from vae import VAE
 
-from ..data.order import draws
+from ..data.order import random_stream
 from ..data.pictures import to_images
-from ..evaluation.grid import labelled_grid
+from ..evaluation.grid import labeled_grid
 from ..sampling.loop import Features, Network, last, sample_latents
 from ..sampling.prompts import text_features
 from .launch import Launch
@@ -28,37 +28,30 @@ def sample_preview(
     vae: VAE,
     latent_shape: tuple[int, ...],
 ) -> Image.Image:
-    """A labelled grid, one picture a prompt.
+    """Sample an image for each prompt, weighted or not, and return a captioned grid.
 
-    Args:
-        run: its settings of validation say how to sample.
-        prompts: with weights, where they have any.
-        network: the UNet.
-        text_encoder: counts the tokens.
-        encode: prompts to features, on the device; under FSDP all processes call it together, and so this function.
-        vae: decodes.
-        latent_shape: (c, h, w).
+    `encode` maps prompts to features on the device. It is collective under FSDP, and so is this function.
     """
     settings = run.config.validation.sampling()
     with run.autocast():
-        wanted = text_features(text_encoder, prompts, encode)
-        unwanted = None if settings.guidance_scale == 1 else text_features(text_encoder, [""] * len(prompts), encode)
+        cond = text_features(text_encoder, prompts, encode)
+        uncond = None if settings.guidance_scale == 1 else text_features(text_encoder, [""] * len(prompts), encode)
         noise = PreviewNoise(run.config.seed, len(prompts), latent_shape, run.device)
-        steps = sample_latents(network, run.config.diffusion.process(), Features(wanted, unwanted), settings, noise)
+        steps = sample_latents(network, run.config.diffusion.process(), Features(cond, uncond), settings, noise)
         pixels = vae.decode(last(steps).x).float().cpu()
-    return labelled_grid(to_images(pixels), list(prompts), columns=min(8, max(1, round(len(prompts) ** 0.5))))
+    return labeled_grid(to_images(pixels), list(prompts), columns=min(8, max(1, round(len(prompts) ** 0.5))))
 
 
 class PreviewNoise:
-    """Standard normal noise of a seed, one stream a picture."""
+    """Standard normal noise from a seed, with one stream per image."""
 
     def __init__(self, seed: int, count: int, shape: tuple[int, ...], device: torch.device) -> None:
         self.seed, self.count, self.shape, self.device = seed, count, shape, device
-        self.drawn = 0
+        self.num_draws = 0
 
     def draw(self) -> Tensor:
-        """The next noise, (B, c, h, w)."""
-        streams = [draws(self.seed, "samples", self.drawn, place) for place in range(self.count)]
-        self.drawn += 1
+        """Return the next noise (B, c, h, w)."""
+        streams = [random_stream(self.seed, "samples", self.num_draws, place) for place in range(self.count)]
+        self.num_draws += 1
         arrays = [stream.standard_normal(self.shape, dtype=np.float32) for stream in streams]
         return torch.from_numpy(np.stack(arrays)).to(self.device)

@@ -1,7 +1,6 @@
-"""Writing a safetensors file tensor by tensor: one of them at a time in memory, and the hash of what was meant.
+"""Streaming writer for safetensors files, with one tensor on the host at a time.
 
-The library's `save_file` wants all tensors on the host at once and leaves only the file itself to be hashed, which
-would then vouch for whatever the disk made of it.
+The library's `save_file` needs all of them at once, and a hash of the file it wrote would not reveal a faulty disk.
 """
 
 import json
@@ -21,36 +20,32 @@ DTYPES = {
 
 
 class TensorFile:
-    """The bytes of a safetensors file with these tensors, of any shapes, strides and devices.
-
-    Raises:
-        LatentDiffError: a tensor has a dtype or a name that the format does not know.
-    """
+    """The bytes of a safetensors file; raises unless the format supports every tensor's dtype, layout and name."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        # Wide elements first: each tensor then begins at a multiple of its element size, as the library has it.
+        # Largest elements first, as in the library: every tensor then starts at a multiple of its element size.
         self._tensors = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
         self._header = self._make_header()
         self.size = len(self._header) + sum(_size(tensor) for _, tensor in self._tensors)  # bytes
 
     def chunks(self) -> Iterator[bytes | memoryview]:
-        """The file from beginning to end, a tensor at a time; each is brought to the host when its turn comes."""
+        """Yield the file from start to end, copying each tensor to the host only when its turn comes."""
         yield self._header
         for _, tensor in self._tensors:
             yield _bytes(tensor)
 
     def _make_header(self) -> bytes:
-        """Length of the JSON that follows (8 bytes, little-endian); the JSON: dtype, shape and place of each tensor."""
+        """Length of the JSON (8 bytes, little-endian), then the JSON: dtype, shape and offsets of each tensor."""
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         start = 0
         for name, tensor in self._tensors:
             if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or name in entries:
-                raise LatentDiffError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}) has no place in safetensors")
+                raise LatentDiffError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}) is not valid in safetensors")
             end = start + _size(tensor)
-            place = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-            entries[name], start = place, end
+            entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            entries[name], start = entry, end
         text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that the tensors are aligned in the file, too
+        text += b" " * (-len(text) % 8)  # aligns the tensor data within the file
         return len(text).to_bytes(8, "little") + text
 
 
@@ -59,6 +54,6 @@ def _size(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The elements in row-major order; flat first, because a tensor without dimensions has no view as bytes."""
+    """The elements in row-major order; flattened first, because a 0-d tensor cannot be viewed as bytes."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

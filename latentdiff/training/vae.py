@@ -1,4 +1,4 @@
-"""Training of the autoencoder: reconstruction, KL, perceptual, adversarial (arXiv 2112.10752, appendix G)."""
+"""VAE training: reconstruction, KL, perceptual and adversarial losses (arXiv 2112.10752, appendix G)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -30,7 +30,7 @@ from .vae_losses import adaptive_weight, load_perceptual, reconstruction_nll
 
 
 class Autoencoder(nn.Module):
-    """The VAE and the decoder's variance, as one module."""
+    """The VAE and the decoder's learned variance as one module."""
 
     def __init__(self, vae: VAE, learn_variance: bool) -> None:
         super().__init__()
@@ -38,28 +38,28 @@ class Autoencoder(nn.Module):
         self.log_variance = nn.Parameter(torch.zeros(()), requires_grad=learn_variance)
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction through a draw from the posterior, and the posterior's mean and log-variance."""
+        """Return the reconstruction from a posterior sample, and the posterior's mean and log-variance."""
         reconstruction, posterior = self.vae(pixels, noise)
         return reconstruction, posterior.mean, posterior.logvar
 
 
 @dataclass(frozen=True)
 class AutoencoderLosses:
-    """What autoencoder and discriminator minimise; means over values, so 1 / (C H W) of LDM's."""
+    """The losses of autoencoder and discriminator, averaged over values: 1 / (C H W) times LDM's."""
 
     inner: Autoencoder
-    model: nn.Module  # the same, wrapped for several processes
+    model: nn.Module  # `inner`, wrapped in DDP if there are several processes
     inner_discriminator: Discriminator | None
-    discriminator: nn.Module | None  # the same, wrapped
+    discriminator: nn.Module | None  # `inner_discriminator`, likewise
     perceptual: nn.Module
     section: TrainVAESection
     autocast: Callable[[], AbstractContextManager[Any]]
-    average: Callable[[Tensor], Tensor]  # over the processes
+    average: Callable[[Tensor], Tensor]  # over processes
 
     def autoencoder(
         self, pixels: Tensor, noise: Tensor, loss_scale: Tensor, *, use_discriminator: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Loss, metrics and reconstruction of pixels (B, 3, H, W) through the draw that noise (B, c, h, w) makes."""
+        """Return loss, metrics and reconstruction for pixels (B, 3, H, W) and posterior noise (B, c, h, w)."""
         with self.autocast():
             reconstruction, mean, logvar = self.model(pixels, noise)
             perceptual = self.perceptual(pixels, reconstruction) * self.section.perceptual_weight
@@ -83,14 +83,14 @@ class AutoencoderLosses:
         return loss, {name: value.detach() for name, value in metrics.items()}, reconstruction.detach()
 
     def discriminate(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
-        """The discriminator's loss, ()."""
+        """Return the discriminator's loss, ()."""
         assert self.discriminator is not None
         with self.autocast():
             logits = self.discriminator(torch.cat([pixels, reconstruction.to(pixels.dtype)])).float()
         return discriminator_loss(*logits.chunk(2))
 
     def _adaptive_weight(self, reconstruction_loss: Tensor, adversarial_loss: Tensor, loss_scale: Tensor) -> Tensor:
-        """From gradients averaged over the processes, so that any number of them weighs alike."""
+        """Average the gradients over processes, so that the weight does not depend on their number."""
         last_layer = self.inner.vae.decoder.conv_out.weight
         grads = [
             torch.autograd.grad(loss * loss_scale, last_layer, retain_graph=True)[0]
@@ -100,7 +100,7 @@ class AutoencoderLosses:
 
 
 class VAETraining:
-    """`train_step`, `validate`, and what a checkpoint holds. See `loop.Training`."""
+    """VAE training as a `loop.Training`."""
 
     name = "train_vae"
 
@@ -134,16 +134,15 @@ class VAETraining:
         self.fingerprint = {**fingerprint(run, "vae", "train_vae"), "pictures": len(self.train_source)}
 
     def batches(self, start: int, stop: int) -> Iterator[list[PixelBatch]]:
-        """The micro-batches of steps start ... stop - 1."""
+        """Yield the list of micro-batches of each step from `start` to `stop` - 1, counted from 0."""
         config = self.run.config
         dataset = PixelBatches(self.train_source, config.data, self.plan, config.seed, self.latent_shape)
         return micro_batches(dataset, self.plan, start, stop, config.workers, self.run.device.type == "cuda")
 
     def train_step(self, batches: list[PixelBatch], step: int, log: MetricLogger) -> tuple[dict[str, Tensor], Tensor]:
-        """One training step, counted from 1, of the autoencoder, and of the discriminator once it takes part.
+        """Take one step, counted from 1, of the autoencoder, and of the discriminator from `adversarial_start` on.
 
-        Returns:
-            The metrics, () each; 1 where the step was finite and moved both, else 0 (and neither moved), ().
+        Returns scalar metrics, and a scalar that is 1 if the step was finite and updated the weights, else 0.
         """
         discriminator = self.discriminator if step >= self.section.adversarial_start else None
         states = [state for name, state in self.states.items() if name == "vae" or discriminator is not None]
@@ -174,12 +173,12 @@ class VAETraining:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR, SSIM and the perceptual term on held-out pictures, without noise; EMA and raw; and a grid of some."""
+        """Compute PSNR, SSIM and perceptual loss of held-out reconstructions, with EMA and raw weights; save a grid."""
         state = self.states["vae"]
         self.inner.eval()
-        raw = self._quality()[0]
+        raw = self._evaluate()[0]
         with state.ema.swapped([tensor.detach() for tensor in state.local.values()]):
-            averaged, shown = self._quality()
+            averaged, shown = self._evaluate()
         self.inner.train()
         values = {f"validation_{name}": value for name, value in averaged.items()}
         values |= {f"validation_{name}_raw": value for name, value in raw.items()}
@@ -188,18 +187,18 @@ class VAETraining:
             path.parent.mkdir(parents=True, exist_ok=True)
             comparison_grid(*(torch.stack(pictures) for pictures in zip(*shown, strict=True))).save(path)
         line = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.run.report(f"{self.name} {step}: {line}; pictures in {self.folder / 'reconstructions'}")
+        self.run.report(f"{self.name} {step}: {line}; reconstructions in {self.folder / 'reconstructions'}")
         return values
 
     def finish(self) -> tuple[VAE, float]:
-        """The averaged VAE, and the log-variance of its decoder."""
+        """Return the averaged VAE and the log-variance of its decoder."""
         average = self.states["vae"].named("ema")
         self.inner.load_state_dict({**self.inner.state_dict(), **average})
         self.inner.vae.enable_gradient_checkpointing(False)
         return self.inner.vae.eval(), float(self.inner.log_variance.detach())
 
-    def _quality(self) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
-        """Means over the held-out pictures, which the processes share; and this one's pictures with reconstructions."""
+    def _evaluate(self) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
+        """Mean metrics over held-out images, split across processes, and up to 16 image-reconstruction pairs."""
         settings, accelerator = self.run.config.validation, self.run.accelerator
         count = min(settings.num_pictures, len(self.held_out))
         sums = torch.zeros(4, dtype=torch.float64, device=self.run.device)
@@ -208,7 +207,7 @@ class VAETraining:
             if number % accelerator.num_processes != accelerator.process_index:
                 continue
             chosen = range(start, min(start + settings.batch_size, count))
-            pixels = pixels_of(self.held_out, chosen, self.run.config.data).to(self.run.device)
+            pixels = load_pixels(self.held_out, chosen, self.run.config.data).to(self.run.device)
             if not len(pixels):
                 continue
             with self.run.autocast():
@@ -223,8 +222,8 @@ class VAETraining:
         return dict(zip(names, values, strict=True)), shown
 
 
-def pixels_of(source: Source, indices: range, config: DataConfig) -> Tensor:
-    """The readable ones of some pictures, (B, 3, H, W); `latentdiff data check` lists the others."""
+def load_pixels(source: Source, indices: range, config: DataConfig) -> Tensor:
+    """Load images as (B, 3, H, W), skipping broken ones; `latentdiff data check` lists those."""
     images = []
     for index in indices:
         try:

@@ -1,4 +1,4 @@
-"""The losses of the autoencoder's training (LDM, arXiv 2112.10752, appendix G) but the discriminator's."""
+"""The losses of VAE training except the adversarial one (LDM, arXiv 2112.10752, appendix G)."""
 
 from typing import Literal
 
@@ -12,8 +12,8 @@ from ..evaluation.metrics import ssim_map
 from .perceptual import PerceptualLoss
 
 Reconstruction = Literal["l1", "l2"]
-WINDOW = 7  # pixels a side, of StructuralLoss
-MAX_SCALES = 5  # as many as MS-SSIM has
+WINDOW = 7  # pixels a side, in StructuralLoss
+MAX_SCALES = 5  # as in MS-SSIM
 
 
 def reconstruction_nll(
@@ -23,25 +23,18 @@ def reconstruction_nll(
     kind: Reconstruction = "l1",
     perceptual: Tensor | None = None,
 ) -> Tensor:
-    """Negative log-likelihood of the pixels, (B,): error / exp(log_variance) + log_variance, summed over all values.
+    """Compute the negative log-likelihood, (B,): error / exp(log_variance) + log_variance, summed over all values.
 
-    As in LDM, up to constants: with l1, |x - y|, that of a Laplace distribution of scale exp(log_variance), in nats;
-    with l2, (x - y)^2, twice that of a normal distribution of variance exp(log_variance). Either is least where
-    exp(log_variance) is the mean error, and is then an error relative to the average one.
+    As in LDM, up to constants. With l1, |x - y|, it is that of a Laplace distribution of scale exp(log_variance), in
+    nats; with l2, (x - y)^2, twice that of a normal distribution of variance exp(log_variance). In either case the
+    minimum over log_variance is where exp(log_variance) is the mean error.
 
-    Args:
-        pixels: (B, C, H, W) in [-1, 1].
-        reconstruction: the same shape.
-        log_variance: (), one learnt number for all pixels; LDM begins with 0.
-        kind: of the error.
-        perceptual: (B,), weighted already; added to the error of each of the picture's values, as in LDM.
-
-    Raises:
-        LatentDiffError: there is no such kind, or the shapes differ.
+    Pixels and reconstruction are (B, C, H, W) in [-1, 1]. `log_variance` is (), one learned number for all pixels that
+    LDM initializes to 0. `perceptual` is (B,), already weighted, and added to the error of every value, as in LDM.
     """
     check_choice("reconstruction loss", kind, ("l1", "l2"))
     if pixels.shape != reconstruction.shape:
-        raise LatentDiffError(f"pixels are {tuple(pixels.shape)}, reconstruction {tuple(reconstruction.shape)}")
+        raise LatentDiffError(f"pixels have shape {tuple(pixels.shape)}, reconstruction {tuple(reconstruction.shape)}")
     difference = at_least_float32(pixels) - at_least_float32(reconstruction)
     error = difference.abs() if kind == "l1" else difference.square()
     total = error.flatten(1).sum(1)
@@ -52,17 +45,11 @@ def reconstruction_nll(
 
 
 def adaptive_weight(reconstruction_grad: Tensor, generator_grad: Tensor, limit: float = 1e4) -> Tensor:
-    """lambda of VQGAN (arXiv 2012.09841, equation 7): what makes the generator loss pull as hard as the reconstruction.
+    """Compute VQGAN's adaptive weight lambda (arXiv 2012.09841, equation 7), which balances the two gradients.
 
-    Args:
-        reconstruction_grad: gradient of the reconstruction loss with respect to the weight of the decoder's last layer,
-            `vae.decoder.conv_out.weight`, averaged over all processes where there are several.
-        generator_grad: that of the generator loss.
-        limit: of the result.
-
-    Returns:
-        |reconstruction_grad| / (|generator_grad| + 1e-4), at most `limit`: (), detached, never read by the host. The
-        1e-4 is that of the paper's code; its text has 1e-6.
+    It is |reconstruction_grad| / (|generator_grad| + 1e-4), at most `limit`: (), detached and never read by the host.
+    Both gradients are those of the decoder's last layer, `vae.decoder.conv_out.weight`, averaged over all processes.
+    The 1e-4 is from the paper's code; its text has 1e-6.
     """
     reconstruction_norm, generator_norm = (
         torch.linalg.vector_norm(at_least_float32(grad.detach())) for grad in (reconstruction_grad, generator_grad)
@@ -71,39 +58,27 @@ def adaptive_weight(reconstruction_grad: Tensor, generator_grad: Tensor, limit: 
 
 
 def load_perceptual(path: str | None) -> tuple[nn.Module, str]:
-    """LPIPS where its weights are named, else `StructuralLoss`; and one sentence that says which, and why.
+    """Return LPIPS if given weights, else `StructuralLoss`, in eval mode, and a sentence that says which and why.
 
-    Args:
-        path: safetensors file or folder, see `PerceptualLoss.from_pretrained`; None: there are no weights.
-
-    Returns:
-        A module without trainable parameters, `(pixels, reconstruction) -> (B,)`, in evaluation mode; the sentence.
-
-    Raises:
-        LatentDiffError: a path is named and cannot be used. It is not replaced in silence: that is another training.
+    If `path` cannot be loaded (see `PerceptualLoss.from_pretrained`), it raises rather than silently change the loss.
     """
     if path is None:
-        return StructuralLoss().eval(), "Perceptual loss: 1 - multi-scale SSIM, because no LPIPS weights are named."
-    return PerceptualLoss.from_pretrained(path), f"Perceptual loss: LPIPS (VGG16) with the weights of {path}."
+        return StructuralLoss().eval(), "Perceptual loss: 1 - multi-scale SSIM, because no LPIPS weights are given."
+    return PerceptualLoss.from_pretrained(path), f"Perceptual loss: LPIPS (VGG16) with weights from {path}."
 
 
 class StructuralLoss(nn.Module):
-    """1 - SSIM, averaged over the picture and over scales, each half as large as the one before.
+    """1 - SSIM, averaged over the image and over scales, each half the size of the previous one.
 
-    After MS-SSIM (Wang et al. 2003, doi 10.1109/ACSSC.2003.1292216), with a mean over the scales where that takes a
-    product of powers, whose gradient is not finite where a factor is 0 and which is undefined below. Box windows
-    instead of Gaussian ones: on the CPU they cost little, and on a GPU pooling never rounds to TF32, which the small
-    differences inside an SSIM would not survive.
+    Like MS-SSIM (Wang et al. 2003, doi 10.1109/ACSSC.2003.1292216), but with a mean over scales: its product of powers
+    has no finite gradient where a factor is 0 and is undefined where one is negative. Box windows instead of Gaussian
+    ones are cheap on CPUs, and on GPUs pooling never rounds to TF32, which is too coarse for SSIM's small differences.
     """
 
     def forward(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
-        """Two batches (B, C, H, W) in [-1, 1] to (B,): 0 for equal pictures, 1 for unrelated ones, 2 at most.
-
-        Raises:
-            LatentDiffError: the pictures are smaller than one window.
-        """
+        """Map two batches (B, C, H, W) in [-1, 1] to (B,): 0 for equal images, 1 for unrelated ones, at most 2."""
         if min(pixels.shape[2:]) < WINDOW:
-            raise LatentDiffError(f"pixels are {tuple(pixels.shape[2:])}; this loss needs {WINDOW} a side at least")
+            raise LatentDiffError(f"pixels are {tuple(pixels.shape[2:])}; the loss needs at least {WINDOW} a side")
         x, y = ((at_least_float32(image) + 1.0) / 2.0 for image in (pixels, reconstruction))
         losses: list[Tensor] = []
         while len(losses) < MAX_SCALES and min(x.shape[2:]) >= WINDOW:
@@ -113,5 +88,5 @@ class StructuralLoss(nn.Module):
 
 
 def _box(x: Tensor) -> Tensor:
-    """Means over all windows that lie within the picture."""
+    """Means over all windows that lie within the image."""
     return F.avg_pool2d(x, WINDOW, stride=1)

@@ -1,4 +1,4 @@
-"""What comes with the package, by name."""
+"""Models and data sets that ship with the package."""
 
 from pathlib import Path
 
@@ -20,18 +20,18 @@ def test_names():
         part_folder("builtin:emoji-46", "unet")
 
 
-def test_the_default_model_draws():
-    """By no name, offline: pictures that differ with the prompt, and are the same again."""
+def test_the_default_model_samples():
+    """Offline and without a name: images depend on the prompt and are reproducible."""
     pipe = LatentPipeline.from_pretrained(device="cpu")
     apple, tree = pipe(["a 3d emoji of a red apple", "a noto emoji of a palm tree"], seed=0, num_steps=4)
     assert apple.size == (64, 64)
     assert apple.tobytes() != tree.tobytes()
     alone = np.asarray(pipe("a 3d emoji of a red apple", seed=0, num_steps=4)[0]).astype(int)
-    assert np.abs(alone - np.asarray(apple)).max() <= 2  # of 255: a batch rounds otherwise
+    assert np.abs(alone - np.asarray(apple)).max() <= 2  # of 255: batches round differently
 
 
-def test_no_name_is_what_ships_whatever_lies_around(tmp_path, monkeypatch):
-    """Where someone exported a model of their own into ./emoji-64, that name is theirs, and no name is ours."""
+def test_the_default_model_is_the_shipped_one(tmp_path, monkeypatch):
+    """A user's folder ./emoji-64 takes precedence over the shipped model of that name, but not over the default."""
     (tmp_path / "emoji-64").mkdir()
     monkeypatch.chdir(tmp_path)
     assert find_model(None) == ASSETS / "emoji-64"

@@ -1,4 +1,4 @@
-"""The configuration: what is read, what is refused, and in which words."""
+"""The configuration: what is accepted, what is rejected, and with which message."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_recipes_load_and_differ_from_the_defaults(name):
     assert load_config(name) != Config()
 
 
-def test_recipes_that_ship():
+def test_shipped_recipes():
     assert {"debug", "emoji-64", "emoji-256", "ldm-text2im-large", "sd1"} <= set(recipes())
 
 
@@ -44,7 +44,7 @@ def test_a_file_holds_what_differs(tmp_path):
     path.write_text("data:\n  source: pictures\ntrain_latent:\n  learning_rate: 1e-4\n  betas: [0.8, 0.9]\nvae:\n")
     config = load_config(path, ["seed=3", "unet.num_heads=[1, 2, 4, 8]", "data.flip=false"])
     assert config.data.source == "pictures"
-    assert config.train_latent.learning_rate == 1e-4  # a string, to YAML
+    assert config.train_latent.learning_rate == 1e-4  # a string in YAML
     assert config.train_latent.betas == (0.8, 0.9)
     assert config.seed == 3
     assert config.unet.num_heads == (1, 2, 4, 8)
@@ -104,7 +104,7 @@ def test_one_line_says_what_is_wrong(override, words):
         ("data: 3", ["data=3"]),
     ],
 )
-def test_files_that_are_no_config(tmp_path, text, words):
+def test_files_that_are_not_configs(tmp_path, text, words):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(LatentDiffError) as caught:
@@ -112,8 +112,8 @@ def test_files_that_are_no_config(tmp_path, text, words):
     assert all(word in str(caught.value) for word in [str(path), *words]), caught.value
 
 
-def test_a_name_that_is_nothing():
-    with pytest.raises(LatentDiffError, match=r"emoji64: no such file; the recipes .* did you mean 'emoji-64'"):
+def test_unknown_recipe():
+    with pytest.raises(LatentDiffError, match=r"emoji64: no such file or recipe; .* did you mean 'emoji-64'"):
         load_config("emoji64")
 
 
@@ -122,8 +122,8 @@ def test_json_there_and_back():
     assert parse_config(json.loads(config.model_dump_json())) == config
 
 
-def test_a_model_that_exists_has_its_own_shape():
-    """What is ignored is neither recorded in a run nor printed on its card."""
+def test_sizes_of_a_pretrained_model_are_not_recorded():
+    """Settings that are ignored are neither recorded in a run nor printed on the model card."""
     names = [f"{part}.pretrained=builtin:emoji-64" for part in ("vae", "unet", "text_encoder")]
     values = load_config("emoji-64", names).model_dump(mode="json")
     assert values["vae"] == {"pretrained": "builtin:emoji-64"}
@@ -132,8 +132,8 @@ def test_a_model_that_exists_has_its_own_shape():
     assert load_config("emoji-64").model_dump()["unet"]["block_out_channels"] == (96, 192, 256)
 
 
-def test_prompts_of_a_recipe_are_about_its_own_pictures(tmp_path):
-    """Whoever trains it on others watches captions of theirs; a file's prompts stay, and so do those that are given."""
+def test_prompts_of_a_recipe_are_for_its_own_pictures(tmp_path):
+    """With other data they are dropped in favor of its captions; explicit prompts and those of a file are kept."""
     assert len(load_config("emoji-64").validation.prompts) == 16
     assert load_config("emoji-64", ["data.source=mine"]).validation.prompts == ()
     assert load_config("emoji-64", ["data.source=mine", "validation.prompts=[a, b]"]).validation.prompts == ("a", "b")

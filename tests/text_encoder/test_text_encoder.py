@@ -1,4 +1,4 @@
-"""TextEncoder: BERT three ways and CLIP, equal to what diffusers' pipelines feed their UNets."""
+"""TextEncoder with BERT and CLIP: the features that diffusers' pipelines pass to their UNets."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def folder(encoder, tmp_path):
 
 @pytest.fixture
 def clip_folder(tmp_path):
-    """A tiny CLIP text model with a byte-pair vocabulary of letters."""
+    """A tiny CLIP text model with a byte-pair vocabulary of single letters."""
     letters = "abcdefghijklmnopqrstuvwxyz,"
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), "ap", "<|startoftext|>", "<|endoftext|>"]
     folder = tmp_path / "clip"
@@ -61,7 +61,7 @@ def clip_folder(tmp_path):
 
 
 def as_a_pipeline_encodes(model, tokenizer, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The context of the prompts, and of the null prompt, that StableDiffusionPipeline hands to its UNet."""
+    """The context of the prompts and of the null prompt that StableDiffusionPipeline passes to its UNet."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL(block_out_channels=(32,)),
         text_encoder=model,
@@ -82,7 +82,7 @@ def as_a_pipeline_encodes(model, tokenizer, prompts: list[str]) -> tuple[torch.T
 
 
 def test_the_import_is_light():
-    """transformers takes seconds, and who draws or trains a UNet alone needs none of it."""
+    """Importing transformers takes seconds, and is not needed to use or train a UNet alone."""
     heavy = {"transformers", "tokenizers", "huggingface_hub", "diffusers"}
     script = f"import sys, unet, vae; from text_encoder import TextEncoder; sys.exit(str({heavy} & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -97,14 +97,14 @@ def test_a_new_bert(encoder):
 
 
 def test_no_dropout_anywhere(encoder):
-    """BERT's default is 0.1: then training would not be a function of the seed."""
+    """BERT's default of 0.1 would make features random during training."""
     encoder.train()
     assert torch.equal(encoder(PROMPTS), encoder(PROMPTS))
     assert encoder.model.config.hidden_dropout_prob == encoder.model.config.attention_probs_dropout_prob == 0
 
 
 def test_padding_is_masked_inside_bert(encoder):
-    """What stands behind the mask must not change the features of the real tokens."""
+    """Masked tokens must not change the features of the real ones."""
     tokens, mask, _ = encoder.tokenize(["a red apple"])
     other = torch.where(mask, tokens, 7)
     real = mask[0]
@@ -115,7 +115,7 @@ def test_padding_is_masked_inside_bert(encoder):
 
 
 def test_frozen_or_trainable(encoder):
-    """The pooler stays frozen: no gradient ever reaches it, and DDP refuses parameters without one."""
+    """The pooler stays frozen: it never receives a gradient, and DDP fails for trainable parameters without one."""
     encoder(PROMPTS).square().sum().backward()
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
@@ -142,7 +142,7 @@ def test_stock_transformers_and_diffusers_open_what_we_save(encoder, folder):
     assert not any(report.values()), report
     tokenizer = BertTokenizerFast.from_pretrained(folder.parent / "tokenizer")
     assert tokenizer.model_max_length == 8
-    lines = (folder.parent / "tokenizer" / "vocab.txt").read_text().splitlines()  # what transformers 4 reads
+    lines = (folder.parent / "tokenizer" / "vocab.txt").read_text().splitlines()  # read by transformers 4
     assert [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))] == lines
     context, null = as_a_pipeline_encodes(model, tokenizer, PROMPTS)
     assert torch.equal(encoder.eval()(PROMPTS), context)
@@ -161,7 +161,7 @@ def test_clip(clip_folder):
 
 @pytest.mark.parametrize("kind", ["bert", "clip"])
 def test_files_of_2022_keep_position_ids(folder, clip_folder, kind):
-    """Stable Diffusion 1.x and bert-base on the hub have them; they are no weights."""
+    """Stable Diffusion 1.x and bert-base on the hub store them although they are not weights."""
     path = {"bert": folder, "clip": clip_folder}[kind]
     expected = TextEncoder.from_pretrained(path)(["a car"])
     names = {"bert": "embeddings.position_ids", "clip": "text_model.embeddings.position_ids"}
@@ -170,7 +170,7 @@ def test_files_of_2022_keep_position_ids(folder, clip_folder, kind):
 
 
 def test_a_plain_bert_folder_as_on_the_hub(folder, tmp_path):
-    """Model and tokenizer in one folder, no use_attention_mask, heads of other tasks, 512 positions."""
+    """Model and tokenizer in one folder, no use_attention_mask, and heads for other tasks."""
     config = json.loads((folder / "config.json").read_text())
     del config["use_attention_mask"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -188,7 +188,8 @@ def test_a_plain_bert_folder_as_on_the_hub(folder, tmp_path):
 
 def test_overflow_is_reported(encoder):
     with pytest.warns(
-        TokenOverflowWarning, match=r"1 of 2 prompts are longer than 8 tokens; one loses its last \d+: '"
+        TokenOverflowWarning,
+        match=r"1 of 2 prompts are longer than 8 tokens and are cut off; the longest loses its last \d+: '",
     ):
         tokenized = encoder.tokenize([LONG, "a car"])
     assert tokenized.tokens.shape == (2, 8)
@@ -237,14 +238,14 @@ def test_wrong_config(options, message):
 
 
 def test_tokenizer_and_model_must_fit(encoder, tokenizer):
-    with pytest.raises(TextEncoderError, match="max_length=9: expected 3 to 8, the model's positions"):
+    with pytest.raises(TextEncoderError, match="max_length=9: expected 3 to 8, the model's limit"):
         TextEncoder(encoder.model, tokenizer, 9)
     with pytest.raises(TextEncoderError, match="max_length='8'"):
         TextEncoder(encoder.model, tokenizer, "8")
     with pytest.raises(TextEncoderError, match="model_max_length is not set"):
         TextEncoder.new(TextEncoderConfig(), BertTokenizerFast())
     larger = train_tokenizer([*CAPTIONS, *["quite another zebra"] * 9], vocab_size=200, max_length=8)
-    with pytest.raises(TextEncoderError, match=r"the tokenizer has \d+ tokens, the model only"):
+    with pytest.raises(TextEncoderError, match=r"the tokenizer has \d+ tokens, but the model only"):
         TextEncoder(encoder.model, larger, 8)
 
 
@@ -265,19 +266,19 @@ def change_weights(folder, change):
         (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
         (lambda f: (f / "config.json").write_text("{"), r"config\.json: not valid JSON"),
         (lambda f: set_config(f, model_type="gpt2"), "model_type 'gpt2' is not supported; only bert"),
-        (lambda f: set_config(f, auto_map={"AutoModel": "evil.Model"}), "'auto_map', which is refused"),
-        (lambda f: set_config(f, trust_remote_code=True), "'trust_remote_code', which is refused"),
-        (lambda f: set_config(f, _attn_implementation_internal="evil/kernel"), "which is refused"),
+        (lambda f: set_config(f, auto_map={"AutoModel": "evil.Model"}), "'auto_map', which is not allowed"),
+        (lambda f: set_config(f, trust_remote_code=True), "'trust_remote_code', which is not allowed"),
+        (lambda f: set_config(f, _attn_implementation_internal="evil/kernel"), "which is not allowed"),
         (lambda f: set_config(f, hidden_size=64), "cannot be opened"),
         (lambda f: set_config(f, hidden_size="32"), r"config\.json: cannot be used \(.*'hidden_size'"),
         (lambda f: set_config(f, num_attention_heads=0), r"config\.json: cannot be used"),
-        (lambda f: set_config(f, num_hidden_layers=1), "has, and this text encoder has not, 16 tensors: encoder"),
-        (lambda f: set_config(f, num_hidden_layers=10**9), r"num_hidden_layers=1000000000; the file has \d+ tensors"),
+        (lambda f: set_config(f, num_hidden_layers=1), "not part of this text encoder: 16 tensors: encoder"),
+        (lambda f: set_config(f, num_hidden_layers=10**9), r"num_hidden_layers=1000000000; the file has only \d+"),
         (lambda f: set_config(f, num_hidden_layers=3), "lacks 16 tensors: encoder"),
-        (lambda f: set_config(f, is_decoder=True), "'is_decoder', which is refused"),
+        (lambda f: set_config(f, is_decoder=True), "'is_decoder', which is not allowed"),
         (lambda f: set_config(f, use_attention_mask="no"), "use_attention_mask='no': expected true or false"),
         (lambda f: set_config(f, model_type=["bert"]), "is not supported; only bert"),
-        (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
+        (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: expected a JSON object, found list"),
         (lambda f: change_weights(f, lambda w: w.pop("embeddings.LayerNorm.weight")), "lacks 1 tensor: embeddings"),
         (
             lambda f: change_weights(f, lambda w: w.update({"embeddings.LayerNorm.bias": torch.zeros(5)})),
@@ -288,10 +289,10 @@ def change_weights(folder, change):
             "damaged or not a safetensors file",
         ),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "never opened"),
-        (lambda f: (f.parent / "tokenizer").rename(f.parent / "elsewhere"), "no tokenizer there; expected one of"),
+        (lambda f: (f.parent / "tokenizer").rename(f.parent / "elsewhere"), "no tokenizer found; expected one of"),
         (lambda f: (f.parent / "tokenizer" / "tokenizer.json").write_text("{}"), "cannot be opened"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",  # the same ids in every process
+    ids=lambda value: value if isinstance(value, str) else "",  # the same test ids in every process
 )
 def test_spoilt_folders(folder, spoil, message):
     spoil(folder)
@@ -301,7 +302,7 @@ def test_spoilt_folders(folder, spoil, message):
 
 
 def test_saving_where_one_cannot(encoder, tmp_path):
-    """transformers only logs that the place is a file, and writes nothing."""
+    """transformers only logs that the path is a file, and writes nothing."""
     (tmp_path / "file").write_text("")
     with pytest.raises(TextEncoderError, match="file: cannot be written"):
         encoder.save_pretrained(tmp_path / "file")

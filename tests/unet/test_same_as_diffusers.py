@@ -1,4 +1,4 @@
-"""The same weights give the same outputs and gradients as diffusers' UNet2DConditionModel, both ways round."""
+"""The same weights give the same outputs and gradients as diffusers' UNet2DConditionModel, in both directions."""
 
 import json
 
@@ -68,12 +68,14 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES, ids=str)
-def pair(request, tmp_path):
-    """diffusers' model, saved by diffusers, and ours opened from what it saved."""
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def pair(request, tmp_path_factory):
+    """diffusers' model, saved by diffusers, and ours, loaded from the same folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("theirs")
     theirs = UNet2DConditionModel(**{"sample_size": 16, "norm_num_groups": 8, **CASES[request.param]}).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    return theirs, UNet.from_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(folder)
+    return theirs, UNet.from_pretrained(folder)
 
 
 def inputs(config: UNetConfig, height: int = 16, width: int = 16):
@@ -93,7 +95,7 @@ def test_outputs_and_every_gradient(pair, relative_error, check_gradients):
 
 @pytest.mark.parametrize(("height", "width"), [(13, 9), (3, 2), (8, 24)])
 def test_any_size(pair, relative_error, height, width):
-    """Sizes that halving does not divide: the way up must return to the skip's size, not double."""
+    """Sizes not divisible by 2: upsampling must return to the size of the skip connection, not double."""
     theirs, ours = pair
     x, t, context = inputs(ours.config, height, width)
     with torch.no_grad():
@@ -105,8 +107,9 @@ def test_diffusers_opens_what_we_save(pair, tmp_path):
     ours.save_pretrained(tmp_path / "ours")
     again, info = UNet2DConditionModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
+    state = again.state_dict()
     for name, tensor in theirs.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+        assert torch.equal(state[name], tensor), name
     ignored = {"_name_or_path", "_diffusers_version", "_use_default_values"}
     expected, found = ({k: v for k, v in m.config.items() if k not in ignored} for m in (theirs, again))
     assert json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)

@@ -1,5 +1,6 @@
-"""The UNet by itself: sizes, cached projections, memory layout, compilation, checkpointing, wrong inputs."""
+"""The UNet on its own: sizes, cached projections, memory layout, compilation, checkpointing, invalid inputs."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -14,9 +15,11 @@ SMALL = UNetConfig(
     block_out_channels=(32, 64), attention_levels=(0, 1), num_heads=4, context_dim=24, norm_groups=8, layers_per_block=2
 )
 
+FEW_LAYERS = replace(SMALL, layers_per_block=1, attention_levels=(1,))  # every kind of layer: tracing takes seconds
+
 
 def randomized(config: UNetConfig = SMALL) -> UNet:
-    """A UNet that does not predict zero: the layers that start at zero get torch's usual start."""
+    """A UNet that does not predict zero: its zero-initialized layers get torch's default initialization."""
     unet = UNet(config).eval()
     for layer in unet.modules():
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear) and not layer.weight.any():
@@ -49,7 +52,7 @@ def test_parameter_counts(config, count):
 
 
 def test_equal_networks_have_equal_configs():
-    """Whichever way the same thing is written, and as it comes back from a file."""
+    """However the same network is written, including after a round trip through a file."""
     config = UNetConfig(block_out_channels=[64, 128], attention_levels=[1, 0, 1], num_heads=None, norm_groups=8)
     assert config == UNetConfig(block_out_channels=(64, 128), attention_levels=(0, 1), num_heads=(1, 2), norm_groups=8)
     assert UNetConfig.from_diffusers(config.to_diffusers()) == config
@@ -60,7 +63,7 @@ def test_a_new_network_predicts_zero_and_learns(inputs):
     unet = UNet(SMALL)
     out = unet(*inputs)
     assert not out.any()
-    for layer in unet.modules():  # each ResBlock and transformer starts as nothing but its skip connection
+    for layer in unet.modules():  # each ResBlock and transformer starts as its skip connection alone
         if isinstance(layer, ResBlock):
             assert not layer.conv2.weight.any()
             assert layer.conv1.weight.any()
@@ -73,7 +76,7 @@ def test_a_new_network_predicts_zero_and_learns(inputs):
 
 @pytest.mark.parametrize("context_dim", [24, 32])
 def test_cached_keys_and_values_are_exact(context_dim):
-    """32 is also the width of a level: what makes a cross-attention is where it sits, not its sizes."""
+    """32 is also the width of a level: cross-attention must be recognized by its position, not by its sizes."""
     unet = randomized(UNetConfig(**{**vars(SMALL), "context_dim": context_dim}))
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 981]), torch.randn(2, 7, context_dim)
     with torch.no_grad():
@@ -83,7 +86,7 @@ def test_cached_keys_and_values_are_exact(context_dim):
 
 
 def test_cached_time_projections_are_exact(unet, inputs, relative_error):
-    """One row of the table must serve a batch of any size, and be what the step itself would have computed."""
+    """A row of the table must work for any batch size, and equal what the step itself would have computed."""
     x, _, context = inputs
     grid = torch.arange(999, -1, -20)
     with torch.no_grad():
@@ -93,12 +96,12 @@ def test_cached_time_projections_are_exact(unet, inputs, relative_error):
             for size in (1, 2):
                 cached = unet(x[:size], row, context[:size])
                 assert torch.equal(cached, unet(x[:size], grid[step], context[:size]))
-                repeated = unet(x[:size], grid[step].repeat(size), context[:size])  # rounds otherwise for two rows
+                repeated = unet(x[:size], grid[step].repeat(size), context[:size])  # rounds differently for two rows
                 assert relative_error(cached, repeated) < 3e-6
 
 
 def test_gradients_reach_every_parameter(unet, inputs):
-    """A layer that forward forgets would train on nothing, and hang DDP."""
+    """A layer that forward skips would never be trained, and would hang DDP."""
     unet(*inputs).square().sum().backward()
     assert not [
         name for name, parameter in unet.named_parameters() if parameter.grad is None or not parameter.grad.any()
@@ -106,7 +109,7 @@ def test_gradients_reach_every_parameter(unet, inputs):
 
 
 class LayoutWatch(TorchDispatchMode):
-    """Notes every clone of a feature map, and every convolution whose map or weight is not channels-last."""
+    """Records clones of feature maps, and convolutions whose input, weight or output is not channels-last."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +128,7 @@ class LayoutWatch(TorchDispatchMode):
 
 @pytest.mark.parametrize("opened", [False, True], ids=["new", "from_pretrained"])
 def test_channels_last_end_to_end(unet, inputs, tmp_path, opened):
-    """Also from an ordinary input: one copy at the door, none after it."""
+    """Also for a contiguous input: a single copy at the start, none after it."""
     x, t, context = inputs
     assert not x.is_contiguous(memory_format=torch.channels_last)
     if opened:
@@ -138,9 +141,9 @@ def test_channels_last_end_to_end(unet, inputs, tmp_path, opened):
     assert not watch.wrong
 
 
-def test_compiles_without_graph_break(unet, inputs):
-    """fullgraph raises at the first break; eager backend: what is tested is the tracing, not the code generator."""
-    x, t, context = inputs
+def test_compiles_without_graph_break(inputs):
+    """fullgraph=True raises at a graph break; the eager backend, because this tests tracing, not code generation."""
+    unet, (x, t, context) = randomized(FEW_LAYERS), inputs
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(x, t, context), unet(x, t, context))
@@ -189,7 +192,7 @@ def test_other_dtypes(unet, inputs, relative_error, dtype):
 
 
 def test_timesteps_keep_their_digits_in_bfloat16(unet, inputs):
-    """981 is 980 in bfloat16: sinusoids must be taken of the timestep as it came."""
+    """bfloat16 rounds 981 to 980: sinusoids must be computed from the original timestep."""
     unet = unet.bfloat16()
     one, other = (torch.stack(unet.project_time(torch.tensor([t]))[:1]) for t in (980, 981))
     assert not torch.equal(one, other)
@@ -202,8 +205,8 @@ def test_autocast_takes_float32_inputs(unet, inputs, relative_error):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_upcast_attention_runs_in_float32(inputs, autocast):
-    """Autocast would cast back: attention is on its list."""
-    unet = randomized(UNetConfig(**{**vars(SMALL), "upcast_attention": True}))
+    """Autocast would cast back to bfloat16, since attention is on its list."""
+    unet = randomized(replace(FEW_LAYERS, upcast_attention=True))
     x, t, context = inputs
     if not autocast:
         unet, x, context = unet.bfloat16(), x.bfloat16(), context.bfloat16()
@@ -268,7 +271,7 @@ def test_wrong_inputs_of_the_projections(unet):
         unet.project_context(torch.zeros(2, 7, 25))
     with pytest.raises(UNetError, match=r"context has shape \(7, 24\)"):
         unet.project_context(torch.zeros(7, 24))
-    with pytest.raises(UNetError, match=r"t has shape \(\); expected one timestep a step"):
+    with pytest.raises(UNetError, match=r"t has shape \(\); expected \(S,\), one timestep per step"):
         unet.project_time(torch.tensor(3))
     with pytest.raises(UNetError, match=r"t is torch\.int32"):
         unet.project_time(torch.zeros(3, dtype=torch.int32))
@@ -294,7 +297,7 @@ def test_xformers_gets_its_own_layout(unet, inputs, xformers, relative_error):
 
 
 def test_attention_written_out_is_as_exact_as_the_fused_kernel(relative_error, monkeypatch):
-    """In bfloat16 on a CPU, with gradients: all of it against float64, within 1.5 times the kernel's error."""
+    """In bfloat16 on a CPU: outputs and gradients, against float64, within 1.5 times the fused kernel's error."""
     from unet import attention
 
     q, k, v, direction = torch.randn(4, 2, 3, 64, 32).unbind()
@@ -305,7 +308,7 @@ def test_attention_written_out_is_as_exact_as_the_fused_kernel(relative_error, m
         return [out, *torch.autograd.grad(out, inputs, direction.to(dtype))]
 
     exact, written = results(torch.float64), results(torch.bfloat16)
-    monkeypatch.setattr(attention, "FEW", 0)
+    monkeypatch.setattr(attention, "UNFUSED", 0)
     fused = results(torch.bfloat16)
     assert any(not torch.equal(one, other) for one, other in zip(written, fused, strict=True))
     for reference, one, other in zip(exact, written, fused, strict=True):

@@ -1,4 +1,4 @@
-"""The statistics of the code against explicit draws and exact formulas; what folding them into the weights keeps."""
+"""Latent statistics against explicit samples and exact formulas; what folding them into the weights preserves."""
 
 import math
 
@@ -21,7 +21,7 @@ SMALL = VAEConfig(
 
 
 def make_vae(dtype=torch.float64, **changes) -> VAE:
-    """With posteriors whose channels have quite different means and spreads, as they have after training."""
+    """A VAE whose posterior channels differ widely in mean and spread, as after training."""
     vae = VAE(VAEConfig(**{**vars(SMALL), **changes})).to(dtype).eval()
     for name, parameter in vae.named_parameters():
         if name.startswith(("encoder.conv_out", "quant_conv", "post_quant_conv")):
@@ -43,7 +43,7 @@ def pixels():
 
 @pytest.fixture
 def posterior():
-    """Skewed, correlated, far from the origin: (500, 3, 2, 2)."""
+    """Skewed, correlated, and far from the origin: (500, 3, 2, 2)."""
     base = torch.randn(500, 3, 2, 2, dtype=torch.float64)
     mean = torch.stack([base[:, 0].exp(), 3 * base[:, 1] - base[:, 0] - 7, 0.1 * base[:, 2]], 1)
     logvar = torch.randn_like(base) + torch.tensor([-4.0, 1.0, 0.0])[:, None, None]
@@ -54,7 +54,7 @@ def posterior():
 
 
 def test_moments_are_exact(posterior):
-    """Against the moments of the mixture computed about its mean, where nothing cancels."""
+    """Compare with central moments of the mixture, computed about its mean without cancellation."""
     statistics = LatentStatistics(3)
     for mean, logvar in zip(posterior.mean.split(7), posterior.logvar.split(7), strict=True):
         statistics.add(DiagonalGaussian(mean, logvar))
@@ -75,11 +75,11 @@ def test_moments_are_exact(posterior):
 
 
 def test_explicit_draws(posterior):
-    """200k draws a channel, by numpy and scipy; standard errors from 50 parts of the draws."""
+    """200k samples per channel, by numpy and scipy; standard errors from 50 parts of them."""
     statistics = LatentStatistics(3)
     statistics.add(posterior)
     draws = torch.stack([posterior.sample() for _ in range(100)])
-    draws = draws.permute(0, 1, 3, 4, 2).reshape(50, -1, 3).numpy()  # parts, draws, channels
+    draws = draws.permute(0, 1, 3, 4, 2).reshape(50, -1, 3).numpy()  # (parts, samples, channels)
     assert draws[..., 0].size == 200_000
     measures = {
         "mean": lambda x: x.mean(0),
@@ -95,7 +95,7 @@ def test_explicit_draws(posterior):
 
 
 def test_a_mean_far_from_zero_costs_few_digits():
-    """mean = 100 std: the kurtosis is right to 1e-5."""
+    """At mean = 100 std, the kurtosis is still accurate to 1e-5."""
     mean = 100.0 + 0.6 * torch.randn(200, 1, 4, 4, dtype=torch.float64)
     near, far = LatentStatistics(1), LatentStatistics(1)
     logvar = torch.full_like(mean, math.log(0.64))
@@ -130,7 +130,7 @@ def test_low_precision_posteriors_are_summed_in_float64(posterior):
 
 @pytest.mark.parametrize("name", ["mean", "std", "skewness", "excess_kurtosis", "correlation", "kl", "kl_per_channel"])
 def test_nothing_added(name):
-    with pytest.raises(VAEError, match="no picture was added"):
+    with pytest.raises(VAEError, match="no image was added"):
         getattr(LatentStatistics(3), name)
 
 
@@ -220,7 +220,7 @@ def test_without_quant_convs_one_scale_for_all_channels(pixels, quant_convs, rel
         ([0.0, 0.0], [1.0, 1.0, 1.0], "mean is"),
         ([0.0, 0.0, math.nan], [1.0, 1.0, 1.0], "mean is"),
         ([0.0, 0.0, 0.0], [1.0, 1.0, math.inf], "std is"),
-        ([0.0, 0.0, 0.0], [1.0, 0.0, 1.0], "never varies"),
+        ([0.0, 0.0, 0.0], [1.0, 0.0, 1.0], "a constant channel"),
     ],
 )
 def test_wrong_values_change_nothing(mean, std, message):

@@ -1,4 +1,4 @@
-"""The same weights give the same outputs and gradients as diffusers' AutoencoderKL, both ways round."""
+"""The same weights give the same outputs and gradients as diffusers' AutoencoderKL, in both directions."""
 
 import json
 
@@ -46,7 +46,7 @@ def build(name: str) -> AutoencoderKL:
 
 @pytest.fixture(params=CASES, ids=str)
 def pair(request, tmp_path):
-    """diffusers' model, saved by diffusers, and ours opened from what it saved."""
+    """diffusers' model, saved by diffusers, and ours, loaded from the same folder."""
     theirs = build(request.param)
     theirs.save_pretrained(tmp_path / "theirs")
     return theirs, VAE.from_pretrained(tmp_path / "theirs")
@@ -70,7 +70,7 @@ def test_outputs(pair, relative_error):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", CASES)
 def test_every_gradient(name, dtype, tolerance, tmp_path, check_gradients):
-    """Through one draw from the posterior, so that means and log-variances both count."""
+    """Through a posterior sample, so that both means and log-variances get gradients."""
     build(name).save_pretrained(tmp_path)
     theirs, ours = (
         AutoencoderKL.from_pretrained(tmp_path, torch_dtype=dtype),
@@ -114,7 +114,7 @@ def test_config_round_trip(pair):
 
 
 def test_files_of_2022_name_attention_otherwise(tmp_path):
-    """Stable Diffusion 1.x on the hub still has query, key, value, proj_attn."""
+    """Stable Diffusion 1.x on the hub still uses query, key, value and proj_attn."""
     build("kl_f8").save_pretrained(tmp_path)
     expected = VAE.from_pretrained(tmp_path).state_dict()
     former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -1,4 +1,4 @@
-"""The VAE by itself: sizes, ranges, memory layout, compilation, checkpointing, wrong inputs and files."""
+"""The VAE on its own: sizes, scaling, memory layout, compilation, checkpointing, invalid inputs and files."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def test_parameter_count_of_kl_f8():
 
 
 def test_latents_and_raw_code(pixels, relative_error):
-    """scale_factor and shift_factor live here alone: latents = s (z - m), and the posterior over latents follows."""
+    """Only the VAE applies scale_factor and shift_factor: latents = s (z - m), and likewise the posterior over them."""
     vae = VAE(VAEConfig(**{**vars(SMALL), "scale_factor": 0.5, "shift_factor": 0.25})).eval()
     with torch.no_grad():
         z, latents = vae.posterior(pixels), vae.latent_posterior(pixels)
@@ -58,7 +58,7 @@ def test_channels_last_end_to_end(vae, pixels, tmp_path, opened):
     with torch.no_grad():
         vae(pixels)
     assert len(maps) > 40
-    assert all(tensor.stride(1) == 1 for tensor in maps)  # the mean is half of the moments, so not without gaps
+    assert all(tensor.stride(1) == 1 for tensor in maps)  # not contiguous: the mean is half of the moments
 
 
 def test_compiles_without_graph_break(vae, pixels):
@@ -79,7 +79,7 @@ def test_gradient_checkpointing_recomputes_the_same(vae, pixels):
     vae.enable_gradient_checkpointing()
     found = gradients()
     handle.remove()
-    assert len(calls) == 1 + 2  # the second time forward ran once more, in the backward pass
+    assert len(calls) == 1 + 2  # with checkpointing, forward ran again in the backward pass
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -119,17 +119,17 @@ def test_wrong_inputs(vae, call, message):
         ({"act_fn": "relu"}, "act_fn='relu'"),
         ({"down_block_types": ["DownEncoderBlock2D", "KDownBlock2D"]}, "down_block_types has 'KDownBlock2D'"),
         ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "does not mirror"),
-        ({"up_block_types": None}, "up_block_types=None is not supported; it is a list"),
+        ({"up_block_types": None}, "up_block_types=None is not supported; expected a list"),
         ({"block_out_channels": [16, 32, 32]}, "2 down_block_types for 3 block_out_channels"),
-        ({"block_out_channels": [16, 33]}, "block_out_channels has 33, which norm_groups=8 does not divide"),
+        ({"block_out_channels": [16, 33]}, "block_out_channels has 33, not divisible by norm_groups=8"),
         ({"layers_per_block": 0}, "layers_per_block=0"),
-        ({"scaling_factor": 0}, "scale_factor=0 is not supported; it is a number between 0 and"),
+        ({"scaling_factor": 0}, "scale_factor=0 is not supported; expected a number between 0 and"),
         ({"scaling_factor": math.nan}, "scale_factor=nan"),
         ({"scaling_factor": math.inf}, "scale_factor=inf"),
         ({"shift_factor": math.nan}, "shift_factor=nan"),
         ({"sample_size": "x"}, "sample_size='x'"),
         ({"layers_per_block": 10**9}, "layers_per_block=1000000000"),
-        ({"layers_per_block": 65}, "levels x layers_per_block is 130, which is not supported; at most 128 is"),
+        ({"layers_per_block": 65}, "levels x layers_per_block is 130; expected at most 128"),
         ({"scaling_factor": "1"}, "scale_factor='1'"),
         ({"mid_block_add_attention": "yes"}, "mid_attention='yes'"),
         ({"use_quant_conv": 1}, "quant_convs=1"),
@@ -150,7 +150,7 @@ def test_unsupported_configs_are_refused_by_name(vae, tmp_path, changes, message
     ("change", "message"),
     [
         (lambda w: w.pop("decoder.conv_in.bias"), r"lacks 1 tensor: decoder\.conv_in\.bias"),
-        (lambda w: w.update(extra=torch.zeros(1)), "has, and this VAE has not, 1 tensor: extra"),
+        (lambda w: w.update(extra=torch.zeros(1)), "unexpected for this VAE: 1 tensor: extra"),
         (
             lambda w: w.update({"quant_conv.bias": torch.zeros(5)}),
             r"quant_conv\.bias has shape \[5\]; the config says \[6\]",
@@ -171,7 +171,7 @@ def test_wrong_tensors(vae, tmp_path, change, message):
 def test_configs_in_code():
     for options, message in (
         ({"quant_convs": (True,)}, "quant_convs="),
-        ({"quant_convs": True}, "quant_convs=True is not supported; it is a list"),
+        ({"quant_convs": True}, "quant_convs=True is not supported; expected a list"),
         ({"attention_levels": (4,)}, "attention_levels has 4; the levels are 0 to 3"),
         ({"block_out_channels": ()}, "block_out_channels is empty"),
     ):
@@ -188,7 +188,7 @@ def test_a_giant_config_is_refused_before_it_is_allocated(vae, tmp_path):
 
 
 def test_a_missing_key_takes_diffusers_default(tmp_path):
-    """Files of 2022 have few keys."""
+    """Checkpoints from 2022 have few keys."""
     AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path)
     expected = VAE.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(
@@ -198,7 +198,7 @@ def test_a_missing_key_takes_diffusers_default(tmp_path):
 
 
 def test_autocast(vae, pixels, relative_error):
-    """bfloat16 inside; the divergence, a sum over the whole picture, in float32 all the same."""
+    """Layers run in bfloat16; the KL, a sum over the entire image, is still in float32."""
     with torch.no_grad():
         expected, exact = vae(pixels)
         with torch.autocast("cpu", dtype=torch.bfloat16):

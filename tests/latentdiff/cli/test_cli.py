@@ -1,4 +1,4 @@
-"""The command line: a user's mistake is one line on stderr and exit code 1, never a traceback."""
+"""The command line: a user's mistake gives one line on stderr and exit code 1, never a traceback."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def test_help(invoke, command):
 
 
 def test_help_imports_nothing_heavy():
-    """It appears at once: torch alone takes seconds to import."""
+    """It must be instant, and torch alone takes seconds to import."""
     done = subprocess.run([sys.executable, "-c", ALL_HELP], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
@@ -78,8 +78,8 @@ def test_the_schema_is_json(invoke):
             ["none of the", "too small"],
         ),
         (["train", "-c", "debug", "data.caption_columns=[captoin]"], ["captoin", "text"]),
-        (["train", "-c", "debug", "precision=fp16"], ["precision=fp16: not on a CPU"]),
-        (["train", "-c", "debug", "train_vae.compile=true"], ["compile=true: not on a CPU"]),
+        (["train", "-c", "debug", "precision=fp16"], ["precision=fp16: not supported on a CPU"]),
+        (["train", "-c", "debug", "train_vae.compile=true"], ["compile=true: not supported on a CPU"]),
         (["train", "-c", "debug", "unet.attention=xformers"], ["attention=xformers: needs an NVIDIA GPU"]),
         (["train", "-c", "debug", "unet.attention=flash"], ["unet.attention", "'flash'", "'sdpa' or 'xformers'"]),
         (["train", "-c", "debug", "trackers=[tensorbord]"], ["tensorbord", "did you mean 'tensorboard'"]),
@@ -104,7 +104,7 @@ def test_an_output_that_cannot_be_written(invoke, tmp_path):
 
 
 def test_data_check_writes_what_training_reads(invoke, tmp_path):
-    """The quarantine list of one command is accepted by the other."""
+    """Training accepts the quarantine list that `data check` writes."""
     source = tmp_path / "pictures"
     from PIL import Image
 
@@ -125,14 +125,14 @@ def test_data_check_writes_what_training_reads(invoke, tmp_path):
     assert result.exit_code == 0, result.output
 
 
-def test_out_of_memory_says_what_takes_less(capsys):
+def test_out_of_memory_suggests_what_needs_less(capsys):
     with pytest.raises(SystemExit), plain_errors():
         torch.empty(1 << 50)
-    said = capsys.readouterr().err
-    assert said.startswith("error: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496")
-    assert "micro_batch_size" in said
+    error = capsys.readouterr().err
+    assert error.startswith("error: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496")
+    assert "micro_batch_size" in error
     with pytest.raises(SystemExit), plain_errors():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-    assert capsys.readouterr().err.startswith("error: CUDA out of memory. A training takes less with")
-    with pytest.raises(RuntimeError, match="shape"), plain_errors():  # ours, to be reported
+    assert capsys.readouterr().err.startswith("error: CUDA out of memory. Training needs less memory with")
+    with pytest.raises(RuntimeError, match="shape"), plain_errors():  # a bug of ours, not a user's mistake
         torch.zeros(2).view(3)

@@ -1,4 +1,4 @@
-"""`latentdiff sample`, `evaluate`, `inspect`, `export`, and the example of every command's help."""
+"""`latentdiff sample`, `evaluate`, `inspect`, `export`, and the example in every command's help."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from latentdiff import LatentDiffError, LatentPipeline
 from latentdiff.cli import COMMANDS, app
-from latentdiff.cli.models import _data_of
+from latentdiff.cli.models import _data_config
 from latentdiff.config import load_config
 from latentdiff.data.cache import read_pixels
 from latentdiff.data.pictures import to_pixels
@@ -28,7 +28,7 @@ from vae import VAE
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with `runs/mine/model`, a small model with random weights, and `my-pictures`."""
+    """A folder with a small random model in `runs/mine/model`, and with `my-pictures`."""
     place = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
     config = load_config("debug")
@@ -77,10 +77,10 @@ def test_sample(invoke, place):
     assert files == ["0001-a-red-apple.png", "0002-a-red-apple.png", "0003-a-blue-car.png", "0004-a-blue-car.png",
                      "grid.png"]  # fmt: skip
     drawn = Image.open(place / "out/0003-a-blue-car.png")
-    facts = json.loads(drawn.info["latentdiff"])
-    assert (facts["prompt"], facts["seed"], facts["num_steps"]) == ("a blue car!", 5, 2)
+    settings = json.loads(drawn.info["latentdiff"])
+    assert (settings["prompt"], settings["seed"], settings["num_steps"]) == ("a blue car!", 5, 2)
     pipe = LatentPipeline.from_pretrained(place / "runs/mine", dtype=torch.float32, device="cpu")
-    again = pipe(facts.pop("prompt"), **facts)[0]
+    again = pipe(settings.pop("prompt"), **settings)[0]
     assert again.tobytes() == drawn.tobytes()
 
 
@@ -94,14 +94,14 @@ def test_prompts_from_standard_input_and_file(invoke, place):
 
 
 def test_evaluate(invoke, place):
-    """The report of a model that learnt nothing, without a broken picture; the VAE's figures against the VAE itself."""
+    """The report of an untrained model leaves out a broken picture, and its PSNR is that of the VAE."""
     shutil.copytree(place / "my-pictures", place / "measured")
     (place / "measured/7.png").write_bytes(b"no picture")
     line = "evaluate data.source=measured -m runs/mine -o report --concepts 5 -n 3 --steps 2 --precision fp32"
     result = invoke(line)
     assert result.exit_code == 0, result.output
-    facts = json.loads((place / "report/evaluation.json").read_text())
-    concepts = facts["concepts"]
+    report = json.loads((place / "report/evaluation.json").read_text())
+    concepts = report["concepts"]
     assert (concepts["concepts"], concepts["pictures"]) == (5, 15)
     assert concepts["agreements"][0]["chance"] == pytest.approx(1 / concepts["gallery"])
     rows = [json.loads(line) for line in (place / "report/drawn.jsonl").read_text().splitlines()]
@@ -113,19 +113,19 @@ def test_evaluate(invoke, place):
         assert sheet.width > 500
     data = DataConfig(source="measured", image_size=32)
     train, held_out = open_source(data)
-    assert facts["broken"] == ["7.png"]
-    assert "1 pictures cannot be read" in result.output
-    assert concepts["gallery"] + facts["vae"]["num_pictures"] == len(train) + len(held_out) - 1 == 39
+    assert report["broken"] == ["7.png"]
+    assert "could not be read and skipped: 1, the first is" in result.output
+    assert concepts["gallery"] + report["vae"]["num_pictures"] == len(train) + len(held_out) - 1 == 39
     pixels = torch.cat([to_pixels(torch.from_numpy(read_pixels(held_out, place, data))[None])
                         for place in range(len(held_out)) if held_out.name(place) != "7.png"])  # fmt: skip
     vae = VAE.from_pretrained(place / "runs/mine/model/vae")
     with torch.no_grad():
         again = vae.decode(vae.encode(pixels))
-    assert facts["vae"]["psnr"] == pytest.approx(float(psnr(pixels, again).mean()), abs=1e-3)
+    assert report["vae"]["psnr"] == pytest.approx(float(psnr(pixels, again).mean()), abs=1e-3)
 
 
 def test_evaluate_takes_captions_as_they_are(invoke, place):
-    """Brackets in a caption weight nothing, as in training."""
+    """As in training, parentheses in a caption do not weight its words."""
     shutil.copytree(place / "my-pictures", place / "brackets")
     for path in (place / "brackets").glob("*.txt"):
         path.write_text(f"poster (year: 1999) {path.stem}")
@@ -134,7 +134,7 @@ def test_evaluate_takes_captions_as_they_are(invoke, place):
 
 
 @pytest.mark.parametrize("option", ["--concepts 1", "--steps 0", "--num-images 0", "--guidance -1"])
-def test_evaluate_refuses_numbers_out_of_range(invoke, option):
+def test_evaluate_rejects_numbers_out_of_range(invoke, option):
     result = invoke(f"evaluate data.source=my-pictures -m runs/mine {option}")
     assert result.exit_code == 2
     assert f"Invalid value for '{option.split()[0]}'" in result.output
@@ -146,19 +146,19 @@ def test_evaluate_refuses_numbers_out_of_range(invoke, option):
      ({"launches": [{"config": {"data": {"source": "kept", "image_size": 16}}}]}, True),
      ({}, False), ({"launches": []}, False), ({"launches": 3}, False), ([], False)],
 )  # fmt: skip
-def test_what_a_run_says_of_its_pictures(place, tmp_path, monkeypatch, record, known):
-    """Whatever the size of the pictures and the VAE; and a record that says nothing is no accident."""
+def test_data_settings_of_a_run(place, tmp_path, monkeypatch, record, known):
+    """They are found whatever the image size and VAE; a record without them is a plain error."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(place / "runs/mine/model", tmp_path / "run/model")
     (tmp_path / "run/run.json").write_text(json.dumps(record))
     if known:
-        assert _data_of("run", []).source == "kept"
+        assert _data_config("run", []).source == "kept"
         monkeypatch.chdir(tmp_path / "run/model")
-        assert _data_of(".", []).source == "kept"
+        assert _data_config(".", []).source == "kept"
     else:
-        with pytest.raises(LatentDiffError, match=r"run: does not say what it was trained on; give data.source"):
-            _data_of("run", [])
-        assert _data_of("run", ["data.source=mine", "data.flip=false"]).source == "mine"
+        with pytest.raises(LatentDiffError, match=r"run: no record of its training data; give data.source"):
+            _data_config("run", [])
+        assert _data_config("run", ["data.source=mine", "data.flip=false"]).source == "mine"
 
 
 def test_inspect(invoke):
@@ -194,7 +194,7 @@ def test_export_and_open_again(invoke, place, form):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("sample -m runs/mine", ["nothing to draw"]),
+        ("sample -m runs/mine", ["no prompts"]),
         ("sample a -m nothing", ["nothing: no such folder or file"]),
         ("sample a -m runs/mine --steps 0", ["num_steps=0"]),
         ("sample a -m runs/mine --sampler foo", ["unknown sampler 'foo'"]),
@@ -205,17 +205,17 @@ def test_export_and_open_again(invoke, place, form):
         ("sample a -m runs/mine --output /dev/full/x", ["/dev/full"]),
         ("sample a -m model.ckpt", ["pickled weights are never opened"]),
         ("inspect nothing", ["nothing: no such folder or file"]),
-        ("inspect my-pictures", ["neither a model's folder"]),
-        ("export runs/mine out --format single", ["out: a single file's name ends in .safetensors"]),
-        ("export runs/mine runs/mine/model", ["the model itself lies there"]),
-        ("export runs/mine runs/mine", ["the model itself lies there"]),
+        ("inspect my-pictures", ["found neither model_index.json nor"]),
+        ("export runs/mine out --format single", ["out: expected a name ending in .safetensors"]),
+        ("export runs/mine runs/mine/model", ["overlaps the model to be exported"]),
+        ("export runs/mine runs/mine", ["overlaps the model to be exported"]),
         ("export runs/mine my-pictures", ["is not empty"]),
         ("evaluate data.source=nothing -m runs/mine", ["data.source='nothing': no such file or folder"]),
-        ("evaluate data.source=my-pictures -m runs/mine --style (", ["style '(': not a regular expression"]),
-        ("evaluate data.image_size=32 -m runs/mine", ["'data.image_size=32': pictures are measured at the size"]),
+        ("evaluate data.source=my-pictures -m runs/mine --style (", ["style '(': not a valid regular expression"]),
+        ("evaluate data.image_size=32 -m runs/mine", ["'data.image_size=32': images are evaluated at the model's"]),
         ("evaluate data.sauce=my-pictures -m runs/mine", ["unknown key 'data.sauce'; did you mean 'source'"]),
-        ("evaluate seed=1 -m runs/mine", ["only data.key=value counts here"]),
-        ("evaluate -m model-only", ["model-only: does not say what it was trained on; give data.source=FOLDER"]),
+        ("evaluate seed=1 -m runs/mine", ["only data.key=value is allowed here"]),
+        ("evaluate -m model-only", ["model-only: no record of its training data; give data.source=FOLDER"]),
         ("export runs/mine out --shard-gb nan", ["--shard-gb nan"]),
         ("export runs/mine out --push nobody/nothing --format single", ["--push uploads a folder"]),
         ("export runs/mine pushed --push nobody/nothing", ["nobody/nothing: cannot be uploaded"]),
@@ -240,7 +240,7 @@ def test_a_damaged_model(invoke, place):
 
 
 def examples() -> dict[str, str]:
-    """What the help of every command says to type."""
+    """Return the example in the help of every command."""
     found = {}
     for name in COMMANDS:
         text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", CliRunner().invoke(app, [*name.split(), "--help"]).output).split())
@@ -257,7 +257,7 @@ def test_the_examples_of_the_help(invoke, command):
 
 @pytest.mark.slow
 def test_the_examples_of_the_trainings(invoke, place):
-    """In the order a user goes, with the recipe that takes seconds."""
+    """In the order of use, with the recipe that takes seconds."""
     for command in ("train-vae", "encode", "train-latent", "train"):
         line = examples()[command].replace("emoji-64", "debug").replace("runs/mine", "runs/trained")
         result = invoke(line + " trackers=[]")

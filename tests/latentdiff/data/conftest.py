@@ -10,7 +10,7 @@ from latentdiff.sections import DataConfig
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory, monkeypatch):
-    """Tables that datasets builds go to a folder of their own."""
+    """Keep the tables that `datasets` builds in a temporary folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -24,7 +24,7 @@ def config():
 
 @pytest.fixture
 def picture():
-    """The bytes of a small picture; another for every number."""
+    """Return the bytes of a small picture, a different one for each number."""
 
     def make(number=0, kind="PNG", size=(20, 16)):
         pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

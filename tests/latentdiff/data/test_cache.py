@@ -1,4 +1,4 @@
-"""The caches: the posterior as the VAE gives it, and never one of another VAE, picture or transform."""
+"""The caches hold the VAE's posteriors, and never those of another VAE, picture or transform."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def encoder():
 @pytest.fixture
 def latents(tmp_path, vae, config, folder):
     def make(**settings):
-        source = open_source(config(folder, validation_share=0.2))[0]  # anew, as every run does
+        source = open_source(config(folder, validation_share=0.2))[0]  # opened again, as in every run
         cache = LatentCache(tmp_path / "cache", source, vae, config(folder, **settings), flips=True,
                             memo=tmp_path / "memo.json")  # fmt: skip
         cache.build()
@@ -56,7 +56,7 @@ def latents(tmp_path, vae, config, folder):
     return make
 
 
-def test_moments_are_the_vaes(latents, source, vae, config, folder):
+def test_moments_equal_the_vae_posterior(latents, source, vae, config, folder):
     cache = latents()
     for index in range(len(source)):
         pixels = to_pixels(torch.from_numpy(read_pixels(source, index, config(folder)))[None])
@@ -95,8 +95,8 @@ def test_one_picture_changes_the_key(latents, source, folder):
     assert latents().shards.folder != before
 
 
-def test_a_changed_picture_of_the_same_size_and_date_is_the_exception(latents, source, folder):
-    """What the memo saves is reading all pictures at every start; `touch` brings such a change to light."""
+def test_a_changed_picture_with_the_same_size_and_mtime_goes_unnoticed(latents, source, folder):
+    """The memo saves reading all pictures at every start; after `touch` the change is noticed."""
     before = latents(max_broken=1.0).shards.folder
     path = folder / source.name(2)
     stat, data = path.stat(), bytearray(path.read_bytes())
@@ -113,15 +113,15 @@ def test_another_transform_changes_the_key(latents, settings):
     assert latents().shards.folder != latents(**settings).shards.folder
 
 
-def test_a_broken_picture_is_left_out_and_counted(latents, source, folder):
-    (folder / source.name(1)).write_bytes(b"no picture")
+def test_a_broken_picture_is_skipped_and_counted(latents, source, folder):
+    (folder / source.name(1)).write_bytes(b"not a picture")
     with pytest.raises(LatentDiffError, match=r"1 of \d pictures are broken .* data.max_broken=0.01"):
         latents()
     cache = latents(max_broken=0.5)
     assert cache.good.tolist() == [index != 1 for index in range(len(source))]
 
 
-def test_text_features_are_the_encoders(tmp_path, source, encoder):
+def test_text_features_equal_the_encoder_output(tmp_path, source, encoder):
     cache = TextCache(tmp_path / "text", source, encoder)
     cache.build()
     with torch.no_grad():
@@ -153,8 +153,8 @@ def batches(source, config, folder, encoder, latents):
     return make
 
 
-def test_cached_or_not_a_step_is_the_same(batches, vae):
-    """The draw from the cached posterior is that of encoding the picture in the step, to float16's rounding."""
+def test_a_step_is_the_same_with_and_without_the_cache(batches, vae):
+    """Sampling from the cached posterior equals encoding the picture in the step, up to float16 rounding."""
     cached, online = batches()[3], batches(cached=False)[3]
     with torch.no_grad():
         x0 = vae.latent_posterior(to_pixels(online.images)).reparameterize(online.posterior_noise)
@@ -178,20 +178,20 @@ def test_timesteps_are_stratified(batches):
         assert ((t * 8 // 1000) == torch.arange(8)).all()
 
 
-def test_captions_are_drawn_and_dropped(batches, encoder):
-    """Each of the two captions, and the empty prompt at its rate, within 4 standard errors."""
+def test_captions_are_sampled_and_dropped(batches, encoder):
+    """Both captions and the empty prompt occur at their rates, within 4 standard errors."""
     rows = batches(dropout=0.25)
     tokens = torch.cat([rows[number].text.tokens for number in range(100)])
     empty, first = ((tokens == encoder.tokenize([text]).tokens).all(1) for text in ("", ""))
     assert abs(empty.float().mean() - 0.25) < 4 * (0.25 * 0.75 / 800) ** 0.5
     word = encoder.tokenize(["picture"]).tokens[0, 1]
-    drawn = (tokens == word).any(1)[~first].float().mean()
-    assert abs(drawn - 0.5) < 4 * (0.25 / 600) ** 0.5
+    share = (tokens == word).any(1)[~first].float().mean()
+    assert abs(share - 0.5) < 4 * (0.25 / 600) ** 0.5
 
 
 def test_a_broken_picture_is_replaced_by_the_next(batches, source, folder):
     before = batches()[0]
-    (folder / source.name(1)).write_bytes(b"no picture")
+    (folder / source.name(1)).write_bytes(b"not a picture")
     for cached in (True, False):
         after = batches(cached=cached, max_broken=0.5)[0]
         assert torch.equal(before.t, after.t)

@@ -12,7 +12,7 @@ from latentdiff.errors import LatentDiffError
 
 
 def broken(picture):
-    """Pictures by the reason that they are refused for; 900 million pixels of nothing among them."""
+    """Broken pictures by reason, among them a header that claims 900 million pixels."""
     header = bytearray(picture(90))
     header[16:24] = (30_000).to_bytes(4, "big") * 2
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
@@ -25,13 +25,13 @@ def broken(picture):
         "unreadable": [b""],
         "too large": [large.getvalue(), bytes(header)],
         "too small": [picture(93, size=(40, 15))],
-        "format": [b"no picture", deep.getvalue()],
+        "format": [b"not a picture", deep.getvalue()],
     }
 
 
 @pytest.fixture
 def folder(tmp_path, picture, config):
-    """Eight sound pictures with captions in train, two in validation; broken ones, copies, an empty caption."""
+    """Eight intact pictures with captions in train, two in validation; broken ones, duplicates, an empty caption."""
     root = tmp_path / "source"
     files = {f"train/{number}.png": picture(number) for number in range(8)}
     files |= {f"validation/{number}.png": picture(number) for number in (8, 9)}
@@ -53,7 +53,7 @@ def tokenizer():
     return BertTokenizerFast(vocab={name: index for index, name in enumerate(names)}, model_max_length=8)
 
 
-def test_what_is_found(folder, config, tmp_path, tokenizer, picture):
+def test_report(folder, config, tmp_path, tokenizer, picture):
     report = check_source(config(folder, max_pixels=10_000), tmp_path / "out", tokenizer)
     assert (report.train.pictures, report.validation.pictures) == (17, 3)
     assert report.train.broken == {reason: len(several) for reason, several in broken(picture).items()}
@@ -64,7 +64,7 @@ def test_what_is_found(folder, config, tmp_path, tokenizer, picture):
     assert (report.train.caption_characters.least, report.train.caption_characters.largest) == (5, 13)
     assert (report.duplicates, report.shared) == (2, 1)
     assert report.duplicate_names == (("train/copy.png", "train/3.png"), ("validation/copy.png", "train/4.png"))
-    first = "train: 17 pictures, of them broken: 2 format, 2 too large, 1 too small, 2 truncated, 1 unreadable"
+    first = "train: 17 pictures; broken: 2 format, 2 too large, 1 too small, 2 truncated, 1 unreadable"
     assert first in report.lines()
 
 
@@ -80,17 +80,17 @@ def test_sizes(config, tmp_path, picture):
     assert (train.aspect_ratio.least, train.aspect_ratio.median, train.aspect_ratio.largest) == (0.5, 1, 2)
 
 
-def test_what_is_written(folder, config, tmp_path):
+def test_files_written(folder, config, tmp_path):
     report = check_source(config(folder), tmp_path / "out")
     written = json.loads((tmp_path / "out/report.json").read_text())
     assert written["train"]["broken"] == report.train.broken
     assert written["duplicate_names"][0] == ["train/copy.png", "train/3.png"]
     with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
-        colours = sheet.convert("RGB").getcolors(maxcolors=1 << 20)
-    assert len(colours) > 1000  # noise, not a blank sheet
+        colors = sheet.convert("RGB").getcolors(maxcolors=1 << 20)
+    assert len(colors) > 1000  # noise, not a blank sheet
 
 
-def test_the_quarantine_makes_the_source_sound(folder, config, tmp_path):
+def test_quarantine_excludes_exactly_the_broken_pictures(folder, config, tmp_path):
     quarantine = tmp_path / "out/quarantine.txt"
     report = check_source(config(folder, max_pixels=10_000), tmp_path / "out")
     assert report.quarantined == len(read_quarantine(quarantine)) == sum(report.train.broken.values())
@@ -99,10 +99,10 @@ def test_the_quarantine_makes_the_source_sound(folder, config, tmp_path):
     assert {f"train/{number}.png" for number in range(8)} < names
     assert not any(reason in name for name in names for reason in report.train.broken)
     again = check_source(config(folder, max_pixels=10_000, quarantine=str(quarantine)), tmp_path / "again")
-    assert again.quarantined == report.quarantined  # all of the source, not what the old list leaves of it
+    assert again.quarantined == report.quarantined  # the check covers the entire source, whatever the quarantine
 
 
-def test_duplicates_stay(folder, config, tmp_path):
+def test_duplicates_are_not_quarantined(folder, config, tmp_path):
     check_source(config(folder), tmp_path / "out")
     assert not {"train/copy.png", "validation/copy.png"} & read_quarantine(tmp_path / "out/quarantine.txt")
 
@@ -115,7 +115,7 @@ def test_without_a_tokenizer_it_says_so(folder, config, tmp_path, tokenizer):
     assert check_source(config(folder), tmp_path / "out", endless).max_tokens is None
 
 
-def test_nothing_sound_at_all(config, tmp_path):
+def test_all_pictures_broken(config, tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"?")
         (tmp_path / f"{number}.txt").write_text("x")

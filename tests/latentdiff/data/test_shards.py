@@ -1,4 +1,4 @@
-"""Arrays on disk: written by many, resumed, verified, keyed by what they were computed from."""
+"""Arrays on disk: written by many processes, resumed, verified, keyed by their inputs."""
 
 import pickle
 
@@ -7,7 +7,7 @@ import pytest
 
 from latentdiff import LatentDiffError
 from latentdiff.data import shards as module
-from latentdiff.data.shards import Shards, SingleProcess, differences, remove_others
+from latentdiff.data.shards import Shards, SingleProcess, changed_inputs, remove_others
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def _small(monkeypatch):
 
 
 class Process:
-    """One of several, taking turns."""
+    """One of several processes, run one after the other."""
 
     def __init__(self, index, count):
         self.process_index, self.num_processes = index, count
@@ -37,13 +37,13 @@ def squares(computed=None):
     return compute
 
 
-def built(folder, facts=None, rows=10, computed=None):
-    shards = Shards(folder, facts or {"of": "numbers"}, rows)
+def built(folder, inputs=None, rows=10, computed=None):
+    shards = Shards(folder, inputs or {"of": "numbers"}, rows)
     shards.build(squares(computed), SingleProcess())
     return shards
 
 
-def test_rows_come_back(tmp_path):
+def test_rows_are_read_back(tmp_path):
     shards = built(tmp_path)
     assert [shards["square", row].tolist() for row in (0, 3, 4, 9)] == [[0, 0], [9, 3], [16, 4], [81, 9]]
     assert shards.column("odd").tolist() == [0, 1] * 5
@@ -55,15 +55,15 @@ def test_rows_own_their_memory(tmp_path):
     assert shards["square", 1].tolist() == [1, 1]
 
 
-def test_a_second_time_nothing_is_computed(tmp_path):
+def test_the_second_build_computes_nothing(tmp_path):
     built(tmp_path)
     computed = []
     built(tmp_path, computed=computed)
     assert computed == []
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "remove seal", "spoil seal"])
-def test_a_damaged_shard_is_computed_again_and_no_other(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "remove checksum", "spoil checksum"])
+def test_only_a_damaged_shard_is_computed_again(tmp_path, damage):
     shards = built(tmp_path)
     path = shards.folder / "shard-00001.safetensors"
     data = bytearray(path.read_bytes())
@@ -76,14 +76,14 @@ def test_a_damaged_shard_is_computed_again_and_no_other(tmp_path, damage):
     elif damage == "remove":
         path.unlink()
     else:
-        path.with_suffix(".json").write_text("[]") if damage == "spoil seal" else path.with_suffix(".json").unlink()
+        path.with_suffix(".json").write_text("[]") if damage == "spoil checksum" else path.with_suffix(".json").unlink()
     computed = []
     again = built(tmp_path, computed=computed)
     assert computed == [range(4, 8)]
     assert [again["square", row].tolist() for row in range(4, 8)] == [[row**2, row] for row in range(4, 8)]
 
 
-def test_a_process_that_died_is_made_up_for(tmp_path):
+def test_shards_of_a_killed_process_are_computed_later(tmp_path):
     shards = Shards(tmp_path, {"of": "numbers"}, 10)
 
     def dies(rows, progress):
@@ -104,7 +104,7 @@ def test_processes_share_the_work(tmp_path):
         shards = Shards(tmp_path, {"of": "numbers"}, 10)
         computed[index] = []
         if index == 1:
-            with pytest.raises(LatentDiffError, match="shard 0 is missing"):  # nobody waits here for the other one
+            with pytest.raises(LatentDiffError, match="shard 0 is missing"):  # there is no barrier in this test
                 shards.build(squares(computed[1]), Process(1, 2))
         else:
             shards.build(squares(computed[0]), Process(0, 2))
@@ -112,10 +112,10 @@ def test_processes_share_the_work(tmp_path):
     assert shards["square", 7].tolist() == [49, 7]
 
 
-def test_other_facts_are_another_array(tmp_path):
-    first, second = built(tmp_path), Shards(tmp_path, {"of": "letters"}, 10)
+def test_other_inputs_give_another_array(tmp_path):
+    first, second = built(tmp_path), Shards(tmp_path, {"of": "characters"}, 10)
     assert first.folder != second.folder
-    assert differences(tmp_path, second.facts) == ["of"]
+    assert changed_inputs(tmp_path, second.inputs) == ["of"]
     second.build(squares(), SingleProcess())
     remove_others(tmp_path, {second.folder.name})
     assert list(tmp_path.iterdir()) == [second.folder]
@@ -129,7 +129,7 @@ def test_a_worker_maps_the_files_itself(tmp_path):
     assert pickle.loads(pickle.dumps(shards))["square", 9].tolist() == [81, 9]  # noqa: S301
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_an_unwritable_folder_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LatentDiffError, match="cannot be written"):
         built(tmp_path / "file")

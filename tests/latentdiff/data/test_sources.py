@@ -27,7 +27,7 @@ def jsonl(path, rows):
 
 
 def everything(*sources):
-    """Captions by name."""
+    """All captions, by picture name."""
     return {source.name(index): source.captions(index) for source in sources for index in range(len(source))}
 
 
@@ -39,7 +39,7 @@ def parquet(path, pictures, **columns):
 
 @pytest.fixture
 def folder(tmp_path, write):
-    """Twelve pictures with a .txt file beside each."""
+    """Twelve pictures, each with a .txt file next to it."""
     root = tmp_path / "some [odd] name*"
     write(root, *SOME)
     for name in SOME:
@@ -67,8 +67,8 @@ def test_text_folder_with_splits(tmp_path, config, write):
     assert list(everything(open_source(config(tmp_path, validation_split="test"))[1])) == ["test/t.png"]
 
 
-def test_a_picture_named_train_is_no_split(tmp_path, config, write):
-    """datasets itself would take one of these for the whole of the training set."""
+def test_a_picture_named_train_is_not_a_split(tmp_path, config, write):
+    """`datasets` itself would take one of these files for the entire training set."""
     write(tmp_path, "train.png", "a test.png", "validation-1.png")
     for name in ("train", "a test", "validation-1"):
         (tmp_path / f"{name}.txt").write_text(name)
@@ -140,7 +140,7 @@ def test_lists_of_captions(tmp_path, config, write):
 
 def test_missing_and_outside_pictures(tmp_path, config, write):
     write(tmp_path, "data/a.png", "secret.png")
-    names = ["gone.png", "../secret.png", str(tmp_path / "secret.png")]
+    names = ["missing.png", "../secret.png", str(tmp_path / "secret.png")]
     jsonl(tmp_path / "data" / "metadata.jsonl", [{"file_name": name, "text": "x"} for name in names])
     for source in open_source(config(tmp_path / "data")):
         for index in range(len(source)):
@@ -186,7 +186,7 @@ def test_parquet_with_plain_bytes(tmp_path, config, picture):
 def test_parquet_columns(tmp_path, config, picture):
     cells = [{"bytes": picture(0), "path": None}] * 2
     pq.write_table(pa.table({"a": cells, "b": [1, 2], "c": ["x", "y"]}), tmp_path / "x.parquet")
-    with pytest.raises(LatentDiffError, match=r"no column of pictures among a, b, c"):
+    with pytest.raises(LatentDiffError, match=r"no picture column among a, b, c"):
         open_source(config(tmp_path))
     with pytest.raises(LatentDiffError, match=r"no caption column among b, c"):
         open_source(config(tmp_path, image_column="a"))
@@ -201,7 +201,7 @@ def test_parquet_columns(tmp_path, config, picture):
 def test_a_damaged_parquet_file(tmp_path, config, picture):
     parquet(tmp_path / "x.parquet", [picture(0)] * 2, text=["a", "b"])
     (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-9])
-    with pytest.raises(LatentDiffError, match=r"x\.parquet: not a sound Parquet file"):
+    with pytest.raises(LatentDiffError, match=r"x\.parquet: not a valid Parquet file"):
         open_source(config(tmp_path))
 
 
@@ -224,16 +224,16 @@ def test_split_of_a_file(config, name, split):
 
 @pytest.mark.parametrize("source", ["owner/name", "s3://bucket/*.parquet"])
 def test_remote(config, picture, monkeypatch, source):
-    """What datasets loads from elsewhere; only the loading is played here."""
+    """Sources that `datasets` loads from elsewhere; only the loading is mocked."""
     table = datasets.Dataset.from_dict({"image": [{"bytes": picture(0), "path": None}] * 3, "text": ["a", "b", "c"]})
     splits = datasets.DatasetDict({"train": table.cast_column("image", datasets.Image()), "validation": table})
-    asked = []
-    monkeypatch.setattr(tables, "load_dataset", lambda *args, **options: asked.append((args, options)) or splits)
+    calls = []
+    monkeypatch.setattr(tables, "load_dataset", lambda *args, **options: calls.append((args, options)) or splits)
     train, validation = open_source(config(source, image_column="image"))
     assert everything(train) == {"train row 0": ["a"], "train row 1": ["b"], "train row 2": ["c"]}
     assert validation.name(2) == "validation row 2"
     assert train.read(1) == picture(0)
-    assert asked == [(("parquet",), {"data_files": source}) if "://" in source else ((source,), {})]
+    assert calls == [(("parquet",), {"data_files": source}) if "://" in source else ((source,), {})]
 
 
 def test_hold_out_is_by_name(folder, config, write):
@@ -250,7 +250,7 @@ def test_hold_out_of_few(folder, config):
     both = open_source(config(folder))[0].select([0, 1])
     for share in (1e-9, 1 - 1e-9):
         assert [len(part) for part in hold_out(both, share)] == [1, 1]
-    with pytest.raises(LatentDiffError, match="1 pictures: too few"):
+    with pytest.raises(LatentDiffError, match="is 1: too few"):
         hold_out(both.select([0]), 0.5)
 
 
@@ -275,14 +275,14 @@ def test_quarantine(folder, config, tmp_path):
         open_source(config(folder, quarantine="nowhere"))
 
 
-def test_names_fit_on_a_line(tmp_path, config, write):
+def test_names_are_single_lines(tmp_path, config, write):
     write(tmp_path, "a\tb\nc.png", "d.png")
     (tmp_path / "d.txt").write_text("x")
     (tmp_path / "a\tb\nc.txt").write_text("y")
     assert everything(*open_source(config(tmp_path))) == {"a b c.png": ["y"], "d.png": ["x"]}
 
 
-def test_a_name_that_is_no_unicode(tmp_path, config, write, caplog):
+def test_a_name_that_is_not_unicode(tmp_path, config, write, caplog):
     write(tmp_path, "a.png", "b.png", os.fsdecode(b"caf\xe9.png"))
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
@@ -296,22 +296,22 @@ def test_a_name_that_is_no_unicode(tmp_path, config, write, caplog):
     [
         ("nowhere", "'nowhere': no such file or folder"),
         ("./no/where", "no such file or folder"),
-        ("some*.parquet", "no .parquet or .tar files there"),
-        ("owner/name", "'owner/name': no such folder here, and it cannot be fetched"),
+        ("some*.parquet", "no .parquet or .tar files found"),
+        ("owner/name", "'owner/name': no such local folder, and it cannot be fetched"),
         ("hf://datasets/owner/name/x.parquet", "cannot be fetched"),
     ],
 )
-def test_nothing_there(config, source, message):
+def test_missing_sources_raise(config, source, message):
     with pytest.raises(LatentDiffError) as error:
         open_source(config(source))
     assert message in str(error.value)
 
 
-def test_nothing_in_it(tmp_path, config, write):
-    with pytest.raises(LatentDiffError, match="no pictures in it"):
+def test_empty_sources_raise(tmp_path, config, write):
+    with pytest.raises(LatentDiffError, match="contains neither pictures"):
         open_source(config(tmp_path))
     write(tmp_path, "a.png", "b.png")
-    with pytest.raises(LatentDiffError, match="no picture of the split 'train' has a caption"):
+    with pytest.raises(LatentDiffError, match="no picture in split 'train' has a caption"):
         open_source(config(tmp_path))
     with pytest.raises(LatentDiffError, match=r"a\.png'?: no .parquet or .tar files"):
         open_source(config(tmp_path / "a.png"))
@@ -319,7 +319,7 @@ def test_nothing_in_it(tmp_path, config, write):
 
 def test_no_such_split(tmp_path, config, write):
     write(tmp_path, "val/a.png")
-    with pytest.raises(LatentDiffError, match=r"train_split='train'; there are: validation"):
+    with pytest.raises(LatentDiffError, match=r"train_split='train'; found: validation"):
         open_source(config(tmp_path))
 
 
@@ -336,15 +336,15 @@ def test_broken_captions(tmp_path, config, write):
         open_source(config(tmp_path))
 
 
-def test_progress_bars_stay_as_they_were(folder, config, capfd):
+def test_the_progress_bar_setting_is_restored(folder, config, capfd):
     before = is_progress_bar_enabled()
     open_source(config(folder))
     assert is_progress_bar_enabled() == before
     assert capfd.readouterr().err == ""
 
 
-def test_a_source_travels_and_stays_small(folder, config, tmp_path):
-    """As it goes to the workers of a DataLoader that are started afresh."""
+def test_a_source_pickles_to_a_few_bytes(folder, config, tmp_path):
+    """As when it is sent to the spawned workers of a DataLoader."""
     train, _ = open_source(config(folder))
     data = pickle.dumps(train)
     assert len(data) < 20_000

@@ -10,7 +10,7 @@ from latentdiff.errors import LatentDiffError
 
 
 def write_tar(path, members):
-    """A shard from (name, bytes) or TarInfo; gives the offset of each header."""
+    """Write a shard from (name, bytes) pairs or TarInfos; returns the offset of each header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     offsets = []
     with tarfile.open(path, "w") as archive:
@@ -27,7 +27,7 @@ def write_tar(path, members):
 
 @pytest.fixture
 def samples(picture):
-    """Members of samples first, first + 1, ..."""
+    """Members of `count` samples, numbered from `first`."""
 
     def make(first, count):
         members = []
@@ -57,8 +57,8 @@ def test_shards(tmp_path, config, samples, picture):
 
 
 def test_json_and_several_captions(tmp_path, config, picture):
-    told = json.dumps({"caption": ["one", "two"], "prompt": "three", "id": 4}).encode()
-    write_tar(tmp_path / "a.tar", [("x/0.b.json", b"[1]"), ("x/0.jpg", picture(0)), ("x/0.json", told),
+    captions = json.dumps({"caption": ["one", "two"], "prompt": "three", "id": 4}).encode()
+    write_tar(tmp_path / "a.tar", [("x/0.b.json", b"[1]"), ("x/0.jpg", picture(0)), ("x/0.json", captions),
                                    ("x/1.JPG", picture(1)), ("x/1.txt", b"\xef\xbb\xbfone\ntwo\n")])  # fmt: skip
     found = everything(*open_source(config(tmp_path / "a.tar")))
     assert found == {"a.tar/x/0.jpg": ["one", "two", "three"], "a.tar/x/1.JPG": ["one", "two"]}
@@ -67,9 +67,9 @@ def test_json_and_several_captions(tmp_path, config, picture):
 
 
 @pytest.mark.parametrize(
-    "cut", ["in the picture", "in the header", "in the text", "between picture and text", "before the end mark"]
+    "cut", ["in the picture", "in the header", "in the text", "between picture and text", "before the end marker"]
 )
-def test_a_cut_shard_keeps_what_is_whole(tmp_path, config, samples, caplog, cut):
+def test_a_truncated_shard_yields_its_intact_samples(tmp_path, config, samples, caplog, cut):
     shard = tmp_path / "a.tar"
     offsets = write_tar(shard, samples(0, 3))
     end = {
@@ -77,14 +77,14 @@ def test_a_cut_shard_keeps_what_is_whole(tmp_path, config, samples, caplog, cut)
         "in the header": offsets[4] + 100,
         "in the text": offsets[5] + 512 + 3,
         "between picture and text": offsets[5],
-        "before the end mark": offsets[5] + 1024,
+        "before the end marker": offsets[5] + 1024,
     }[cut]
     shard.write_bytes(shard.read_bytes()[:end])
     write_tar(tmp_path / "b.tar", samples(2, 2))
-    whole = 3 if cut == "before the end mark" else 2
-    expected = {f"a.tar/{number:03}.png": [f"number {number}"] for number in range(whole)}
+    intact = 3 if cut == "before the end marker" else 2
+    expected = {f"a.tar/{number:03}.png": [f"number {number}"] for number in range(intact)}
     expected |= {f"b.tar/{number:03}.png": [f"number {number}"] for number in (2, 3)}
-    for _ in range(2):  # the second time from the cache of datasets
+    for _ in range(2):  # the second time, from the cache of `datasets`
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert everything(*open_source(config(tmp_path))) == expected
@@ -100,11 +100,11 @@ def test_a_broken_header(tmp_path, config, samples, caplog):
     shard.write_bytes(data)
     with caplog.at_level(logging.WARNING):
         assert set(everything(*open_source(config(shard)))) == {"a.tar/000.png", "a.tar/001.png"}
-    assert f"no end mark at byte {offsets[4]}" in caplog.text
+    assert f"end-of-archive marker at byte {offsets[4]}" in caplog.text
 
 
-@pytest.mark.parametrize("data", [b"", b"no tar file at all" * 100])
-def test_no_tar_at_all(tmp_path, config, samples, caplog, data):
+@pytest.mark.parametrize("data", [b"", b"not a tar file" * 100])
+def test_not_a_tar_file(tmp_path, config, samples, caplog, data):
     (tmp_path / "bad.tar").write_bytes(data)
     with pytest.raises(LatentDiffError, match=r"no pictures in bad\.tar"):
         open_source(config(tmp_path))
@@ -118,26 +118,26 @@ def test_an_empty_shard(tmp_path, config, caplog):
     write_tar(tmp_path / "a.tar", [])
     with pytest.raises(LatentDiffError, match=r"no pictures in a\.tar"):
         open_source(config(tmp_path))
-    assert "a.tar: no samples in it" in caplog.text
+    assert "a.tar: contains no samples" in caplog.text
 
 
-def test_what_must_not_be_in_a_shard(tmp_path, config, samples, picture, caplog):
+def test_links_devices_and_surplus_members_are_skipped(tmp_path, config, samples, picture, caplog):
     link, device, folder = (tarfile.TarInfo(name) for name in ("link.png", "device.png", "folder"))
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     device.type, folder.type = tarfile.CHRTYPE, tarfile.DIRTYPE
     bad = [link, device, folder, ("/abs.png", picture(1)), ("../up.png", picture(1))]
-    odd = [("000.jpg", picture(7)), ("only.txt", b"no picture"), ("001.json", b"{"), ("001.txt.gz", b"?")]
+    odd = [("000.jpg", picture(7)), ("only.txt", b"not a picture"), ("001.json", b"{"), ("001.txt.gz", b"?")]
     write_tar(tmp_path / "a.tar", [*bad, *samples(0, 2), *odd])
     with caplog.at_level(logging.WARNING):
         train, validation = open_source(config(tmp_path))
     assert everything(train, validation) == {"a.tar/000.png": ["number 0"], "a.tar/001.png": ["number 1"]}
-    assert "left out 4 links" in caplog.text
-    assert "left out 1 second pictures" in caplog.text
-    assert "left out 1 caption files" in caplog.text
-    assert "left out 1 samples without a picture" in caplog.text
+    assert "skipped 4 links" in caplog.text
+    assert "skipped 1 surplus pictures" in caplog.text
+    assert "skipped 1 caption files" in caplog.text
+    assert "skipped 1 samples without a picture" in caplog.text
 
 
-def test_a_shard_cut_after_it_was_opened(tmp_path, config, samples):
+def test_a_shard_truncated_after_opening(tmp_path, config, samples):
     shard = tmp_path / "a.tar"
     write_tar(shard, samples(0, 2))
     sources = open_source(config(shard))

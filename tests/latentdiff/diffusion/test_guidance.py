@@ -30,7 +30,7 @@ def test_rescale_is_diffusers(amount):
 
 
 def test_guidance_is_the_same_in_every_space():
-    """Its weights sum to one, so eps, x0 and v give the same pictures."""
+    """Its weights sum to one, so eps, x0 and v give the same images."""
     schedule = Schedule.named()
     t = torch.tensor([1, 500, 998])
     in_x0 = guide(pair, 5.0)(X, 0)
@@ -49,7 +49,7 @@ def test_interval_of_noise_levels():
 
 
 def test_ends_of_the_interval():
-    """Its upper end belongs to it and its lower does not, as in the paper."""
+    """The upper end is inclusive and the lower exclusive, as in the paper."""
     schedule = Schedule.named()
     level = (schedule.sigma / schedule.alpha).tolist()
     model = within(lambda x, t: "inside", lambda x, t: "outside", level[100], level[200], schedule)
@@ -73,7 +73,7 @@ def test_outside_the_interval_the_pair_is_not_called():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: guide(pair, float("nan")), "guidance_scale=nan: expected a finite number; 1 is off"),
+        (lambda: guide(pair, float("nan")), "guidance_scale=nan: expected a finite number; 1 disables guidance"),
         (lambda: guide(pair, float("inf")), "guidance_scale=inf"),
         (lambda: guide(pair, 5.0, rescale=1.5), r"rescale=1\.5: expected a number from 0 to 1"),
         (lambda: within(pair, pair, 2.0, 1.0, Schedule.named()), r"guidance interval \(2\.0, 1\.0\)"),

@@ -1,4 +1,4 @@
-"""Each formula of diffusion.py against an independent computation in float64."""
+"""Every formula of process.py and bound.py against an independent computation in float64."""
 
 import itertools
 import math
@@ -84,7 +84,7 @@ def test_add_noise_is_the_kernels_draw_and_keeps_the_dtype():
 
 
 def conditioned(x0: float, x_t: float, t: int, schedule: Schedule) -> tuple[float, float]:
-    """Mean and variance of x_{t-1} given x_t, from the joint normal of both given x0, by solving a linear system."""
+    """Mean and variance of x_{t-1} given x_t and x0, by conditioning their joint Gaussian with a linear solve."""
     betas = schedule.betas.numpy()
     bar_prev, bar = np.prod(1 - betas[:t]), np.prod(1 - betas[: t + 1])
     link = math.sqrt(1 - betas[t])
@@ -111,7 +111,7 @@ def test_posterior_ends(schedule):
     close(first.mean, x0)
     assert not first.var.any()
     last = posterior(x0, x_t, torch.tensor(schedule.num_timesteps - 1), schedule)
-    if schedule.has_zero_terminal_snr:  # x_T carries no news, so the posterior is q(x_{T-1} | x0)
+    if schedule.has_zero_terminal_snr:  # x_T carries no information, so the posterior is q(x_{T-1} | x0)
         kernel = forward_kernel(x0, torch.tensor(schedule.num_timesteps - 2), schedule)
         close(last.mean, kernel.mean)
         close(last.var, kernel.var)
@@ -130,7 +130,7 @@ def test_predictions_convert_into_each_other(schedule, source):
     for wanted in PREDICTIONS:
         expected = target(x0, noise, t, wanted, schedule)
         torch.testing.assert_close(convert(output, x_t, t, source, wanted, schedule), expected, rtol=1e-8, atol=1e-8)
-        wrong = output + torch.randn_like(output)  # also where the prediction is not the truth
+        wrong = output + torch.randn_like(output)  # also for wrong predictions
         there = convert(wrong, x_t, t, source, wanted, schedule)
         if not (wanted == "eps" and schedule.has_zero_terminal_snr and int(t[-1]) == last):
             back = convert(there, x_t, t, wanted, source, schedule)
@@ -171,7 +171,7 @@ def test_eps_is_refused_where_it_says_nothing():
 @SCHEDULES
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
 def test_elbo_weight_is_the_same_number_under_every_prediction(schedule, variance):
-    """And it is what the bound itself says: the term at a wrong x0 minus the term at the true one, per element."""
+    """It agrees with the bound itself: the term at a wrong x0 minus the term at the true one, per element."""
     x0, noise = draw()
     last = schedule.num_timesteps - 1
     t = torch.tensor([0, 1, 2, last // 2, last - 1, last - 1 if schedule.has_zero_terminal_snr else last])
@@ -204,7 +204,7 @@ def test_elbo_weight_on_eps_is_that_of_the_paper():
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_is_diffusers(gamma):
-    """The three lines of diffusers' training script, per prediction; x0 from the paper."""
+    """Three lines of diffusers' training script, one per prediction type; that for x0 is from the paper."""
     t = torch.arange(100)
     snr = compute_snr(DDPMScheduler(100, 1e-3, 0.2, "linear"), t).double()
     clipped = snr.clamp(max=gamma)
@@ -212,7 +212,7 @@ def test_min_snr_is_diffusers(gamma):
     expected = {"eps": clipped / snr, "v": clipped / (snr + 1), "x0": clipped}
     for prediction, weight in expected.items():
         found = loss_weight(t, prediction, "min_snr", PLAIN, like, min_snr_gamma=gamma)
-        torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-6)  # its tables are float32
+        torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-6)  # diffusers' tables are float32
     assert torch.equal(loss_weight(t, "v", "simple", PLAIN, like), torch.ones_like(like))
 
 
@@ -257,7 +257,7 @@ def test_half_precision_inputs_are_computed_in_float32(prediction):
 
 
 def test_compiles_without_graph_break():
-    """Values are looked at outside a compiled function only."""
+    """Values are read only outside compiled functions."""
 
     @torch.compile(fullgraph=True, backend="eager")
     def step(x0, noise, output, t):
@@ -301,7 +301,7 @@ def test_bound_terms_are_kl_and_log_density(schedule, variance):
 
 
 def test_bound_term_has_finite_gradients():
-    """At t = 0 the posterior's variance is 0; a logarithm taken and thrown away would still poison the gradient."""
+    """At t = 0 the posterior's variance is 0; even a logarithm whose value is discarded would poison the gradient."""
     x0, noise = draw(2)
     t = torch.tensor([0, 5])
     x0_hat = x0.clone().requires_grad_()
@@ -337,7 +337,7 @@ def test_stratified_timesteps():
         for part, value in enumerate(t.sort().values):
             assert edges[part].floor() <= value <= edges[part + 1]
     draws = torch.stack([sample_timesteps(4, 20, generator) for _ in range(20_000)])
-    for column in (*draws.T, draws.flatten()):  # every place of the batch sees every timestep equally often
+    for column in (*draws.T, draws.flatten()):  # every position of the batch sees every timestep equally often
         counts = column.bincount(minlength=20)
         assert (counts - len(column) / 20).abs().max() < 5 * math.sqrt(len(column) / 20)
     means, independent = draws.double().mean(1), sample_timesteps(80_000, 20, generator, stratified=False)
@@ -362,7 +362,7 @@ def test_stratified_timesteps():
         (lambda x, t: diffusion_loss(x[:, :1], x, x, t, "v", PLAIN), r"output has shape \(2, 1\)"),
         (lambda x, t: diffusion_loss(x, x, x[:1], t, "v", PLAIN), r"noise has shape \(1, 3\)"),
         (lambda x, t: to_x0(x[:, :1], x, t, "v", PLAIN), r"output has shape \(2, 1\)"),
-        (lambda x, t: sample_timesteps(3, 0), "num_timesteps=0: expected at least 1"),
+        (lambda x, t: sample_timesteps(3, 0), "num_timesteps=0: both must be at least 1"),
         (lambda x, t: sample_timesteps(0, 10), "batch_size=0"),
         (lambda x, t: posterior(x, x, t.float(), PLAIN), r"t is torch\.float32; expected int64"),
     ],

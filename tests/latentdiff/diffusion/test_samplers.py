@@ -1,4 +1,4 @@
-"""Samplers: what holds for every row, equality with diffusers, order of convergence, and the distribution they draw."""
+"""Samplers: invariants of every row, agreement with diffusers, order of convergence, and the sampled distribution."""
 
 import math
 from itertools import pairwise
@@ -39,18 +39,18 @@ def test_every_row_keeps_signal_and_noise_level(name, spacing, schedule):
         a, b, c, d = columns(rows)
         assert (a * alpha[:-1] + b + c - alpha[1:]).abs().max() < 1e-12
         assert ((a * sigma[:-1]).square() + d.square() - sigma[1:].square()).abs().max() < 1e-12
-        assert rows[0].c == 0  # there is no x0 before the first
-        assert rows[-1] == Row(t[-1], 0.0, 1.0, 0.0, 0.0)  # the last answer is x0 itself
+        assert rows[0].c == 0  # there is no x0_prev in the first row
+        assert rows[-1] == Row(t[-1], 0.0, 1.0, 0.0, 0.0)  # the last row returns x0 itself
         assert len(rows) == num_steps
 
 
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("curve", ["linear", "scaled_linear", "cosine"])
 @pytest.mark.parametrize("T", [2, 100, 1000, 4000])
-def test_rows_are_tame_on_every_schedule(curve, T, zero):
-    """b and c nearly cancel when the first steps in log SNR differ wildly; the sum would hide it, not the sizes.
+def test_coefficients_stay_small_on_every_schedule(curve, T, zero):
+    """Large b and c that nearly cancel, as when steps in log SNR differ wildly, would not show in their sum.
 
-    On a grid that descends steadily no row extrapolates x0 by much more than the step it just made.
+    On a regular grid, no row extrapolates x0 by much more than the step before it.
     """
     schedule = Schedule.named(curve, T, zero_terminal_snr=zero)
     for name in SAMPLERS:
@@ -73,7 +73,7 @@ def test_ddim_keeps_the_levels_at_every_eta(eta):
 
 
 def test_ddpm_rows_are_the_posterior():
-    """With all T steps a row of ddpm is q(x_{t-1} | x_t, x0)."""
+    """With all T steps, a row of ddpm is q(x_{t-1} | x_t, x0)."""
     schedule = SCHEDULES["scaled_linear"]
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     for row in make_rows("ddpm", schedule, 1000):
@@ -91,7 +91,7 @@ def test_euler_is_ddim_on_another_grid():
 
 
 def test_rows_take_levels_between_the_timesteps():
-    """The functions see noise levels, not timesteps: a continuous grid that ends at a level above zero."""
+    """The functions take noise levels, not timesteps: a continuous grid that ends at a level above zero."""
     log_snr = torch.linspace(-8, 6, 12, dtype=torch.float64)
     alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
     for name in SAMPLERS:
@@ -119,7 +119,7 @@ def test_grids_are_diffusers_and_strictly_descending(spacing, num_steps):
     theirs.set_timesteps(num_steps)
     ours = timesteps(1000, num_steps, spacing)
     assert all(a > b for a, b in pairwise(ours))
-    if (spacing, num_steps) != ("linspace", 1):  # theirs is t = 0 then: one step from noise, at the wrong end
+    if (spacing, num_steps) != ("linspace", 1):  # diffusers uses t = 0 then: one step from noise, at the wrong end
         assert ours == theirs.timesteps.tolist()
 
 
@@ -127,7 +127,7 @@ def test_grids_are_diffusers_and_strictly_descending(spacing, num_steps):
 
 
 def model(x: torch.Tensor, t: int) -> torch.Tensor:
-    """Some smooth, non-linear prediction; a linear one would hide errors of order."""
+    """A smooth, nonlinear prediction; a linear one would hide errors in the order of convergence."""
     return torch.sin(1.7 * x + 0.3) * (0.8 + 0.4 * math.cos(t / 150)) + 0.2 * x.flip(-1)
 
 
@@ -140,7 +140,7 @@ def ours(name, schedule, prediction, x: torch.Tensor, grid, noise=None, **option
 
 
 def theirs(scheduler, num_steps: int, x: torch.Tensor, alpha_first: float, **options) -> torch.Tensor:
-    """diffusers' loop. Euler schedulers walk in x / alpha."""
+    """Run diffusers' loop; its Euler schedulers work in x / alpha."""
     scheduler.set_timesteps(num_steps)
     scaled = isinstance(scheduler, EulerDiscreteScheduler)
     if scaled:
@@ -187,9 +187,9 @@ def test_same_latents_as_diffusers(name, prediction, zero, spacing, num_steps):
     draws = {"generator": torch.Generator().manual_seed(7)} if name in ("ddpm", "dpmpp_2m_sde") else {}
     scheduler.set_timesteps(num_steps)
     grid = [int(t) for t in scheduler.timesteps]
-    if not (spacing == "leading" and name.startswith("dpmpp")):  # theirs divides by num_steps + 1 there
+    if not (spacing == "leading" and name.startswith("dpmpp")):  # diffusers divides by num_steps + 1 there
         assert grid == timesteps(1000, num_steps, spacing)
-    alpha_first = 2.0**-12 if zero else float(schedule.alpha[grid[0]])  # their stand-in for zero signal
+    alpha_first = 2.0**-12 if zero else float(schedule.alpha[grid[0]])  # diffusers' substitute for zero signal
     expected = theirs(scheduler, num_steps, x, alpha_first, **draws)
     generator = torch.Generator().manual_seed(7)
     noise_dtype = torch.float32 if name == "dpmpp_2m_sde" else torch.float64
@@ -198,7 +198,7 @@ def test_same_latents_as_diffusers(name, prediction, zero, spacing, num_steps):
         return torch.randn(x.shape, generator=generator, dtype=noise_dtype)
 
     found = ours(name, schedule, prediction, x, grid, noise)
-    # Their alpha_T = 2**-12 under zero terminal SNR is a real difference, most of all in an ancestral first step.
+    # diffusers' alpha_T = 2**-12 under zero terminal SNR is a real difference, most of all in an ancestral first step.
     tolerances = {"dpmpp_2m": 1e-3, "euler": 1e-3, "dpmpp_2m_sde": 3e-3} if zero else {}
     tolerance = tolerances.get(name, 1e-4)
     assert float((found - expected).abs().max()) < tolerance * max(1.0, float(expected.abs().max()))
@@ -224,12 +224,12 @@ def test_ddim_with_eta_is_diffusers(eta):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-# --- do they solve what they say they solve ---
+# --- accuracy ---
 
 
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
 def test_order_of_convergence(mixture, name, order):
-    """Gaussian mixture, exact denoiser, grid uniform in log-SNR between two noise levels above zero."""
+    """Gaussian mixture, exact denoiser, grid uniform in log SNR between two noise levels above zero."""
     data = mixture([0.4, 0.6], [-1.0, 0.8], [0.3, 0.5])
     start = torch.linspace(-2, 2, 21, dtype=torch.float64)[:, None]
 
@@ -252,11 +252,11 @@ def test_order_of_convergence(mixture, name, order):
     assert slope == pytest.approx(order, abs=0.05)
 
 
-def test_ddpm_draws_the_data(mixture):
-    """20,000 draws at T = 1000: moments, each mode's spread, and a KS test against the exact reverse chain."""
+def test_ddpm_samples_the_data(mixture):
+    """8,000 samples at T = 1000: moments, the spread of each mode, and a KS test against the exact reverse chain."""
     data = mixture([0.35, 0.65], [[-1.5, 0.5], [1.0, -0.5]], [[0.3, 0.5], [0.5, 0.4]])
     schedule = Schedule.named("linear")
-    count, T = 20_000, 1000
+    count, T = 8_000, 1000
     generator = torch.Generator().manual_seed(1)
 
     def normal(_: int = 0) -> torch.Tensor:
@@ -266,29 +266,29 @@ def test_ddpm_draws_the_data(mixture):
         return data.denoise(x, schedule.alpha[t], schedule.sigma[t])
 
     *_, last = sample(denoise, normal(), make_rows("ddpm", schedule, T), normal)
-    draws = last.x
+    samples = last.x
     mean = data.weights @ data.means
     covariance = torch.diag(data.weights @ data.stds**2) + (data.weights * (data.means - mean).T) @ (data.means - mean)
-    assert ((draws.mean(0) - mean).abs() < 3 * (covariance.diag() / count).sqrt()).all()
-    products = (draws - mean)[:, :, None] * (draws - mean)[:, None, :]
+    assert ((samples.mean(0) - mean).abs() < 3 * (covariance.diag() / count).sqrt()).all()
+    products = (samples - mean)[:, :, None] * (samples - mean)[:, None, :]
     assert ((products.mean(0) - covariance).abs() < 3 * products.std(0) / math.sqrt(count)).all()
-    nearest = data.posterior(draws, 1.0, 0.0)[0].argmax(1)
+    nearest = data.posterior(samples, 1.0, 0.0)[0].argmax(1)
     real = data.sample(count, generator)
     real_nearest = data.posterior(real, 1.0, 0.0)[0].argmax(1)
     for mode in range(2):
-        found, expected = draws[nearest == mode], real[real_nearest == mode]
+        found, expected = samples[nearest == mode], real[real_nearest == mode]
         error = expected.std(0) * math.sqrt(1 / (2 * len(found)) + 1 / (2 * len(expected)))
         assert ((found.std(0) - expected.std(0)).abs() < 3 * error).all()
 
     x = normal()  # the exact chain: x0 from its true conditional, then the posterior
     for t in range(T - 1, -1, -1):
-        share, means, var = data.posterior(x, schedule.alpha[t], schedule.sigma[t])
-        which = torch.multinomial(share, 1, generator=generator)[:, 0]
+        weights, means, var = data.posterior(x, schedule.alpha[t], schedule.sigma[t])
+        which = torch.multinomial(weights, 1, generator=generator)[:, 0]
         x0 = means[torch.arange(count), which] + var[which].sqrt() * normal()
         step = posterior(x0, x, torch.tensor(t), schedule)
         x = step.mean + step.var.sqrt() * normal()
     for axis in range(2):
-        assert ks_2samp(draws[:, axis], x[:, axis]).pvalue > 0.01
+        assert ks_2samp(samples[:, axis], x[:, axis]).pvalue > 0.01
 
 
 # --- the loop ---
@@ -307,7 +307,7 @@ def test_the_loop_is_the_row_formula():
     first = 0.5 * 1 + 0.25 * 10
     second = 0.9 * first + 0.3 * (first + 4) - 0.2 * 10 + 0.1 * 10
     assert seen == [9, 4, 0]
-    assert asked == [1]  # only rows that want noise draw some
+    assert asked == [1]  # only rows that add noise ask for it
     assert [float(step.x[0, 0]) for step in steps] == pytest.approx([first, second, second])
     assert [step.t for step in steps] == [9, 4, 0]
     assert float(steps[1].x0[0, 0]) == pytest.approx(first + 4)
@@ -317,15 +317,15 @@ def test_the_loop_is_lazy_and_draws_its_own_noise():
     x = torch.zeros(100_000)
     rows = make_rows("ddpm", SCHEDULES["scaled_linear"], 10)
     loop = sample(lambda x, _: x, x, rows)
-    drawn = next(loop).x / rows[0].d  # x and x0 are zero, so this is the noise
-    assert abs(drawn.mean()) < 0.02
-    assert abs(drawn.std() - 1) < 0.02
-    assert drawn.abs().max() > 3
+    noise = next(loop).x / rows[0].d  # x and x0 are zero, so this is the noise
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+    assert noise.abs().max() > 3
     assert len(list(loop)) == 9
 
 
 def test_the_loop_stays_in_float32_around_a_half_precision_model():
-    """Rounding x at every step would add up; the callable casts for its model, and what it returns is cast back."""
+    """Rounding x would accumulate over steps: the callable casts to its model's dtype, and its output is cast back."""
     seen = []
 
     def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
@@ -341,7 +341,7 @@ def test_the_loop_stays_in_float32_around_a_half_precision_model():
     ("call", "message"),
     [
         (lambda s: make_rows("dpmpp2m", s, 10), "unknown sampler 'dpmpp2m': .*; did you mean 'dpmpp_2m'"),
-        (lambda s: make_rows("ddim", s, 0), "num_steps=0: expected a whole number from 1 to 1000"),
+        (lambda s: make_rows("ddim", s, 0), "num_steps=0: expected an integer from 1 to 1000"),
         (lambda s: make_rows("ddim", s, -1), "num_steps=-1"),
         (lambda s: make_rows("ddim", s, 10**9), "num_steps=1000000000"),
         (lambda s: make_rows("ddim", s, 10.0), r"num_steps=10\.0"),
@@ -350,7 +350,10 @@ def test_the_loop_stays_in_float32_around_a_half_precision_model():
         (lambda s: make_rows("ddim", s, 10, eta=2.0), r"eta=2\.0 with sampler 'ddim'"),
         (lambda s: make_rows("ddim", s, 10, eta=math.nan), "eta=nan"),
         (lambda s: make_rows("ddpm", s, 10, eta=0.0), r"eta=0\.0 with sampler 'ddpm': only 'ddim' takes an eta"),
-        (lambda s: make_rows("ddim", s, 1000, spacing="leading", offset=1), "offset=1 leaves the timesteps 0 to 999"),
+        (
+            lambda s: make_rows("ddim", s, 1000, spacing="leading", offset=1),
+            "offset=1 moves timesteps out of the range 0 to 999",
+        ),
         (
             lambda s: make_rows("ddim", s, 10, offset=1),
             "offset=1 with spacing 'trailing': only 'leading' takes an offset",

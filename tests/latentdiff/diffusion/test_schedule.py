@@ -1,4 +1,4 @@
-"""Schedules against plain Python sums and against diffusers."""
+"""Schedules against plain Python and against diffusers."""
 
 import math
 
@@ -14,7 +14,7 @@ DIFFUSERS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "sq
 
 
 def python_betas(name: str, T: int) -> list[float]:
-    """The betas once more, with the standard library alone."""
+    """The betas, computed with the standard library alone."""
     if name == "cosine":
         bar = [math.cos((s / T + 0.008) / 1.008 * math.pi / 2) ** 2 for s in range(T + 1)]
         return [min(1 - bar[s + 1] / bar[s], 0.999) for s in range(T)]
@@ -52,7 +52,7 @@ def test_same_as_diffusers(name, zero):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_terminal_snr(name):
-    """alpha of arXiv 2305.08891: shifted and scaled, the first stays, the last is exactly zero."""
+    """alpha is shifted and scaled (arXiv 2305.08891): the first stays, the last is exactly zero."""
     plain, schedule = Schedule.named(name), Schedule.named(name, zero_terminal_snr=True)
     assert schedule.has_zero_terminal_snr
     assert schedule.alpha_bar[-1] == 0
@@ -74,8 +74,8 @@ def test_one_step_earlier():
     assert torch.equal(schedule.sigma_prev[1:], schedule.sigma[:-1])
 
 
-def test_first_noise_level_keeps_its_digits():
-    """1 - cumprod would have lost most of beta = 1e-12."""
+def test_first_noise_level_keeps_its_precision():
+    """1 - cumprod would lose most digits of beta = 1e-12."""
     betas = torch.full((2,), 1e-12, dtype=torch.float64)
     torch.testing.assert_close(Schedule(betas).sigma[0] ** 2, betas[0], rtol=1e-14, atol=0)
 
@@ -92,10 +92,10 @@ def test_gather_broadcasts_and_keeps_precision():
 
 
 def test_values_follow_what_they_multiply():
-    """Timesteps on the CPU serve latents anywhere; timesteps elsewhere need the schedule there too."""
+    """Timesteps on the CPU work for latents on any device; timesteps elsewhere need the schedule to be there too."""
     schedule = Schedule.named(num_timesteps=10)
     assert schedule.at(torch.tensor(3), torch.zeros(2, 4, device="meta"))[0].device.type == "meta"
-    with pytest.raises(LatentDiffError, match=r"t is on meta and the schedule on cpu: move it with schedule\.to"):
+    with pytest.raises(LatentDiffError, match=r"t is on meta, but the schedule is on cpu: move it with schedule\.to"):
         schedule.at(torch.zeros(2, dtype=torch.int64, device="meta"), torch.zeros(2, 4, device="meta"))
 
 
@@ -135,7 +135,7 @@ def test_wrong_timesteps(t, message):
         (lambda: Schedule.named(num_timesteps=10.0), r"num_timesteps=10\.0"),
         (lambda: Schedule.named(beta_start=-0.1), r"beta_start=-0\.1"),
         (lambda: Schedule.named(beta_end=math.nan), "beta_end=nan"),
-        (lambda: Schedule.named("cosine", beta_end=0.1), "beta_end is given, but the cosine schedule has no such"),
+        (lambda: Schedule.named("cosine", beta_end=0.1), "beta_end is not a setting of the cosine schedule"),
         (lambda: Schedule.named(beta_start="0.1"), "beta_start='0.1'"),
         (lambda: Schedule([0.1, 0.2]), "betas are a list; expected a tensor"),
         (lambda: Schedule(torch.zeros(4)), "betas must lie in"),

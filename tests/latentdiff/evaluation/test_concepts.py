@@ -1,4 +1,4 @@
-"""Does it draw what is asked: against counting by hand."""
+"""Prompt fidelity against counting by hand."""
 
 import numpy as np
 import pytest
@@ -8,30 +8,30 @@ from latentdiff import LatentDiffError
 from latentdiff.evaluation.concepts import agreement, choose, concepts_of, ranks
 
 
-def test_ranks_are_counted():
+def test_ranks_against_a_loop():
     random = np.random.default_rng(0)
     queries, gallery = random.normal(size=(300, 5)), random.normal(size=(40, 5))
-    asked, shown = random.integers(0, 4, 300), random.integers(0, 4, 40)
+    requested, shown = random.integers(0, 4, 300), random.integers(0, 4, 40)
     expected, first = [], []
-    for query, concept in zip(queries, asked, strict=True):
+    for query, concept in zip(queries, requested, strict=True):
         order = np.argsort(((gallery - query) ** 2).sum(1))
         expected.append(list(shown[order] == concept).index(True))
         first.append(order[0])
-    found, nearest = ranks(*map(torch.tensor, (queries, gallery, asked, shown)))
+    found, nearest = ranks(*map(torch.tensor, (queries, gallery, requested, shown)))
     assert found.tolist() == expected
     assert nearest.tolist() == first
 
 
-def test_a_collapsed_encoder_agrees_with_nothing():
-    """Where all features are equal, a picture of another concept is as near: that does not count as right."""
+def test_a_collapsed_encoder_never_agrees():
+    """If all features are equal, a picture of another concept is just as near, which is not a match."""
     names = ["a", "b", "c", "d"]
     assert agreement("x", torch.ones(4, 3), torch.ones(4, 3), names, names)[0].top1 == 0.0
     with pytest.raises(LatentDiffError, match="not finite"):
         agreement("x", torch.full((4, 3), torch.nan), torch.ones(4, 3), names, names)
 
 
-def test_agreement_of_copies_and_of_others():
-    """Copies of the gallery agree always, and never with each other's prompts; opposite ones never."""
+def test_agreement_of_copies_and_of_swapped_pictures():
+    """Copies of the gallery always agree, and never with shuffled prompts; swapped pictures never agree."""
     gallery = torch.eye(6)
     names = ["a", "a", "b", "b", "c", "c"]
     found, _, nearest = agreement("x", gallery + 0.1, gallery, names, names)
@@ -44,13 +44,13 @@ def test_agreement_of_copies_and_of_others():
 
 
 def test_the_standard_error_counts_concepts():
-    """Eight pictures of each of 40 concepts, all right or all wrong: 40 observations, not 320."""
+    """Eight pictures of each of 40 concepts, all right or all wrong, are 40 observations, not 320."""
     gallery, names = torch.eye(40), [f"c{number}" for number in range(40)]
-    asked = [name for name in names for _ in range(8)]
-    places = torch.arange(40).repeat_interleave(8)
-    wrong = places < 10
-    queries = gallery[torch.where(wrong, (places + 1) % 40, places)]
-    found, _, _ = agreement("x", queries, gallery, asked, names)
+    requested = [name for name in names for _ in range(8)]
+    indices = torch.arange(40).repeat_interleave(8)
+    wrong = indices < 10
+    queries = gallery[torch.where(wrong, (indices + 1) % 40, indices)]
+    found, _, _ = agreement("x", queries, gallery, requested, names)
     assert found.top1 == 0.75
     assert found.standard_error == pytest.approx((0.75 * 0.25 / 39) ** 0.5)
 
@@ -67,15 +67,15 @@ def test_concepts_are_captions_without_their_style():
     source = Captions(["a 3d emoji of a cat", "x"], ["a noto emoji of a cat"], [], ["a 3d emoji of an owl"])
     assert concepts_of(source, r"^an? (3d|noto) emoji of ") == ["a cat", "a cat", "", "an owl"]
     assert concepts_of(source)[0] == "a 3d emoji of a cat"
-    with pytest.raises(LatentDiffError, match=r"style '\(': not a regular expression"):
+    with pytest.raises(LatentDiffError, match=r"style '\(': not a valid regular expression"):
         concepts_of(source, "(")
 
 
-def test_the_choice_is_of_distinct_concepts_and_the_seeds():
+def test_chosen_concepts_are_distinct_and_set_by_the_seed():
     concepts = [f"c{number // 3}" for number in range(90)] + [""]
     chosen = choose(concepts, 20, seed=1)
-    assert len({concepts[place] for place in chosen}) == 20
+    assert len({concepts[index] for index in chosen}) == 20
     assert chosen == choose(concepts, 20, seed=1) != choose(concepts, 20, seed=2)
-    assert len(choose(concepts, 64, seed=1)) == 30  # all there are, and none without a caption
-    with pytest.raises(LatentDiffError, match="1 concepts, 64 asked for"):
+    assert len(choose(concepts, 64, seed=1)) == 30  # all of them, except the one without a caption
+    with pytest.raises(LatentDiffError, match="concepts: 1 available, 64 requested"):
         choose(["a", "a", ""], 64, seed=1)

@@ -1,4 +1,4 @@
-"""The error of denoised latents, where it is known in closed form."""
+"""Denoising errors that are known in closed form."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from vae import VAE, VAEConfig
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [True, False])
-def test_a_model_that_predicts_zero_errs_by_sigma_squared(zero_terminal_snr):
-    """v = 0 guesses x0 = alpha x_t, which is off by alpha sigma eps - sigma^2 x0: sigma^2 for latents of variance 1."""
+def test_the_error_of_a_model_that_predicts_zero_is_sigma_squared(zero_terminal_snr):
+    """v = 0 predicts x0 = alpha x_t, off by alpha sigma eps - sigma^2 x0: sigma^2 for latents of variance 1."""
     tokenizer = train_tokenizer(["a red apple"] * 5, vocab_size=40, max_length=8)
     schedule = Schedule.named(zero_terminal_snr=zero_terminal_snr)
     pipe = LatentPipeline(
@@ -33,22 +33,22 @@ def test_a_model_that_predicts_zero_errs_by_sigma_squared(zero_terminal_snr):
     latents = torch.randn(100, 4, 16, 16)
     captions = ["a red apple"] * 100
     found = denoising_errors(pipe, latents, captions, levels=(0.5, 1.0, 4.0, 8.0))
-    for error, asked in zip(found, (0.5, 1.0, 4.0, 8.0), strict=True):
-        assert error.level == pytest.approx(asked, rel=0.02)
+    for error, requested in zip(found, (0.5, 1.0, 4.0, 8.0), strict=True):
+        assert error.level == pytest.approx(requested, rel=0.02)
         sigma_squared = error.level**2 / (1 + error.level**2)
         assert error.error == pytest.approx(sigma_squared, rel=0.02)
         assert error.error == pytest.approx(error.without_caption)
-    # A network that gives the right v where it sees the caption, at one level, and nothing else otherwise.
+    # A network that predicts the exact v at one level if it sees the caption, and 0 otherwise.
     caption_keys = pipe.unet.project_context(pipe.text_encoder(["a red apple"]))[0][0]
     t = int((schedule.sigma / schedule.alpha - 4.0).abs().argmin())
     alpha, sigma = float(schedule.alpha[t]), float(schedule.sigma[t])
-    place = iter((slice(0, 64), slice(0, 64), slice(64, 100), slice(64, 100)))  # with the caption, then without
+    parts = iter((slice(0, 64), slice(0, 64), slice(64, 100), slice(64, 100)))  # with the caption, then without
 
     class Oracle:
         project_context, project_time = pipe.unet.project_context, pipe.unet.project_time
 
         def __call__(self, x, shifts, keys):
-            x0 = latents[next(place)]
+            x0 = latents[next(parts)]
             sees = torch.allclose(keys[0][0][:1], caption_keys, atol=1e-5)
             return (alpha * x - x0) / sigma if sees else torch.zeros_like(x)
 

@@ -1,4 +1,4 @@
-"""The whole report: of models that copy their training pictures, whose right answer is known."""
+"""The complete report, for models that copy their training pictures, where the right answer is known."""
 
 import json
 
@@ -22,7 +22,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """40 pictures of 20 things, one of them broken; 2 held out."""
+    """40 pictures of 20 things, one of them broken, and 2 held-out ones."""
     folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for number in range(42):
         split = folder / ("train" if number < 40 else "validation")
@@ -30,20 +30,20 @@ def pictures(tmp_path_factory):
         small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         small.resize((64, 64), Image.Resampling.BICUBIC).save(split / f"{number:02}.png")
         (split / f"{number:02}.txt").write_text(f"a {'drawing' if number % 2 else 'photo'} of thing {number // 2}")
-    (folder / "train/06.png").write_bytes(b"no picture")
+    (folder / "train/06.png").write_bytes(b"not a picture")
     return folder
 
 
 @pytest.fixture
 def copier(monkeypatch):
-    """Draws the training picture of each prompt itself, perhaps in the mirror."""
+    """Sampling that returns the training picture of each prompt, optionally mirrored."""
 
     def install(data, *, mirrored):
         def copies(_, captions, seeds, settings):
             train, _ = open_source(data)
-            places = {train.captions(place)[0]: place for place in range(len(train))}
-            order = [places[caption] for caption in captions for _ in range(settings.num_images)]
-            images = [read_pixels(train, place, data)[:, :: -1 if mirrored else 1] for place in order]
+            indices = {train.captions(index)[0]: index for index in range(len(train))}
+            order = [indices[caption] for caption in captions for _ in range(settings.num_images)]
+            images = [read_pixels(train, index, data)[:, :: -1 if mirrored else 1] for index in order]
             return [Image.fromarray(image) for image in images]
 
         monkeypatch.setattr(concepts, "sample_concepts", copies)
@@ -51,17 +51,17 @@ def copier(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize(("most", "flip"), [(20_000, False), (9, False), (20_000, True)])
-def test_a_perfect_copier_is_always_right(pipe, pictures, copier, monkeypatch, tmp_path, most, flip):
-    """Also where not all pictures are looked at, one is broken, and it copies in the mirror what it saw there."""
-    monkeypatch.setattr(report, "MOST_TRAINING", most)
+@pytest.mark.parametrize(("limit", "flip"), [(20_000, False), (9, False), (20_000, True)])
+def test_a_perfect_copier_is_always_right(pipe, pictures, copier, monkeypatch, tmp_path, limit, flip):
+    """Also if some pictures are not read, one is broken, and mirrored training pictures are copied."""
+    monkeypatch.setattr(report, "MAX_TRAINING", limit)
     data = DataConfig(source=str(pictures), image_size=64, flip=flip)
     copier(data, mirrored=flip)
     settings = SamplingSettings(num_images=2, seed=3)
     found = report.evaluate(pipe, data, settings, style="^a (photo|drawing) of ")
     assert [entry.top1 for entry in found.concepts.agreements] == [1.0, 1.0]
     assert [entry.shuffled for entry in found.concepts.agreements] == [0.0, 0.0]
-    assert found.concepts.gallery == min(most, 40) - (most == 20_000)  # of nine none is the broken one
+    assert found.concepts.gallery == min(limit, 40) - (limit == 20_000)  # the broken one is not among the nine
     found.write(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "drawn.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == list(range(3, 3 + len(rows)))
@@ -75,15 +75,15 @@ def test_a_perfect_copier_is_always_right(pipe, pictures, copier, monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "name"),
     [("/home/me/pictures", "pictures"), ("/home/me/pictures/*.parquet", "pictures"), ("*.parquet", "*.parquet"),
      ("builtin:emoji-mini", "builtin:emoji-mini")],
 )  # fmt: skip
-def test_the_source_is_named_without_its_folders(pipe, source, said):
-    assert report._settings(pipe, DataConfig(source=source), SamplingSettings(seed=0), "")["source"] == said
+def test_the_source_is_named_without_its_folders(pipe, source, name):
+    assert report._settings(pipe, DataConfig(source=source), SamplingSettings(seed=0), "")["source"] == name
 
 
-def test_copies_in_the_mirror_are_wrong_where_training_saw_none(pipe, pictures, copier):
+def test_mirrored_copies_are_wrong_if_training_was_not_mirrored(pipe, pictures, copier):
     data = DataConfig(source=str(pictures), image_size=64, flip=False)
     copier(data, mirrored=True)
     found = report.evaluate(pipe, data, SamplingSettings(seed=3), style="^a (photo|drawing) of ")
@@ -91,12 +91,12 @@ def test_copies_in_the_mirror_are_wrong_where_training_saw_none(pipe, pictures, 
 
 
 def test_pictures_of_one_thing(pipe, pictures, tmp_path):
-    """What can be measured is measured; and one picture cannot be told from nothing."""
+    """Prompt fidelity needs at least two concepts; everything else is still measured."""
     data = DataConfig(source=str(pictures), image_size=64)
     found = report.evaluate(pipe, data, SamplingSettings(seed=0), style=".*")
     assert found.concepts is None
-    assert any("left out" in line for line in found.lines())
+    assert any("not measured" in line for line in found.lines())
     found.write(tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text())["concepts"] is None
-    with pytest.raises(LatentDiffError, match="1 concepts asked for: two at least"):
+    with pytest.raises(LatentDiffError, match="num_concepts=1: expected at least 2"):
         report.evaluate(pipe, data, SamplingSettings(seed=0), num_concepts=1)

@@ -1,4 +1,4 @@
-"""Sheets of pictures: sizes, places and colours of the cells, captions that stay in theirs."""
+"""Picture grids: sizes, positions and colors of the cells, and captions that stay within theirs."""
 
 import numpy as np
 import pytest
@@ -14,17 +14,17 @@ from latentdiff.evaluation.grid import (
     MAX_LINES,
     _wrap,
     comparison_grid,
-    labelled_grid,
+    labeled_grid,
     picture_grid,
     to_images,
 )
 
 
-def plain(colour, size=(64, 64)) -> Image.Image:
-    return Image.new("RGB", size, colour)
+def plain(color, size=(64, 64)) -> Image.Image:
+    return Image.new("RGB", size, color)
 
 
-def test_every_level_comes_back():
+def test_every_level_is_preserved():
     levels = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     (image,) = to_images(levels / 127.5 - 1)
     assert np.array_equal(np.asarray(image), levels[0].permute(1, 2, 0).numpy())
@@ -52,18 +52,18 @@ def test_small_pictures_are_enlarged(side, cell):
     assert np.array_equal(found, noise.repeat(cell // side, 0).repeat(cell // side, 1))
 
 
-def test_places():
+def test_positions():
     sheet = picture_grid([[plain("red"), plain("lime")], [plain("blue")]])
     step = CELL + GAP
     assert sheet.size == (2 * step + GAP, 2 * step + GAP)
-    centre = GAP + CELL // 2
-    assert sheet.getpixel((centre, centre)) == (255, 0, 0)
-    assert sheet.getpixel((centre + step, centre)) == (0, 255, 0)
-    assert sheet.getpixel((centre, centre + step)) == (0, 0, 255)
-    assert sheet.getpixel((centre + step, centre + step)) == (255, 255, 255)
+    center = GAP + CELL // 2
+    assert sheet.getpixel((center, center)) == (255, 0, 0)
+    assert sheet.getpixel((center + step, center)) == (0, 255, 0)
+    assert sheet.getpixel((center, center + step)) == (0, 0, 255)
+    assert sheet.getpixel((center + step, center + step)) == (255, 255, 255)
 
 
-def test_grey_arrays_and_pictures_of_two_sizes():
+def test_gray_arrays_and_pictures_of_two_sizes():
     sheet = picture_grid([[np.zeros((64, 32), np.uint8), plain("red", (128, 64))]])
     assert sheet.size == (2 * (128 + GAP) + GAP, 128 + 2 * GAP)
     assert sheet.getpixel((GAP, GAP)) == (0, 0, 0)
@@ -75,17 +75,17 @@ def test_comparison():
     sheet = comparison_grid(pixels, reconstruction)
     step, row = CELL + GAP, LINE + CELL + GAP
     assert sheet.size == (3 * step + GAP, 3 * row + GAP)
-    centres = [GAP + LINE + CELL // 2 + k * row for k in range(3)]
-    found = [[sheet.getpixel((GAP + CELL // 2 + k * step, y))[0] for k in range(3)] for y in centres]
+    centers = [GAP + LINE + CELL // 2 + k * row for k in range(3)]
+    found = [[sheet.getpixel((GAP + CELL // 2 + k * step, y))[0] for k in range(3)] for y in centers]
     assert found == [[128] * 3, [128, 140, 13], [0, 51, 255]]
-    assert np.asarray(sheet)[: GAP + LINE].min() < 100  # something is written above
+    assert np.asarray(sheet)[: GAP + LINE].min() < 100  # the row label
 
 
 def test_captions():
     images = [plain("white") for _ in range(5)]
-    empty = np.asarray(labelled_grid(images, [""] * 5, columns=2))
+    empty = np.asarray(labeled_grid(images, [""] * 5, columns=2))
     captions = ["a dog", "a dog that is a good deal too long for one line of text", "", "x", "five"]
-    sheet = labelled_grid(images, captions, columns=2)
+    sheet = labeled_grid(images, captions, columns=2)
     assert sheet.width == empty.shape[1] == 2 * (CELL + GAP) + GAP
     lines = len(_wrap(captions[1], CELL, ImageFont.load_default(FONT_SIZE)))
     assert 1 < lines <= MAX_LINES
@@ -107,7 +107,7 @@ def test_wrapped_lines_fit(text):
 
 
 @pytest.mark.parametrize(
-    "draw",
+    "make",
     [
         lambda: picture_grid([]),
         lambda: picture_grid([[]]),
@@ -115,13 +115,13 @@ def test_wrapped_lines_fit(text):
         lambda: picture_grid([[plain("red")]], captions=[["a", "b"]]),
         lambda: picture_grid([[np.zeros((4, 4, 3))]]),
         lambda: picture_grid([[np.zeros((4, 4, 2), np.uint8)]]),
-        lambda: labelled_grid([plain("red")], [], 1),
-        lambda: labelled_grid([plain("red")], ["a"], 0),
-        lambda: labelled_grid([], []),
+        lambda: labeled_grid([plain("red")], [], 1),
+        lambda: labeled_grid([plain("red")], ["a"], 0),
+        lambda: labeled_grid([], []),
         lambda: comparison_grid(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8)),
         lambda: comparison_grid(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)),
     ],
 )
-def test_what_cannot_be_drawn(draw):
+def test_invalid_arguments_raise(make):
     with pytest.raises(LatentDiffError):
-        draw()
+        make()

@@ -11,19 +11,19 @@ from latentdiff.evaluation.metrics import psnr, ssim
 
 @pytest.fixture(params=[(64, 64), (11, 40)], ids=str)
 def pair(request):
-    """Pictures and disturbed ones that leave [-1, 1]."""
+    """Pictures, and perturbed copies that leave [-1, 1]."""
     x = torch.nn.functional.interpolate(torch.rand(4, 3, 8, 8) * 2 - 1, size=request.param, mode="bilinear")
     strengths = torch.tensor([0.003, 0.05, 0.3, 2.0]).view(4, 1, 1, 1)
     return x, x + strengths * torch.randn_like(x)
 
 
 def levels(pixels: torch.Tensor) -> np.ndarray:
-    """What a PNG file would hold, over 255."""
+    """The levels that a PNG file would hold, divided by 255."""
     return np.clip(np.rint((pixels.double().numpy() + 1) * 127.5), 0, 255).astype(np.uint8).astype(np.float64) / 255
 
 
 def reference_ssim(x: np.ndarray, y: np.ndarray) -> float:
-    """One channel, (H, W): the formula over the whole plane, then only windows that lie within."""
+    """SSIM of one channel (H, W): the formula over the entire plane, then cropped to windows inside it."""
 
     def blur(image: np.ndarray) -> np.ndarray:
         return scipy.ndimage.gaussian_filter(image, sigma=1.5, radius=5, mode="reflect")
@@ -59,7 +59,7 @@ def test_one_level_everywhere_is_48_db():
     assert float(psnr(x, x + 2 / 255)) == pytest.approx(20 * np.log10(255))
 
 
-def test_less_than_a_level_is_not_seen():
+def test_less_than_a_level_is_ignored():
     x = torch.full((1, 3, 16, 16), 3 / 127.5)
     assert psnr(x, x + 0.4 / 127.5).isinf().all()
     assert psnr(x + 1.0, x + 3.0).isinf().all()  # both are white
@@ -79,5 +79,5 @@ def test_wrong_shapes(measure):
 
 
 def test_smaller_than_the_window():
-    with pytest.raises(LatentDiffError, match="needs 11"):
+    with pytest.raises(LatentDiffError, match="needs at least 11"):
         ssim(torch.zeros(1, 3, 10, 16), torch.zeros(1, 3, 10, 16))

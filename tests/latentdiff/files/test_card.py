@@ -1,4 +1,4 @@
-"""What a model card says, and does not say."""
+"""What a model card contains, and what it must not contain."""
 
 import pytest
 
@@ -6,10 +6,10 @@ from latentdiff.files.card import _without_folders
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "expected"),
     [("/home/me/pictures", "pictures"), ("~/pictures", "pictures"), ("../me/pictures", "pictures"),
      (r"C:\Users\me\pictures", "pictures"), ("D:/me/pictures", "pictures"), (r"\\server\me\pictures", "pictures"),
      ("builtin:emoji-mini", "builtin:emoji-mini"), ("someone/pictures", "someone/pictures"), (0.5, 0.5)],
 )  # fmt: skip
-def test_folders_of_the_machine_stay_there(path, said):
-    assert _without_folders({"data": {"source": path}}) == {"data": {"source": said}}
+def test_local_paths_are_not_published(path, expected):
+    assert _without_folders({"data": {"source": path}}) == {"data": {"source": expected}}

@@ -1,4 +1,4 @@
-"""A trained model's folder, opened by stock diffusers: the same pictures from the same noise."""
+"""A trained model's folder in stock diffusers: the same pictures from the same noise."""
 
 import warnings
 
@@ -30,11 +30,11 @@ def parts():
             "process": config.diffusion.process()}  # fmt: skip
 
 
-def test_diffusers_draws_what_we_draw(parts, tmp_path, relative_error):
+def test_diffusers_gives_the_same_latents(parts, tmp_path, relative_error):
     """20 DDIM steps under zero terminal SNR, v prediction, guidance 1: the same latents."""
     save_model(tmp_path, **parts)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # diffusers says that BertModel is not CLIPTextModel
+        warnings.simplefilter("ignore")  # diffusers warns that BertModel is not CLIPTextModel
         pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
     assert type(pipeline).__name__ == "StableDiffusionPipeline"
     pipeline.set_progress_bar_config(disable=True)
@@ -53,7 +53,7 @@ def test_diffusers_draws_what_we_draw(parts, tmp_path, relative_error):
     assert relative_error(ours, theirs) < 1e-3
 
 
-def test_what_diffusers_cannot_say_is_refused():
+def test_a_prediction_that_diffusers_lacks_is_rejected():
     settings = load_config("debug").diffusion.model_copy(update={"prediction": "mean"})
     with pytest.raises(LatentDiffError, match=r"diffusion.prediction=mean: diffusers has no scheduler for it"):
         scheduler_config(settings.process())

@@ -1,4 +1,4 @@
-"""Files made to harm: refused in one line, quickly, with little memory, and nothing in them is run."""
+"""Malicious files: rejected in one line, quickly and with little memory, and nothing in them is executed."""
 
 import json
 import pickle
@@ -36,7 +36,7 @@ def kind(request, tmp_path):
 
 
 class Touch:
-    """Unpickled, it leaves a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,8 +45,8 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-def refused(cls, error, folder: Path) -> str:
-    """The message, after a check of its length, its time and the memory it took."""
+def rejected(cls, error, folder: Path) -> str:
+    """Return the error message, after checking its length and the time and memory it took."""
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with pytest.raises(error) as caught:
         cls.from_pretrained(folder)
@@ -61,14 +61,14 @@ def with_header(header: bytes, body: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + body
 
 
-def test_a_pickle_by_another_name(kind, tmp_path):
+def test_a_pickle_with_another_extension(kind, tmp_path):
     cls, error, folder = kind
     torch.save({"a": Touch(tmp_path / "harm")}, folder / WEIGHTS)
-    assert "damaged or not a safetensors file" in refused(cls, error, folder)
+    assert "damaged or not a safetensors file" in rejected(cls, error, folder)
     (folder / WEIGHTS).write_bytes(pickle.dumps(Touch(tmp_path / "harm")))
-    refused(cls, error, folder)
+    rejected(cls, error, folder)
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
-    assert "never opened" in refused(cls, error, folder)
+    assert "never opened" in rejected(cls, error, folder)
     assert not (tmp_path / "harm").exists()
 
 
@@ -99,7 +99,7 @@ def test_a_pickle_by_another_name(kind, tmp_path):
 def test_headers(kind, content):
     cls, error, folder = kind
     (folder / WEIGHTS).write_bytes(content)
-    assert "damaged or not a safetensors file" in refused(cls, error, folder)
+    assert "damaged or not a safetensors file" in rejected(cls, error, folder)
 
 
 @pytest.mark.parametrize(
@@ -119,48 +119,48 @@ def test_configs(kind, change):
     cls, error, folder = kind
     values = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(values))
-    refused(cls, error, folder)
+    rejected(cls, error, folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"a": 1, "a": 2}', "\ud800", " " * (5 * 2**20) + "{}"])
-def test_configs_that_are_none(kind, text):
+def test_configs_that_are_not_json_objects(kind, text):
     cls, error, folder = kind
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    refused(cls, error, folder)
+    rejected(cls, error, folder)
 
 
-def mutated(content: bytes, chance: random.Random) -> bytes:
-    """A few bits flipped, bytes spliced, cut or doubled, mostly in the header."""
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """Flip a few bits, or insert, delete or overwrite bytes, mostly in the header."""
     data = bytearray(content)
     header = 8 + int.from_bytes(content[:8], "little")
-    for _ in range(chance.randint(1, 3)):
+    for _ in range(rng.randint(1, 3)):
         if not data:
             break
-        place = chance.randrange(header if chance.random() < 0.8 else len(data)) % len(data)
-        action = chance.randrange(5)
+        place = rng.randrange(header if rng.random() < 0.8 else len(data)) % len(data)
+        action = rng.randrange(5)
         if action == 0:
-            data[place] ^= 1 << chance.randrange(8)
+            data[place] ^= 1 << rng.randrange(8)
         elif action == 1:
-            del data[place : place + chance.choice((1, 2, 8, 100))]
+            del data[place : place + rng.choice((1, 2, 8, 100))]
         elif action == 2:
-            data[place:place] = chance.choice((b"0", b"9999999999", b'"', b"}", b"{", b"-1", b"\x00" * 8, b'"a":'))
+            data[place:place] = rng.choice((b"0", b"9999999999", b'"', b"}", b"{", b"-1", b"\x00" * 8, b'"a":'))
         elif action == 3:
-            data = data[: chance.randrange(len(data) + 1)]
+            data = data[: rng.randrange(len(data) + 1)]
         else:
-            data[place : place + 8] = bytes(chance.randrange(256) for _ in range(8))
+            data[place : place + 8] = bytes(rng.randrange(256) for _ in range(8))
     return bytes(data)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_ten_thousand_damaged_files(name, tmp_path):
-    """5,000 for each model: one that opens has exactly the right tensors, any other is refused by our error."""
+    """5,000 per model: each either opens with exactly the right tensors or raises our error."""
     files = {"unet": unet_config, "vae": vae_config}[name].FILES
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Conv2d(1, 2, 1))  # the same path, few bytes
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Conv2d(1, 2, 1))  # the same code path, few bytes
     path = tmp_path / WEIGHTS
     save_file(model.state_dict(), path, metadata={"format": "pt"})
-    content, chance, opened = path.read_bytes(), random.Random(0), 0
+    content, rng, opened = path.read_bytes(), random.Random(0), 0
     for _ in range(5000):
-        path.write_bytes(mutated(content, chance))
+        path.write_bytes(mutated(content, rng))
         try:
             weights = files.read_weights(path, model, "cpu", torch.float32)
         except LatentDiffError:
@@ -169,7 +169,7 @@ def test_ten_thousand_damaged_files(name, tmp_path):
         assert {key: (value.shape, value.dtype) for key, value in weights.items()} == {
             key: (value.shape, value.dtype) for key, value in model.state_dict().items()
         }
-    assert 0 < opened < 2500  # flips in the data open, and most of the others do not
+    assert 0 < opened < 2500  # bit flips in the data go unnoticed, most other damage does not
 
 
 @pytest.fixture
@@ -185,18 +185,18 @@ def test_text_encoders(text_folder, tmp_path):
     good = weights.read_bytes()
     for content in (b"", good[:100], good[:-10], pickle.dumps(Touch(tmp_path / "harm")), (2**60).to_bytes(8, "little")):
         weights.write_bytes(content)
-        refused(TextEncoder, TextEncoderError, text_folder)
+        rejected(TextEncoder, TextEncoderError, text_folder)
     weights.write_bytes(good)
     TextEncoder.from_pretrained(text_folder)
     values = json.loads((text_folder / "config.json").read_text())
     for change in ({"auto_map": {"AutoModel": "harm.Model"}}, {"trust_remote_code": True}, {"model_type": "llama"}):
         (text_folder / "config.json").write_text(json.dumps(values | change))
-        refused(TextEncoder, TextEncoderError, text_folder)
+        rejected(TextEncoder, TextEncoderError, text_folder)
     assert not (tmp_path / "harm").exists()
 
 
 def test_text_encoders_shards(text_folder, tmp_path):
-    """transformers would follow an index anywhere."""
+    """transformers itself would follow an index to any file."""
     encoder = TextEncoder.from_pretrained(text_folder)
     (text_folder / "model.safetensors").unlink()
     encoder.model.save_pretrained(text_folder, max_shard_size="2KB")
@@ -210,7 +210,7 @@ def test_text_encoders_shards(text_folder, tmp_path):
     for name in ("../outside.safetensors", "not-there.safetensors", "x.bin"):
         values["weight_map"] = {key: name if place == shard else place for key, place in values["weight_map"].items()}
         index.write_text(json.dumps(values))
-        refused(TextEncoder, TextEncoderError, text_folder)
+        rejected(TextEncoder, TextEncoderError, text_folder)
         shard = name
 
 

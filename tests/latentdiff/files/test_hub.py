@@ -1,4 +1,4 @@
-"""A name on the hub: downloaded by the real client, from a hub of one model that listens on this machine."""
+"""A model on the Hub, downloaded by the real client from a local server that offers a single model."""
 
 import json
 import os
@@ -34,8 +34,8 @@ save_file({"context": encoder(["a red apple"])}, sys.argv[2])
 
 @pytest.fixture
 def hub(tmp_path):
-    """A folder that a hub offers as someone/model, its address, and the files that were asked for."""
-    folder, asked = tmp_path / "offered", []
+    """A folder that a local Hub serves as someone/model, its address, and the list of requested files."""
+    folder, requested = tmp_path / "offered", []
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -51,7 +51,7 @@ def hub(tmp_path):
             file = path.removeprefix(f"/someone/model/resolve/{REVISION}/")
             if file not in files:
                 return self.send_error(404)
-            asked.append(file)
+            requested.append(file)
             return self.answer((folder / file).read_bytes(), "application/octet-stream")
 
         do_HEAD = do_GET
@@ -72,14 +72,14 @@ def hub(tmp_path):
     shutil.copytree(SHIPPED, folder)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}", asked
+    yield folder, f"http://127.0.0.1:{server.server_port}", requested
     server.shutdown()
     server.server_close()
 
 
 @pytest.fixture
 def made(hub, tmp_path):
-    """The file that a program makes with someone/model, in a process that has never heard of it."""
+    """Return the file that a program makes with someone/model, in a process of its own."""
 
     def make(program, variant="", **more):
         environment = {**os.environ, "HF_ENDPOINT": hub[1], "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"),
@@ -93,13 +93,13 @@ def made(hub, tmp_path):
 
 
 def as_variant(folder, name):
-    """Rename all weights, as a hub's repository has them beside the plain ones or instead."""
+    """Rename all weight files to a variant."""
     for file in list(folder.rglob("*.safetensors")):
         file.rename(file.with_suffix(f".{name}.safetensors"))
 
 
-def test_only_what_is_needed_and_then_from_the_cache(hub, made):
-    folder, _, asked = hub
+def test_only_needed_files_are_downloaded_and_then_cached(hub, made):
+    folder, _, requested = hub
     unneeded = ["v1-5-pruned.safetensors", "safety_checker/model.safetensors", "unet/diffusion_pytorch_model.bin",
                 "unet/diffusion_pytorch_model.non_ema.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
                 "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "unet/run_me.py"]  # fmt: skip
@@ -108,28 +108,28 @@ def test_only_what_is_needed_and_then_from_the_cache(hub, made):
         (folder / file).write_bytes(b"not to be fetched")
     first = made(OPEN)
     needed = {"model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))}
-    assert needed <= set(asked)
-    assert not set(unneeded) & set(asked)
-    assert made(OPEN, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9") == first  # no hub in reach: from the cache
+    assert needed <= set(requested)
+    assert not set(unneeded) & set(requested)
+    assert made(OPEN, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9") == first  # offline, from the cache
 
 
 @pytest.fixture
 def text_hub(hub):
-    """The hub offers a text encoder alone, in one folder with its tokenizer, as `bert-base-uncased` is there."""
-    folder, _, asked = hub
+    """The Hub serves only a text encoder, in one folder with its tokenizer, like `bert-base-uncased`."""
+    folder, _, requested = hub
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         for file in part.iterdir() if part.name in ("text_encoder", "tokenizer") else ():
             file.rename(folder / file.name)
         shutil.rmtree(part)
     for file in ("model_index.json", "evaluation.json"):
         (folder / file).unlink()
-    return folder, asked
+    return folder, requested
 
 
 @pytest.mark.parametrize("variant", ["", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_text_encoder(text_hub, made, variant):
-    """Config, tokenizer and safetensors weights; nothing that is pickled, and no code."""
-    folder, asked = text_hub
+    """Config, tokenizer and safetensors weights are downloaded, but no pickles and no code."""
+    folder, requested = text_hub
     if variant:
         as_variant(folder, variant)
     needed = {file.name for file in folder.iterdir() if file.suffix in (".json", ".txt", ".safetensors")}
@@ -137,18 +137,18 @@ def test_a_text_encoder(text_hub, made, variant):
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(b"not to be fetched")
     first = made(ENCODE, variant)
-    assert set(asked) == needed
+    assert set(requested) == needed
     assert made(ENCODE, variant, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9") == first
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["fp16", ""])
 def test_variants(hub, made, variant):
-    """The one that is asked for; or, where a part has no other, its only one."""
-    folder, _, asked = hub
+    """The requested variant is downloaded, or the only one that a part has."""
+    folder, _, requested = hub
     as_variant(folder if variant else folder / "text_encoder", "fp16")
     if variant:
         (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"not to be fetched")
     made(OPEN, variant)
-    assert "text_encoder/model.fp16.safetensors" in asked
-    assert "unet/diffusion_pytorch_model.safetensors" not in asked or not variant
+    assert "text_encoder/model.fp16.safetensors" in requested
+    assert "unet/diffusion_pytorch_model.safetensors" not in requested or not variant

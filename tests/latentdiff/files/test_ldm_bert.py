@@ -35,11 +35,11 @@ def test_features(folder):
     assert torch.equal(encoder(prompts), expected)
     assert encoder(prompts).shape == (2, 77, 32)
     encoder.train()
-    assert torch.equal(encoder(prompts), encoder(prompts))  # its config's dropout of 0.1 is off
+    assert torch.equal(encoder(prompts), encoder(prompts))  # the dropout of 0.1 in its config is off
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_spoilt_folders(folder, tmp_path):
+def test_damaged_folders(folder, tmp_path):
     with pytest.raises(LatentDiffError, match=r"config\.json: no such file"):
         load_ldm_bert(tmp_path)
     tensors = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Saving is whole or not at all, for weights, for what transformers writes, and for the small files around them."""
+"""Saving is all or nothing, for weights, for what transformers writes, and for the small files beside them."""
 
 import errno
 import json
@@ -47,7 +47,7 @@ def test_weights_first_and_an_index_last(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [None, 20_000])
 def test_a_full_disk_changes_nothing(tmp_path, monkeypatch, size):
-    """The model of before is still there, in the single file or in the shards, and opens."""
+    """The previous model is still there, as a single file or as shards, and opens."""
     new_unet().save_pretrained(tmp_path, max_shard_bytes=size)
     before, written = contents(tmp_path), []
 
@@ -66,8 +66,8 @@ def test_a_full_disk_changes_nothing(tmp_path, monkeypatch, size):
     UNet.from_pretrained(tmp_path)
 
 
-def test_a_text_encoder_is_whole_or_not_written(tmp_path, monkeypatch):
-    """Also what transformers and the tokenizer write."""
+def test_a_text_encoder_is_complete_or_not_written(tmp_path, monkeypatch):
+    """This includes what transformers and the tokenizer write."""
     encoder = new_text_encoder()
     encoder.save_pretrained(tmp_path / "text_encoder")
     before = contents(tmp_path)
@@ -88,7 +88,7 @@ def save_half(folder):
 
 
 def test_a_text_encoder_replaces_the_one_before(tmp_path):
-    """transformers takes a single file before an index, diffusers the index: nothing of the former save may be left."""
+    """transformers prefers a single file and diffusers the index, so nothing of an earlier save may be left."""
     first, second = new_text_encoder(), new_text_encoder()
     first.model.save_pretrained(tmp_path / "text_encoder", max_shard_size="2KB")
     assert len(list((tmp_path / "text_encoder").glob("model*"))) > 2
@@ -100,8 +100,8 @@ def test_a_text_encoder_replaces_the_one_before(tmp_path):
     assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in found.state_dict().items())
 
 
-def test_a_single_file_counts_before_an_index_for_text_encoders(tmp_path):
-    """As transformers has it; see test_weight_shards.py for the others."""
+def test_text_encoders_prefer_a_single_file_to_an_index(tmp_path):
+    """As in transformers; see test_weight_shards.py for UNet and VAE."""
     first, second = new_text_encoder(), new_text_encoder()
     first.save_pretrained(tmp_path / "text_encoder")
     second.model.save_pretrained(tmp_path / "shards", max_shard_size="2KB")
@@ -111,7 +111,7 @@ def test_a_single_file_counts_before_an_index_for_text_encoders(tmp_path):
     assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in found.state_dict().items())
 
 
-def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     left = tmp_path / ".partial-"
     left.mkdir()
     (left / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
@@ -131,7 +131,7 @@ def test_other_files_of_the_folder_stay(tmp_path):
 
 
 def test_a_model_folder_has_its_index_last(tmp_path, monkeypatch):
-    """Without one it is no model, so a save that failed half-way is not opened as one."""
+    """A folder without one is not a model, so a failed save is never opened."""
     parts = {"vae": VAE(VAEConfig(block_out_channels=(8,), norm_groups=8)), "unet": new_unet(),
              "text_encoder": new_text_encoder(), "process": load_config("debug").diffusion.process()}  # fmt: skip
     save_model(tmp_path, **parts)
@@ -142,8 +142,11 @@ def test_a_model_folder_has_its_index_last(tmp_path, monkeypatch):
     assert not (tmp_path / "model_index.json").exists()
 
 
-def test_json_of_strangers(tmp_path):
-    for text, message in (('{"a": 1, "a": 2}', r"not valid JSON \(it has the key 'a' twice\)"), ("3", "holds a int")):
+def test_damaged_json(tmp_path):
+    for text, message in (
+        ('{"a": 1, "a": 2}', r"not valid JSON \(it has the key 'a' twice\)"),
+        ("3", "expected a JSON object, found int"),
+    ):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(LatentDiffError, match=rf"x\.json: {message}"):
             read_json(tmp_path / "x.json", "")
@@ -151,11 +154,11 @@ def test_json_of_strangers(tmp_path):
         read_json(tmp_path / "y.json", "it says how")
 
 
-def test_whole_numbers_are_no_weights(tmp_path):
+def test_integer_weights_are_rejected(tmp_path):
     encoder = new_text_encoder()
     encoder.save_pretrained(tmp_path / "text_encoder")
     tensors = encoder.model.state_dict()
     name = "embeddings.word_embeddings.weight"
     save_file({**tensors, name: tensors[name].int()}, tmp_path / "text_encoder/model.safetensors")
-    with pytest.raises(TextEncoderError, match=f"has, and not as BF16, F16, F32, F64, 1 tensor: {name}"):
+    with pytest.raises(TextEncoderError, match=f"expected one of BF16, F16, F32, F64 as the dtype of 1 tensor: {name}"):
         TextEncoder.from_pretrained(tmp_path / "text_encoder")

@@ -1,4 +1,4 @@
-"""Shards and variants of both model packages, as diffusers writes and reads them."""
+"""Shards and variants of UNet and VAE, as diffusers writes and reads them."""
 
 import json
 
@@ -33,7 +33,7 @@ def same(ours, other, dtype=torch.float32) -> bool:
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("size", [None, 20_000])
-def test_what_we_write_both_open(kind, tmp_path, variant, size):
+def test_both_libraries_open_what_we_write(kind, tmp_path, variant, size):
     ours, theirs, _, new = kind
     model, dtype = new(), torch.float16 if variant else torch.float32
     model.save_pretrained(tmp_path, dtype=dtype, variant=variant, max_shard_bytes=size)
@@ -41,14 +41,14 @@ def test_what_we_write_both_open(kind, tmp_path, variant, size):
     assert (len(files) > 2) == bool(size), files
     assert not size or max(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 100_000
     assert same(model, ours.from_pretrained(tmp_path, variant=variant), dtype)
-    assert same(model, ours.from_pretrained(tmp_path), dtype)  # a lone variant needs no name
+    assert same(model, ours.from_pretrained(tmp_path), dtype)  # a single variant needs no name
     assert same(model, theirs.from_pretrained(tmp_path, variant=variant, use_safetensors=True), dtype)
     stored = load_file(next(tmp_path.glob("*.safetensors")))
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_what_diffusers_writes_we_open(kind, tmp_path, variant):
+def test_we_open_what_diffusers_writes(kind, tmp_path, variant):
     ours, theirs, _, new = kind
     new().save_pretrained(tmp_path / "config")
     model = theirs.from_pretrained(tmp_path / "config")
@@ -58,7 +58,7 @@ def test_what_diffusers_writes_we_open(kind, tmp_path, variant):
 
 
 def test_a_save_replaces_the_one_before(kind, tmp_path):
-    """Whatever the layout of the former one: nothing of it is opened, or left."""
+    """Nothing of an earlier save is opened or left, whatever its layout."""
     ours, theirs, _, new = kind
     for size in (None, 20_000, 40_000, None):
         model = new()
@@ -79,7 +79,7 @@ def test_a_save_replaces_the_one_before(kind, tmp_path):
         ("not-there.safetensors", r"of its .. files are missing: not-there.safetensors"),
     ],
 )
-def test_an_index_leads_nowhere_else(kind, tmp_path, name, message):
+def test_an_index_cannot_point_outside_its_folder(kind, tmp_path, name, message):
     ours, _, error, new = kind
     new().save_pretrained(tmp_path / "model", max_shard_bytes=20_000)
     new().save_pretrained(tmp_path)
@@ -110,7 +110,7 @@ def test_index_and_shards_disagree(kind, tmp_path):
     values = json.loads(index.read_text())
     del values["weight_map"][next(iter(values["weight_map"]))]
     index.write_text(json.dumps(values))
-    with pytest.raises(error, match=r"has, though .* has not, 1 tensor"):
+    with pytest.raises(error, match=r"not listed in .*: 1 tensor"):
         ours.from_pretrained(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""A small pipeline with random weights, none of them zero, and a ruler for pictures."""
+"""A small pipeline with random weights, and a measure of the difference between images."""
 
 import warnings
 
@@ -22,7 +22,7 @@ def new_pipeline() -> LatentPipeline:
     encoder = TextEncoder.new(config.text_encoder.build(), train_tokenizer(CAPTIONS * 2, vocab_size=200, max_length=16))
     unet = UNet(config.unet.build(4, encoder.context_dim, 16))
     for parameter in unet.parameters():
-        if not parameter.any():  # a new UNet predicts zero, whatever it is asked
+        if not parameter.any():  # a new UNet predicts zero for every input
             torch.nn.init.normal_(parameter, std=0.1)
     return LatentPipeline(vae=VAE(config.vae.build(32)), unet=unet, text_encoder=encoder,
                           schedule=config.diffusion.build())  # fmt: skip
@@ -35,7 +35,7 @@ def pipe():
 
 @pytest.fixture
 def open_stock():
-    """diffusers' DiffusionPipeline on a folder, quiet but for what it warns of."""
+    """Open a folder with stock diffusers, without warnings or progress bars."""
 
     def open_folder(folder, kind=diffusers.DiffusionPipeline):
         with warnings.catch_warnings():
@@ -49,7 +49,7 @@ def open_stock():
 
 @pytest.fixture
 def largest_difference():
-    """Of two pictures, in levels of 255."""
+    """Return the largest difference between two images, in levels of 255."""
 
     def measure(a, b) -> int:
         return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())

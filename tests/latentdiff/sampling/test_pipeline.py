@@ -1,4 +1,4 @@
-"""LatentPipeline by itself: seeds and batches, settings, starting from pictures, what is refused."""
+"""LatentPipeline: seeds and batches, settings, image editing, and rejected inputs."""
 
 import json
 
@@ -25,11 +25,11 @@ def picture(size=(32, 32), seed=0) -> Image.Image:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_batch_equals_its_members(pipe, sampler, largest_difference):
-    """8 prompts at once, in batches of 3, and alone: the same pictures, also where steps add noise."""
+    """8 prompts at once, in batches of 3, and one by one: the same images, even if steps add noise."""
     together = pipe(PROMPTS, sampler=sampler, **FEW)
     apart = pipe(PROMPTS, sampler=sampler, batch_size=3, **FEW)
-    for place, (one, other) in enumerate(zip(together, apart, strict=True)):
-        (alone,) = pipe(PROMPTS[place], sampler=sampler, num_steps=3, seed=5 + place)
+    for index, (one, other) in enumerate(zip(together, apart, strict=True)):
+        (alone,) = pipe(PROMPTS[index], sampler=sampler, num_steps=3, seed=5 + index)
         assert largest_difference(one, other) <= 1
         assert largest_difference(one, alone) <= 1
     assert largest_difference(together[0], together[4]) > 8  # the same prompt, another seed
@@ -40,22 +40,21 @@ def test_seeds(pipe, largest_difference):
     assert [json.loads(image.info["latentdiff"])["seed"] for image in images] == [3, 3, 9, 4]
     assert largest_difference(images[0], images[1]) <= 1
     assert largest_difference(images[0], images[2]) > 8
-    first, second = pipe("a red apple", num_images=2, num_steps=2)  # random ones
+    first, second = pipe("a red apple", num_images=2, num_steps=2)  # random seeds
     assert largest_difference(first, second) > 8
     again = pipe("a red apple", seed=json.loads(second.info["latentdiff"])["seed"], num_steps=2)[0]
     assert largest_difference(second, again) <= 1
 
 
-def test_the_metadata_are_a_recipe(pipe, largest_difference):
-    """What a picture's metadata say draws it again."""
+def test_metadata_reproduces_the_image(pipe, largest_difference):
     settings = {"seed": 11, "num_steps": 3, "guidance_scale": 2.5, "sampler": "dpmpp_2m_sde"}
     (image,) = pipe("a red apple", height=16, width=48, **settings)
-    facts = json.loads(image.info["latentdiff"])
+    metadata = json.loads(image.info["latentdiff"])
     assert image.size == (48, 16)
-    assert largest_difference(image, pipe(facts.pop("prompt"), **facts)[0]) == 0
+    assert largest_difference(image, pipe(metadata.pop("prompt"), **metadata)[0]) == 0
 
 
-def test_stream_ends_in_the_picture(pipe, largest_difference):
+def test_stream_ends_with_the_image(pipe, largest_difference):
     steps = list(pipe.stream(PROMPTS[:2], **FEW))
     assert [step.t for step in steps] == [999, 666, 332]
     assert all(not step.x.requires_grad for step in steps)
@@ -64,13 +63,13 @@ def test_stream_ends_in_the_picture(pipe, largest_difference):
 
 
 def test_gradients_do_not_leak_out_of_a_stream(pipe):
-    """Between two steps the caller's own computation has its graph."""
+    """Between steps, the caller can compute gradients."""
     for _ in pipe.stream("a red apple", **FEW):
         assert torch.is_grad_enabled()
 
 
 def test_guidance(pipe, relative_error):
-    """Off is the prompt alone; the negative prompt takes the empty one's place; an interval is between off and on."""
+    """Guidance off is the prompt alone; a negative prompt replaces the empty one; an interval is between off and on."""
     settings = {**FEW, "sampler": "ddim"}
 
     def latents(prompt="a red apple", **options):
@@ -101,29 +100,29 @@ def test_weighted_prompts(pipe):
 
 
 def test_img2img(pipe, largest_difference):
-    """Little strength stays near what the VAE makes of the picture; all of it starts from noise alone."""
+    """Low strength stays close to the VAE's reconstruction; strength 1 starts from pure noise."""
     image = picture()
     kept = pipe.decode(pipe.encode(image))[0]
-    (little,) = pipe.img2img("a red apple", image, strength=0.01, num_steps=100, seed=0, guidance_scale=1)
-    (much,) = pipe.img2img("a red apple", image, strength=0.8, num_steps=100, seed=0, guidance_scale=1)
-    changes = [np.abs(np.asarray(drawn).astype(int) - np.asarray(kept)).mean() for drawn in (little, much)]
+    (weak,) = pipe.img2img("a red apple", image, strength=0.01, num_steps=100, seed=0, guidance_scale=1)
+    (strong,) = pipe.img2img("a red apple", image, strength=0.8, num_steps=100, seed=0, guidance_scale=1)
+    changes = [np.abs(np.asarray(output).astype(int) - np.asarray(kept)).mean() for output in (weak, strong)]
     assert changes[0] < 0.7 * changes[1]
-    (all_of_it,) = pipe.img2img("a red apple", image, strength=1.0, num_steps=3, seed=5)
-    assert largest_difference(all_of_it, pipe("a red apple", **FEW)[0]) <= 1  # zero terminal SNR
+    (full,) = pipe.img2img("a red apple", image, strength=1.0, num_steps=3, seed=5)
+    assert largest_difference(full, pipe("a red apple", **FEW)[0]) <= 1  # zero terminal SNR
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_inpaint_keeps_what_the_mask_does_not_cover(pipe, sampler):
     image, mask = picture((64, 64)), Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 32, 64))
-    drawn = np.asarray(pipe.inpaint("a red apple", image, mask, num_steps=4, seed=1, sampler=sampler)[0]).astype(int)
+    output = np.asarray(pipe.inpaint("a red apple", image, mask, num_steps=4, seed=1, sampler=sampler)[0]).astype(int)
     expected = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS)).astype(int)
-    assert np.abs(drawn[:, 18:] - expected[:, 18:]).max() <= 1
-    assert np.abs(drawn[:, :14] - expected[:, :14]).mean() > 5
+    assert np.abs(output[:, 18:] - expected[:, 18:]).max() <= 1
+    assert np.abs(output[:, :14] - expected[:, :14]).mean() > 5
 
 
 def test_kept_latents_are_exact_at_every_step(pipe):
-    """The kept part ends as the picture's own latents, not nearly, whatever the sampler."""
+    """The kept part ends as the image's own latents, exactly, with every sampler."""
     from latentdiff.sampling.loop import InitImage, last
 
     latents, mask = pipe.encode(picture()), torch.zeros(1, 1, 16, 16)
@@ -139,17 +138,17 @@ def test_sizes(pipe):
     assert pipe("a red apple", num_steps=1, height=64, width=24)[0].size == (24, 64)
 
 
-def test_an_embedding_can_be_optimised_towards_a_picture(pipe):
+def test_an_embedding_can_be_optimized_towards_an_image(pipe):
     """Gradients from pixels through the decoder, all steps and both guided passes to the text features."""
     target = load_images([picture()], (32, 32))
     settings = SamplingSettings(num_steps=3, guidance_scale=2.0)
     features = pipe.features(["a red apple"], settings)
-    wanted = features.wanted.clone().requires_grad_()
-    optimizer = torch.optim.Adam([wanted], lr=0.5)
+    cond = features.cond.clone().requires_grad_()
+    optimizer = torch.optim.Adam([cond], lr=0.5)
     noise = torch.randn(1, 4, 16, 16)
     losses = []
     for _ in range(8):
-        latents = pipe.sample_features(features._replace(wanted=wanted), num_steps=3, guidance_scale=2.0, latents=noise,
+        latents = pipe.sample_features(features._replace(cond=cond), num_steps=3, guidance_scale=2.0, latents=noise,
                                      enable_grad=True)  # fmt: skip
         loss = (pipe.pixels(latents) - target).square().mean()
         optimizer.zero_grad()
@@ -157,11 +156,11 @@ def test_an_embedding_can_be_optimised_towards_a_picture(pipe):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.98 * losses[0]
-    assert not pipe.sample_features(features._replace(wanted=wanted), num_steps=1).requires_grad
+    assert not pipe.sample_features(features._replace(cond=cond), num_steps=1).requires_grad
 
 
 def test_inversion_finds_the_noise(pipe, relative_error):
-    """A drawn picture's latents, inverted, are drawn again."""
+    """Sampling from the noise that inversion finds gives the image again."""
     settings = SamplingSettings(num_steps=50, guidance_scale=1.0, sampler="ddim")
     inverted = pipe.invert(picture(), "a red apple", num_steps=50)
     features = pipe.features(["a red apple"], settings)
@@ -210,7 +209,7 @@ def test_slerp_keeps_noise_noise():
     assert 0.95 < float(slerp(a, b, 0.5).std()) < 1.05
 
 
-def test_a_recipe_and_its_keywords_agree():
+def test_settings_and_options_agree():
     assert set(SamplingSettings.model_fields) == set(SamplingOptions.__annotations__)
 
 
@@ -231,7 +230,7 @@ def test_device_and_dtype(pipe, tmp_path):
         ([], {}, r"prompt=\[\]: expected a string or a list of at least one string"),
         (3, {}, "prompt=3: expected a string"),
         (["a", None], {}, "expected a string or a list"),
-        ("a", {"num_steps": 0}, "num_steps=0: expected a whole number from 1 to 1000"),
+        ("a", {"num_steps": 0}, "num_steps=0: expected an integer from 1 to 1000"),
         ("a", {"num_steps": -1}, "num_steps=-1"),
         ("a", {"num_steps": 10**9}, "num_steps=1000000000"),
         ("a", {"num_steps": 2.5}, "num_steps=2.5"),
@@ -242,8 +241,8 @@ def test_device_and_dtype(pipe, tmp_path):
         ("a", {"height": 33}, "height=33: expected a multiple of 2"),
         ("a", {"width": 0}, "width=0"),
         ("a", {"width": 10**6}, "width=1000000"),
-        ("a", {"seed": [1, 2]}, "seed has 2 numbers for 1 pictures"),
-        ("a", {"seed": -1}, "seed=-1: expected a whole number from 0"),
+        ("a", {"seed": [1, 2]}, "seed has 2 entries for 1 images"),
+        ("a", {"seed": -1}, "seed=-1: expected an integer from 0"),
         ("a", {"seed": 1.5}, "seed=1.5"),
         ("a", {"num_images": 0}, "num_images=0"),
         ("a", {"sampler": "dpm"}, "unknown sampler 'dpm': choose one of .*; did you mean 'ddpm'"),
@@ -254,9 +253,9 @@ def test_device_and_dtype(pipe, tmp_path):
         ("a", {"guidance_interval": 3}, "guidance_interval=3: expected two numbers"),
         ("a", {"eta": "x"}, "eta='x': expected a number"),
         ("a", {"seed": True}, "seed=True"),
-        ("a", {"latents": torch.zeros(2, 4, 16, 16)}, "latents are 2 for 1 pictures"),
+        ("a", {"latents": torch.zeros(2, 4, 16, 16)}, "latents has 2 entries for 1 images"),
         ("a", {"num_step": 3}, "unknown setting 'num_step': .*did you mean 'num_steps'"),
-        ("a", {"latents": torch.zeros(1, 4, 3, 3)}, r"latents are \(1, 4, 3, 3\); expected \(pictures, 4, 16, 16\)"),
+        ("a", {"latents": torch.zeros(1, 4, 3, 3)}, r"latents=\(1, 4, 3, 3\): expected shape \(images, 4, 16, 16\)"),
     ],
 )  # fmt: skip
 def test_bad_settings(pipe, prompt, options, message):
@@ -264,7 +263,7 @@ def test_bad_settings(pipe, prompt, options, message):
         pipe(prompt, **{"num_steps": 2, **options})
 
 
-def test_a_prompt_of_ten_thousand_words_is_cut_and_said(pipe):
+def test_a_prompt_of_ten_thousand_words_is_truncated_with_a_warning(pipe):
     with pytest.warns(TokenOverflowWarning, match="longer than 16 tokens"):
         assert len(pipe("apple " * 10_000, num_steps=1)) == 1
 
@@ -276,11 +275,11 @@ def test_bad_strength(pipe, strength):
 
 
 def test_bad_pictures(pipe, tmp_path):
-    with pytest.raises(LatentDiffError, match="the mask is 16 x 16 pixels and the picture 32 x 32"):
+    with pytest.raises(LatentDiffError, match="the mask is 16 x 16 pixels, but the image is 32 x 32"):
         pipe.inpaint("a", picture(), picture((16, 16)))
-    with pytest.raises(LatentDiffError, match="a NoneType is no picture"):
+    with pytest.raises(LatentDiffError, match="image is a NoneType: expected a Pillow image"):
         pipe.img2img("a", None)
-    with pytest.raises(LatentDiffError, match="no picture given"):
+    with pytest.raises(LatentDiffError, match="no image given"):
         pipe.encode([])
     with pytest.raises(LatentDiffError, match=r"none.png: cannot be read"):
         pipe.img2img("a", tmp_path / "none.png")
@@ -318,7 +317,7 @@ def test_parts_of_different_models(pipe):
 
 
 def test_masks_of_any_mode(pipe):
-    """Black keeps and white draws, in whatever mode they come; a picture lies as its EXIF says."""
+    """Black keeps and white regenerates in every image mode; images are turned as their EXIF says."""
     from latentdiff.sampling.images import load_mask
 
     mask = Image.new("L", (32, 32), 0)
@@ -333,7 +332,7 @@ def test_masks_of_any_mode(pipe):
     assert torch.equal(load_images([turned], (32, 32)).flip(2, 3), load_images([picture()], (32, 32)))
 
 
-def test_casting_keeps_what_overflows_in_float32(pipe, tmp_path):
+def test_a_vae_that_overflows_in_float16_stays_in_float32(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "vae/config.json").read_text()) | {"force_upcast": True}
     (tmp_path / "vae/config.json").write_text(json.dumps(values))

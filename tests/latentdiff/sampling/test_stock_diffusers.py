@@ -1,4 +1,4 @@
-"""Folders that we write, opened by stock diffusers; folders that diffusers wrote, opened by us: the same pictures."""
+"""Folders written here and loaded by stock diffusers, and the other way round, give the same images."""
 
 import json
 import logging
@@ -16,8 +16,8 @@ from latentdiff import LatentDiffError, LatentPipeline, Schedule
 PROMPTS = ["a red apple", "a blue car on the road"]
 
 
-def test_a_saved_model_draws_the_same_in_diffusers(pipe, tmp_path, open_stock, caplog):
-    """20 DDIM steps, guidance 5, from the same noise: 99.9 % of the values within 1/255; no warning but the one."""
+def test_a_saved_model_gives_the_same_images_in_diffusers(pipe, tmp_path, open_stock, caplog):
+    """20 DDIM steps, guidance 5, the same noise: 99.9% of the values within 1/255, and only one known warning."""
     pipe.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, logger="diffusers"):
         diffusers.utils.logging.enable_propagation()
@@ -79,7 +79,7 @@ ORIGINAL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 @pytest.mark.parametrize("family", ["stable diffusion 1", "stable diffusion 2"])
 def test_stable_diffusion_folders(tmp_path, family, relative_error, open_stock):
-    """SD 1: eps and the PNDM scheduler's file; SD 2: v and linear projections. The original scheduler configs."""
+    """SD 1: eps and a PNDM scheduler config; SD 2: v and linear projections. With the original scheduler configs."""
     model, tokenizer = clip(tmp_path)
     second = family.endswith("2")
     vae, unet = vae_and_unet(linear=second)
@@ -91,7 +91,7 @@ def test_stable_diffusion_folders(tmp_path, family, relative_error, open_stock):
     )  # fmt: skip
     stock.save_pretrained(tmp_path)
     stock.set_progress_bar_config(disable=True)
-    if not second:  # what the original Stable Diffusion 1 folders name
+    if not second:  # the scheduler of the original Stable Diffusion 1 folders
         del settings["clip_sample"]
         PNDMScheduler(skip_prk_steps=True, **settings).save_pretrained(tmp_path / "scheduler")
     compare(stock, tmp_path, relative_error)
@@ -130,7 +130,7 @@ def test_ldm_text_to_image_folders(tmp_path, encoder, relative_error):
 
 @pytest.mark.slow
 def test_stable_diffusion_at_full_size(tmp_path, relative_error):
-    """SD 1.x as it is: 860M UNet, kl-f8, CLIP-L's shape; 4 GB of random weights."""
+    """SD 1.x in its real size: 860M UNet, kl-f8, CLIP-L's shape; 4 GB of random weights."""
     _, tokenizer = clip(tmp_path)
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                           max_position_embeddings=20, bos_token_id=52, eos_token_id=53, pad_token_id=53)  # fmt: skip
@@ -163,7 +163,7 @@ def compare(stock, folder, relative_error, size=32, factor=2, steps=20):
 
 
 @pytest.mark.parametrize("kind", ["UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler"])
-def test_scheduler_objects_draw_what_diffusers_draws(pipe, tmp_path, open_stock, relative_error, kind):
+def test_scheduler_objects_sample_as_in_diffusers(pipe, tmp_path, open_stock, relative_error, kind):
     pipe.save_pretrained(tmp_path)
     stock = open_stock(tmp_path)
     stock.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler_config)
@@ -175,11 +175,11 @@ def test_scheduler_objects_draw_what_diffusers_draws(pipe, tmp_path, open_stock,
 
 
 def test_a_scheduler_of_another_model_is_refused(pipe):
-    with pytest.raises(LatentDiffError, match=r"prediction_type 'epsilon' and the model 'v_prediction': build it with"):
+    with pytest.raises(LatentDiffError, match=r"prediction_type 'epsilon' but the model has 'v_prediction'; build it"):
         pipe("a red apple", sampler=DDIMScheduler())
-    with pytest.raises(LatentDiffError, match="other noise levels than the model"):
+    with pytest.raises(LatentDiffError, match="different noise levels from the model"):
         pipe("a red apple", sampler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False))
-    with pytest.raises(LatentDiffError, match="clip_sample=True, which cuts latents off"):
+    with pytest.raises(LatentDiffError, match="clip_sample=True, which clips the latents"):
         pipe("a red apple", sampler=DDIMScheduler.from_config({**pipe.scheduler_config, "clip_sample": True}))
     good = DDIMScheduler.from_config(pipe.scheduler_config)
     with pytest.raises(LatentDiffError, match="only the sampler 'ddim' takes an eta"):
@@ -191,11 +191,11 @@ def test_a_scheduler_of_another_model_is_refused(pipe):
 @pytest.mark.parametrize("kind", ["HeunDiscreteScheduler", "DDIMScheduler", "UniPCMultistepScheduler"])
 @pytest.mark.parametrize("strength", [0.35, 0.4, 1.0])
 def test_scheduler_objects_start_from_pictures(pipe, tmp_path, open_stock, relative_error, kind, strength):
-    """From stock diffusers' own starting points; schedulers that evaluate twice a step do not start in the middle."""
+    """As in stock diffusers; schedulers with two evaluations per step do not start in the middle of one."""
     from latentdiff.sampling.loop import InitImage, last
     from latentdiff.sampling.settings import SamplingSettings
 
-    if kind.startswith("Heun"):  # it knows no zero terminal SNR
+    if kind.startswith("Heun"):  # it does not support zero terminal SNR
         pipe = LatentPipeline(vae=pipe.vae, unet=pipe.unet, text_encoder=pipe.text_encoder, schedule=Schedule.named())
     scheduler = getattr(diffusers, kind).from_config(pipe.scheduler_config)
     latents = torch.randn(1, 4, 16, 16)
@@ -212,7 +212,7 @@ def test_scheduler_objects_start_from_pictures(pipe, tmp_path, open_stock, relat
         for t in times:
             x = scheduler.step(pipe.unet(scheduler.scale_model_input(x, t), t.view(1), context), t, x).prev_sample
     assert relative_error(ours, x) < 1e-4
-    with pytest.raises(LatentDiffError, match="expected a sampler's name or a diffusers scheduler"):
+    with pytest.raises(LatentDiffError, match="expected the name of a sampler or a diffusers scheduler"):
         pipe("a red apple", sampler=3)
 
 

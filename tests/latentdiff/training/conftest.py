@@ -1,9 +1,11 @@
-"""Real trainings, small: a folder of pictures, and processes that can be killed."""
+"""Small but real training runs: a folder of pictures, and processes that can be killed."""
 
 import json
 import multiprocessing
+import os
 import socket
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,18 @@ from safetensors import safe_open
 
 from latentdiff.training.checkpoint import newest_checkpoint
 
-sys.path.insert(0, str(Path(__file__).parent))  # so that `scenario` can be imported in the processes, too
+sys.path.insert(0, str(Path(__file__).parent))  # so that subprocesses can import `scenario`, too
 import scenario
 
 SHAPES, COLOURS = ("circle", "square"), ("red", "green", "blue", "yellow", "black")
+# Six steps per stage: checkpoints after the third and the sixth, the discriminator from the fourth on.
+SIX_STEPS = ("steps=6", "warmup_steps=2", "log_every=3", "checkpoint_every=3", "validate_every=6")
+SHORT = ("trackers=[]", "train_vae.adversarial_start=4",
+         *(f"{stage}.{setting}" for stage in ("train_vae", "train_latent") for setting in SIX_STEPS))  # fmt: skip
 
 
 def draw(folder: Path, count: int) -> None:
-    """Pictures of one shape each, with captions in metadata.jsonl."""
+    """Draw pictures of one shape each, with captions in metadata.jsonl."""
     random = np.random.default_rng(0)
     lines = []
     for number in range(count):
@@ -38,28 +44,57 @@ def draw(folder: Path, count: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """24 pictures to train on, 6 held out."""
-    folder = tmp_path_factory.mktemp("pictures")
-    draw(folder / "train", 24)
-    draw(folder / "validation", 6)
-    return folder
+def pictures(once):
+    """24 training pictures, 6 held out."""
+
+    def fill(folder):
+        draw(folder / "train", 24)
+        draw(folder / "validation", 6)
+
+    return once("pictures", fill)
 
 
 @pytest.fixture(scope="session")
 def server():
-    """Starts processes from a clean one that has imported everything: a second instead of five each."""
+    """Fork server that has imported everything, so that a process starts in one second instead of five."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scenario", "datasets", "tensorboard"])
+    context.set_forkserver_preload(["scenario", "warm_up", "datasets", "tensorboard"])
+    with pytest.MonkeyPatch.context() as patch:  # what it cannot import it leaves out in silence
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    process = context.Process(target=scenario.check_preloaded)
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "the fork server has not imported everything"
     return context
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(once, server, pictures):
+    """The folder of an uninterrupted run of both stages, in a precision."""
+
+    def run(precision):
+        def fill(folder):
+            settings = [f"precision={precision}", "threads=1", f"data.source={pictures}", f"output={folder}", *SHORT,
+                        "trackers=null"]  # fmt: skip
+            environment = {"ACCELERATE_USE_CPU": "1", "HF_DATASETS_CACHE": str(pictures.parent / "cache")}
+            child = server.Process(target=scenario.run, args=(settings,), kwargs={"environment": environment})
+            child.start()
+            child.join(180)
+            assert child.exitcode == 0, Path(f"{folder}.0.log").read_text()
+
+        return once(f"uninterrupted-{precision}", fill)
+
+    return run
 
 
 @pytest.fixture
 def start(server, pictures, tmp_path):
-    """Start trainings into tmp_path/<name>; returns their processes."""
+    """Start a training run in tmp_path/<name>; returns its processes."""
 
     def begin(name, *overrides, processes=1, **accident):
-        settings = ["precision=fp32", "threads=1", f"data.source={pictures}", *overrides, f"output={tmp_path / name}"]
+        settings = ["precision=fp32", "threads=1", f"data.source={pictures}", *SHORT, *overrides,
+                    f"output={tmp_path / name}"]  # fmt: skip
         port = str(_free_port())
         children = []
         for rank in range(processes):
@@ -80,7 +115,7 @@ def start(server, pictures, tmp_path):
 
 @pytest.fixture
 def train(start, tmp_path):
-    """Run a training to its end, or to its accident; returns the exit code, the worst one of several processes."""
+    """Train to the end or to the simulated accident; returns the exit code, the worst one of several processes."""
 
     def run(name, *overrides, **accident):
         children = start(name, *overrides, **accident)
@@ -94,13 +129,13 @@ def train(start, tmp_path):
 
 @pytest.fixture
 def said(tmp_path):
-    """What a training wrote to its terminal."""
+    """What a training run wrote to its terminal."""
     return lambda name, rank=0: Path(f"{tmp_path / name}.{rank}.log").read_text()
 
 
 @pytest.fixture
 def state(tmp_path):
-    """Every tensor of the newest checkpoint of a training: weights, averages, moments, counters."""
+    """Every tensor of the newest checkpoint of a run: weights, averages, moments, counters."""
 
     def read(name, stage="train_latent"):
         checkpoint = newest_checkpoint(tmp_path / name / stage / "checkpoints", print)
@@ -114,7 +149,7 @@ def state(tmp_path):
 
 @pytest.fixture
 def log(tmp_path):
-    """The lines of log.jsonl that have a value."""
+    """One value by step, from the lines of log.jsonl that have it."""
 
     def read(name, value="loss", stage="train_latent"):
         lines = [json.loads(line) for line in (tmp_path / name / stage / "log.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
-"""One training in a process of its own, with an accident at a chosen moment; started by the tests."""
+"""A training run in its own process, with an accident at a chosen moment; started by the tests."""
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -17,9 +18,10 @@ TASKS = (stages.VAETraining, stages.LatentTraining)
 
 
 def run(overrides, stage="train", accident=None, at=0, environment=None, recipe="debug"):
-    """Train a recipe; `accident` happens at call number `at` of what it concerns."""
+    """Train a recipe; `accident` happens at call number `at` of the function it affects."""
     os.environ.update(environment or {})
     os.environ["HF_HUB_OFFLINE"] = "1"
+    multiprocessing.set_start_method("fork", force=True)  # the default here, but not of a child of a fork server
     output = dict(override.split("=", 1) for override in overrides)["output"]
     sys.stderr = sys.stdout = Path(f"{output}.{os.environ.get('RANK', '0')}.log").open("a", buffering=1)  # noqa: SIM115
     if accident:
@@ -28,6 +30,11 @@ def run(overrides, stage="train", accident=None, at=0, environment=None, recipe=
     with plain_errors():
         getattr(stages, stage)(load_config(recipe, overrides))
     sys.stderr.write(f"peak memory in KiB: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\n")
+
+
+def check_preloaded():
+    """Fail where the fork server did not import what it should."""
+    assert {"warm_up", "datasets", "tensorboard"} <= sys.modules.keys()
 
 
 def kill_at_step(at):
@@ -50,7 +57,7 @@ def terminate(at):
 
 
 def not_finite(at):
-    """NaN in the noise of step `at`, or of all from step -at on; with several processes, the last one's only."""
+    """Put NaN in the noise of step `at`, or of all steps from -at on, in the last process only."""
     here = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
     for task in TASKS:
         original = task.train_step
@@ -64,11 +71,11 @@ def not_finite(at):
 
 
 def float64(_):
-    """Whatever is float32 elsewhere in float64, to tell rounding from mistakes."""
+    """Compute in float64 whatever is normally float32, to tell rounding from bugs."""
     single, fused = torch.float32, torch._fused_adamw_
 
     def fused_adamw(parameters, gradients, first, second, largest, steps, *, grad_scale, found_inf, **settings):
-        """The kernel takes its counters and its scale in float32 only."""
+        """The kernel accepts counters and scale in float32 only."""
         assert not found_inf
         torch._foreach_div_(gradients, grad_scale)
         taken = [step.to(single) for step in steps]
@@ -79,7 +86,7 @@ def float64(_):
 
 
 def before(places, name, at, act):
-    """Do something before call number `at` of a function, counted over all places together."""
+    """Call `act` before call number `at` of a function, counted over all places together."""
     calls = [0]
     for place in places:
         original = getattr(place, name)

@@ -1,4 +1,4 @@
-"""What is saved and read, which damage is found, and what a checkpoint folder is never without."""
+"""Saving and loading, detecting damage, and what a checkpoint folder always keeps."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_what_was_saved_is_read(tmp_path):
     assert names(saved.path) == ["facts.json", "manifest.json", "optimizer.safetensors", "unet.safetensors"]
     found = newest_checkpoint(tmp_path / "a" / "b", no_report)
     assert found == saved
-    assert found.facts == {"step": 1000, "loss": 0.5}
+    assert found.metadata == {"step": 1000, "loss": 0.5}
     assert found.names() == ["optimizer", "unet"]
     assert torch.equal(found.tensors("unet")["weight"], torch.full((3, 5), 1000.0))
     assert found.tensors("optimizer")["step"].shape == ()
@@ -55,7 +55,7 @@ def test_every_dtype_keeps_its_bits(tmp_path, dtype):
     size = torch.empty((), dtype=dtype).element_size()
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (6 * size,), dtype=torch.uint8)
     tensor = raw.view(dtype).reshape(2, 3)
-    # A byte beside it, which must not come first: readers map the file and want the wide one aligned.
+    # The single byte must not come first: readers map the file and need wider elements aligned.
     saved = save_checkpoint(tmp_path, 1, {"x": {"a": torch.zeros(1, dtype=torch.uint8), "t": tensor}}, {})
     for read in (saved.tensors("x")["t"], load_file(saved.path / "x.safetensors")["t"]):
         assert read.dtype == dtype
@@ -123,21 +123,21 @@ def test_no_tensors_at_all(tmp_path):
         ({"tensors": {"x": {"__metadata__": torch.ones(1)}}}, "__metadata__"),
         ({"tensors": {"x": {"t": torch.ones(1, dtype=torch.complex128)}}}, "complex128"),
         ({"tensors": {"x": {"t": torch.eye(2).to_sparse()}}}, "sparse"),
-        ({"facts": {"x": object()}}, "not for JSON"),
-        ({"facts": {"x": float("nan")}}, "not for JSON"),
-        ({"facts": {"x": "y" * 2**24}}, "at most"),
+        ({"metadata": {"x": object()}}, "not JSON-serializable"),
+        ({"metadata": {"x": float("nan")}}, "not JSON-serializable"),
+        ({"metadata": {"x": "y" * 2**24}}, "at most"),
     ],
 )
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, arguments, message):
     with pytest.raises(LatentDiffError, match=message):
-        save_checkpoint(**{"folder": tmp_path / "new", "step": 1, "tensors": {}, "facts": {}, **arguments})
+        save_checkpoint(**{"folder": tmp_path / "new", "step": 1, "tensors": {}, "metadata": {}, **arguments})
     assert not (tmp_path / "new").exists()
 
 
 def test_asking_for_what_is_not_there(tmp_path):
     saved = save(tmp_path, 1)
     for name in ("ema", "../step-00000001/unet", "facts"):
-        with pytest.raises(LatentDiffError, match="there are optimizer, unet"):
+        with pytest.raises(LatentDiffError, match="available: optimizer, unet"):
             saved.tensors(name)
     shutil.rmtree(saved.path)
     with pytest.raises(LatentDiffError, match=r"manifest\.json is missing"):
@@ -229,7 +229,7 @@ def test_a_manifest_cannot_name_what_lies_elsewhere(tmp_path):
     }
     files = {name: Entry((path / name).stat().st_size, digest) for name, digest in digests.items()}
     (path / "manifest.json").write_bytes(encode_manifest(1, files))
-    damaged(path, "not a manifest of this program")
+    damaged(path, "not a manifest written by latentdiff")
 
 
 def test_a_huge_manifest_is_not_read(tmp_path):
@@ -250,7 +250,7 @@ def test_only_plain_files_count(tmp_path, name, kind):
         os.mkfifo(file)
     else:
         file.mkdir()
-    damaged(file.parent, f"{name} is not a plain file")
+    damaged(file.parent, f"{name} is not a regular file")
 
 
 def test_facts_that_are_no_object(tmp_path):
@@ -263,7 +263,7 @@ def test_facts_that_are_no_object(tmp_path):
 
 def test_a_folder_renamed_to_another_step(tmp_path):
     path = save(tmp_path, 1).path.rename(tmp_path / "step-00000002")
-    damaged(path, "manifest.json is of step 1")
+    damaged(path, "manifest.json belongs to step 1")
 
 
 def test_verifying_reads_everything_unless_told_otherwise(tmp_path, monkeypatch):
@@ -292,7 +292,7 @@ def test_damaged_ones_are_passed_over_and_reported(tmp_path):
     assert lines[1].endswith(" bytes); using step-00000500")
     shutil.rmtree(tmp_path / "step-00000500")
     assert newest_checkpoint(tmp_path, lines.append) is None
-    assert lines[-1].endswith("; there is no whole checkpoint")
+    assert lines[-1].endswith("; there is no intact checkpoint")
 
 
 def test_none_where_there_is_nothing(tmp_path):
@@ -369,7 +369,7 @@ def test_damaged_ones_do_not_count_and_go(tmp_path, monkeypatch, new_process):
     time.sleep(0.02)  # a file system's clock ticks every few milliseconds
     file.write_bytes(changed)
     if new_process:
-        monkeypatch.setattr("latentdiff.training.manifest._found_right", set())
+        monkeypatch.setattr("latentdiff.training.manifest._verified", set())
     save(tmp_path, 4, keep=2)
     assert names(tmp_path) == ["step-00000002", "step-00000004"]
 
@@ -395,13 +395,13 @@ def test_the_same_step_again(tmp_path, state):
     saved = save_checkpoint(tmp_path, 1, {}, {"second": True}, keep=3)
     assert names(tmp_path) == ["step-00000001"]
     assert newest_checkpoint(tmp_path, no_report) == saved
-    assert saved.facts == {"second": True}
+    assert saved.metadata == {"second": True}
 
 
 def test_leftovers_of_a_crash_are_swept(tmp_path):
     path = save(tmp_path, 1).path
     for purpose in ("partial", "trash"):
-        shutil.copytree(path, module._unique(path, purpose))
+        shutil.copytree(path, module._temporary_path(path, purpose))
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
@@ -424,11 +424,11 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
 
 
 def test_large_amounts_read_in_gigabytes():
-    assert module._amount(13_820_000_000) == "13.8 GB"
+    assert module._format_bytes(13_820_000_000) == "13.8 GB"
 
 
 def test_what_reads_back_wrong_never_gets_the_name(tmp_path, monkeypatch):
-    """The disk keeps something else than what was written: the hash is of what was meant."""
+    """The disk stores something else than what was written; the hash is of the data that was passed in."""
     save(tmp_path, 1, keep=1)
     write = module._write
 
@@ -441,7 +441,7 @@ def test_what_reads_back_wrong_never_gets_the_name(tmp_path, monkeypatch):
         return entry
 
     monkeypatch.setattr(module, "_write", bad_disk)
-    with pytest.raises(LatentDiffError, match=r"step 2 reads back wrong: unet\.safetensors was changed"):
+    with pytest.raises(LatentDiffError, match=r"step 2 failed verification: unet\.safetensors is corrupt"):
         save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["step-00000001"]
     assert newest_checkpoint(tmp_path, no_report).step == 1

@@ -1,4 +1,4 @@
-"""The process dies, the power fails, the disk fills up: at every call, and at random moments."""
+"""Crashes, power failures and full disks, at every call that changes the disk and at random moments."""
 
 import errno
 import io
@@ -21,13 +21,13 @@ from latentdiff.training.checkpoint import newest_checkpoint, save_checkpoint, v
 
 
 class Dead(BaseException):
-    """The process is gone: nothing it would still have done happens."""
+    """The process has died: nothing it would have done afterwards happens."""
 
 
 class Disk:
-    """All calls that change a disk, counted; from here one of them fails, or the process dies at it.
+    """Counts all calls that change the disk, and can make one of them fail or the process die at it.
 
-    A process that died does nothing more: every later call raises Dead, too. A write that fails or is cut short leaves
+    A dead process does nothing more: every later call raises Dead, too. A write that fails or is interrupted leaves
     half of its bytes behind.
     """
 
@@ -59,7 +59,7 @@ class Disk:
                 path = Path(os.readlink(f"/proc/self/fd/{args[0]}"))
                 self.unsynced.discard(path)
                 self.log[-1] = f"fsync {path.name}"
-                return None  # the tests cut no real power, so nothing has to be waited for
+                return None  # no real power is cut, so there is nothing to wait for
             if name == "rename":
                 self.log[-1] = f"rename {Path(str(args[1])).name}"
             return self.real[name](*args, **options)
@@ -86,7 +86,7 @@ class Disk:
 
 
 class Written:
-    """An open file with another `write`."""
+    """An open file with a replaced `write`."""
 
     def __init__(self, file: io.IOBase, write: Callable[..., int]) -> None:
         self.file, self.write = file, write
@@ -126,17 +126,17 @@ def save(folder: Path, step: int, keep: int = 1, mark: float = 0.5) -> None:
 
 
 def check_whole(folder: Path, allowed: set[float]) -> None:
-    """There is a checkpoint; it is whole, of one piece and one of the allowed ones."""
+    """There is an intact and consistent checkpoint, and it is one of the allowed ones."""
     found = newest_checkpoint(folder, lambda line: None)
     assert found is not None
-    assert found.facts["is"] in allowed
+    assert found.metadata["is"] in allowed
     for name in ("unet", "ema"):
         for tensor in found.tensors(name).values():
-            assert bool((tensor == found.facts["is"]).all())
+            assert bool((tensor == found.metadata["is"]).all())
 
 
 def before_save(folder: Path, scene: str) -> int:
-    """Lay out a folder, and say which step is saved next."""
+    """Set up a folder and return the step to save next."""
     save(folder, 1)
     if scene == "next step":
         return 2
@@ -162,7 +162,7 @@ def calls_of(scene: str) -> list[str]:
 @pytest.mark.parametrize("power", ["kept", "cut"])
 @pytest.mark.parametrize("scene", SCENES)
 def test_death_at_any_call_leaves_a_whole_checkpoint(tmp_path, disk, scene, power):
-    """With the power cut, files that were not synced are empty afterwards."""
+    """After a power cut, files that were not synced are empty."""
     for call in range(1, len(calls_of(scene)) + 1):
         folder = tmp_path / str(call)
         step = before_save(folder, scene)
@@ -176,7 +176,7 @@ def test_death_at_any_call_leaves_a_whole_checkpoint(tmp_path, disk, scene, powe
                     os.truncate(path, 0)
         disk.unsynced.clear()
         check_whole(folder, {1.5, step + 0.25})
-        save(folder, step, mark=0.75)  # the next run goes on, and clears up
+        save(folder, step, mark=0.75)  # the next run resumes and cleans up
         check_whole(folder, {step + 0.75})
         assert os.listdir(folder) == [f"step-{step:08d}"]
 
@@ -197,7 +197,7 @@ def test_an_error_at_any_call_is_told_and_changes_nothing(tmp_path, disk, scene,
         except LatentDiffError as error:
             told.append(str(error).replace(f"{folder}: the checkpoint of step {step} cannot be written ", ""))
             is_saved = call > placed
-        else:  # the folder is there already; what was to be deleted may stay until the next time
+        else:  # the folder exists already; what should be deleted may stay until the next save
             assert call == 1 or calls[call - 1] in ("unlink", "rmdir")
         check_whole(folder, {step + 0.25} if is_saved else {1.5})
         assert not [name for name in os.listdir(folder) if name.startswith(".partial")]
@@ -222,7 +222,7 @@ def test_what_is_written_reaches_the_disk_in_order(tmp_path, disk):
 EVENT = st.one_of(
     st.tuples(st.just("save"), st.integers(0, 2)),  # steps ahead
     st.tuples(st.just("crash"), st.integers(1, 60)),  # at this call of the next save
-    st.tuples(st.just("crash again"), st.integers(1, 60)),  # the same, saving the newest step once more
+    st.tuples(st.just("crash again"), st.integers(1, 60)),  # likewise, saving the newest step again
     st.tuples(st.just("fail"), st.integers(1, 60)),
     st.tuples(st.just("corrupt"), st.integers(0, 1000)),
     st.tuples(st.just("stray"), st.integers(0, 3)),
@@ -230,7 +230,7 @@ EVENT = st.one_of(
 
 
 class History:
-    """A folder of checkpoints and what must always hold for it."""
+    """A checkpoint folder and its invariants."""
 
     def __init__(self, folder: Path, keep: int, disk: Disk) -> None:
         self.folder, self.keep, self.disk = folder, keep, disk
@@ -241,7 +241,7 @@ class History:
         return {path.name.removesuffix(".old") for path in paths if verify(path) is None}
 
     def check(self) -> None:
-        """At every instant."""
+        """Hold at every moment."""
         whole = self.whole_steps()
         assert whole or not self.had
         assert len(whole) <= self.keep + 1 + self.crashes
@@ -340,7 +340,7 @@ for kill in range(16):
     assert found.step >= max(acknowledged, default=0), (found, acknowledged)
     for name in ("unet", "ema"):
         assert bool((found.tensors(name)["a"] == found.step).all())
-    assert found.facts == {"step": found.step}
+    assert found.metadata == {"step": found.step}
 assert not rejected, rejected
 print("in the middle of a save:", landed)
 """
@@ -365,7 +365,7 @@ from latentdiff.errors import LatentDiffError
 from latentdiff.training import checkpoint
 
 folder = Path(sys.argv[1])
-checkpoint.SPARE = 0
+checkpoint.DISK_MARGIN = 0
 checkpoint.save_checkpoint(folder, 1, {"x": {"t": torch.ones(1000)}}, {})
 
 def refused():

@@ -1,4 +1,4 @@
-"""The discriminator's shapes and independence of the batch; both players' losses in closed form."""
+"""The discriminator's output shapes and independence of the batch; the adversarial losses in closed form."""
 
 import math
 
@@ -22,7 +22,7 @@ def test_a_large_picture():
 
 
 def test_as_many_parameters_as_ldms():
-    """NLayerDiscriminator with its defaults: BatchNorm has as many as GroupNorm, and neither needs a bias before it."""
+    """NLayerDiscriminator with defaults: BatchNorm has as many as GroupNorm, and neither needs a bias before it."""
     convolutions = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512 * 1) + 64 + 1
     norms = 2 * (128 + 256 + 512)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The average against the power function's closed form, and what must not move."""
+"""The EMA against the closed form of the power function, and what must not change."""
 
 import copy
 
@@ -12,7 +12,7 @@ STEPS = 300
 
 
 def weights_of_steps(sigma_rel: float, steps: int) -> torch.Tensor:
-    """Share of each step's weights in the average: at step i the parameter is the i-th unit vector."""
+    """Weight of each step in the average: at step i the parameter is the i-th unit vector."""
     parameter = torch.full((steps,), 7.0)  # initial weights, which must vanish
     ema = EMA([parameter], sigma_rel)
     for step in range(1, steps + 1):

@@ -1,4 +1,4 @@
-"""The real launcher: what a scheduler's SIGTERM does, and what is said when fewer processes come up than asked for."""
+"""The real launcher: a scheduler's SIGTERM, and the warning if fewer processes start than requested."""
 
 import json
 import os
@@ -18,11 +18,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 def command(processes, pictures, output, *overrides):
-    launch = (
-        [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
-        if processes == 2
-        else [*LAUNCH, "--cpu", "--num_processes", "1"]
-    )
+    launch = [*LAUNCH, "--multi_gpu" if processes == 2 else "--cpu", "--num_processes", "2"]  # --cpu starts one
     settings = ["precision=fp32", "threads=1", f"data.source={pictures}", f"output={output}", *overrides]
     return [*launch, str(ROOT / "train_vae.py"), "--config", "debug", *settings]
 
@@ -55,7 +51,10 @@ def wait_until(condition, seconds):
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 1)])
 def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, processes, workers):
-    """The signal goes to the whole group, processes that read pictures included."""
+    """The signal reaches the whole process group, data loader workers included.
+
+    And a launcher that starts one process where two were requested is noticed.
+    """
     output = tmp_path / "run"
     log, said = output / "train_vae" / "log.jsonl", tmp_path / "terminal"
     with said.open("w") as terminal:
@@ -76,16 +75,6 @@ def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, pro
     checkpoint = newest_checkpoint(output / "train_vae" / "checkpoints", print)
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert checkpoint.step == steps[-1]
-    assert checkpoint.step <= at_signal + 30  # one takes a hundredth of a second; the signal takes its way
+    assert checkpoint.step <= at_signal + 30  # a step takes 10 ms, and the signal needs time to arrive
     assert f"stopped at step {checkpoint.step} of 1000000" in said.read_text()
-
-
-def test_fewer_processes_than_asked_for_are_noticed(pictures, tmp_path):
-    """`accelerate launch --cpu --num_processes 2` starts one."""
-    words = command(1, pictures, tmp_path / "run", "train_vae.steps=1", "train_vae.warmup_steps=0")
-    words[words.index("--num_processes") + 1] = "2"
-    finished = subprocess.run(
-        words, env=environment(pictures, 1), capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "warning: 2 processes were asked for and 1 came up" in finished.stderr
+    assert ("warning: 2 processes were requested but 1 started" in said.read_text()) == (processes == 1)

@@ -1,4 +1,4 @@
-"""Starting from a model that is there, and a look at it before the first step."""
+"""Starting from an existing model, and validating it before the first step."""
 
 import json
 
@@ -6,7 +6,7 @@ import torch
 
 
 def test_training_goes_on_from_a_finished_model(train, weights, log, said, tmp_path):
-    """Its VAE as it is; UNet and BERT from its weights, whatever sizes the recipe says; its losses where they ended."""
+    """Its VAE is kept, UNet and BERT start from its weights whatever sizes the recipe has, and its losses continue."""
     assert train("first", "train_latent.validate_first=true") == 0
     model = tmp_path / "first/model"
     parts = [f"vae.pretrained={model / 'vae'}", f"text_encoder.pretrained={model / 'text_encoder'}",
@@ -17,26 +17,26 @@ def test_training_goes_on_from_a_finished_model(train, weights, log, said, tmp_p
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
     first, second = log("first", "validation_loss"), log("second", "validation_loss")
-    assert sorted(first) == sorted(second) == [0, 20]
-    assert first[0] > first[20]
-    assert second[0] == first[20]  # the same weights, pictures, noise and timesteps
+    assert sorted(first) == sorted(second) == [0, 6]
+    assert first[0] > first[6]
+    assert second[0] == first[6]  # the same weights, pictures, noise and timesteps
     assert "warning: unet.pretrained" not in said("second")
-    done = tmp_path / "second/model/done.json"  # as the version wrote it that recorded sizes without a meaning
+    done = tmp_path / "second/model/done.json"  # as written by the version that recorded sizes without any meaning
     facts = json.loads(done.read_text())
     facts["facts"]["unet"] |= {"block_out_channels": [32, 64], "layers_per_block": 1}
     done.write_text(json.dumps(facts))
     again = [*parts, "train_latent.validate_first=true", "train_latent.learning_rate=1e-9"]
     assert train("second", *again) == 0
-    assert "second/model: done already" in said("second")
+    assert "second/model: already done" in said("second")
     parts.pop(1)
     assert train("third", *parts, "diffusion.zero_terminal_snr=false") == 0
-    assert "it knows nothing of a new text encoder's features" in said("third")
-    assert "it was trained under another noise schedule" in said("third")
+    assert "it does not know a new text encoder" in said("third")
+    assert "it was trained with another noise schedule" in said("third")
 
 
 def test_a_run_of_an_older_version_goes_on(train, said, tmp_path):
-    """Settings that it did not know are as if it had left them out; step 0 is logged once."""
-    assert train("run", "train_latent.validate_first=true", accident="kill at step", at=23) == -9  # latent step 3
+    """Settings unknown to that version count as left out; step 0 is logged once."""
+    assert train("run", "train_latent.validate_first=true", accident="kill at step", at=9) == -9  # latent step 3
     assert train("run", "train_latent.validate_first=true") == 0
     lines = [json.loads(line) for line in (tmp_path / "run/train_latent/log.jsonl").read_text().splitlines()]
     assert sum(line["step"] == 0 for line in lines) == 1
@@ -45,9 +45,9 @@ def test_a_run_of_an_older_version_goes_on(train, said, tmp_path):
     assert facts["facts"]["unet"].pop("pretrained", "") is None
     done.write_text(json.dumps(facts))
     assert train("run", "train_latent.validate_first=true") == 0
-    assert "done already" in said("run")
+    assert "already done" in said("run")
     assert train("run", "unet.layers_per_block=2") == 1
-    assert "was made with unet.layers_per_block=1 and now it is 2" in said("run")
+    assert "was made with unet.layers_per_block=1, but it is now 2" in said("run")
 
 
 def test_parts_that_do_not_fit(train, said, tmp_path):
@@ -58,6 +58,6 @@ def test_parts_that_do_not_fit(train, said, tmp_path):
     assert f"unet.pretrained={folder}: its context_dim is 32; this VAE and this text encoder need 64" in said("second")
     assert train("other", f"vae.pretrained={tmp_path / 'first/vae'}", f"unet.pretrained={folder}",
                  "diffusion.prediction=x0") == 1  # fmt: skip
-    assert f"unet.pretrained={folder}: it predicts v, and diffusion.prediction=x0; set that to v" in said("other")
+    assert f"unet.pretrained={folder}: it predicts v, but diffusion.prediction=x0; set it to v" in said("other")
     assert train("third", "vae.pretrained=builtin:emoji-46") == 1
     assert "unknown built-in model 'emoji-46'" in said("third")

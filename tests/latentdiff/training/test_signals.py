@@ -1,4 +1,4 @@
-"""What raises the flag, what does not, and that the handlers are put back."""
+"""What sets the flag, what does not, and that the handlers are restored."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ import threading
 import pytest
 
 from latentdiff.training import signals
-from latentdiff.training.signals import LAUNCHERS, StopFlag, StopReason
+from latentdiff.training.signals import LAUNCHER_VARIABLES, StopFlag, StopReason
 
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch):
-    for name in LAUNCHERS:
+    for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -68,16 +68,16 @@ def test_a_second_sigterm_changes_nothing(clock):
 
 
 def test_handlers_are_put_back_also_after_an_exception():
-    before = [signal.getsignal(number) for number in signals.ASKING]
+    before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
 
     def failing():
         with StopFlag():
-            assert [signal.getsignal(number) for number in signals.ASKING] != before
+            assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] != before
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         failing()
-    assert [signal.getsignal(number) for number in signals.ASKING] == before
+    assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
 
 
 def test_an_ignored_signal_stays_ignored():
@@ -94,12 +94,12 @@ def test_an_ignored_signal_stays_ignored():
 
 
 def test_in_another_thread_it_catches_nothing():
-    before = [signal.getsignal(number) for number in signals.ASKING]
+    before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
     seen = []
 
     def work():
         with StopFlag() as flag:
-            seen.append(([signal.getsignal(number) for number in signals.ASKING], flag.requested()))
+            seen.append(([signal.getsignal(number) for number in signals.STOP_SIGNALS], flag.requested()))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -107,13 +107,13 @@ def test_in_another_thread_it_catches_nothing():
     assert seen == [(before, StopReason.NONE)]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", LAUNCHER_VARIABLES)
 def test_a_launcher_that_is_gone(monkeypatch, launcher):
     monkeypatch.setenv(launcher, "no")
     flag = StopFlag()
     assert flag.requested() is StopReason.NONE
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert flag.requested() is StopReason.LAUNCHER_GONE
+    assert flag.requested() is StopReason.LAUNCHER_EXITED
 
 
 def test_process_1_may_be_the_launcher(monkeypatch):
@@ -150,5 +150,5 @@ def test_a_real_launcher_dies_without_a_word():
     with launcher, launcher.stdout as lines:
         assert lines.readline() == "started\n"
         launcher.send_signal(signal.SIGTERM)
-        assert lines.readline() == "LAUNCHER_GONE\n"
+        assert lines.readline() == "LAUNCHER_EXITED\n"
     assert launcher.returncode == -signal.SIGTERM

@@ -1,4 +1,4 @@
-"""One step, looked at closely: no waiting for the device, learning rates, the update itself, trackers, launch."""
+"""A single step in detail: no waiting for the device, learning rates, the update itself, trackers, launch."""
 
 import json
 import math
@@ -24,7 +24,7 @@ WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::m
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would wait for a GPU: numbers read by the host, and sizes that depend on values."""
+    """Records what would wait for a GPU: values read by the host, and data-dependent sizes."""
 
     def __init__(self):
         super().__init__()
@@ -67,14 +67,14 @@ def vae_task(run, vae, tmp_path):
 
 @pytest.mark.parametrize("kind", ["latent", "vae"])
 def test_a_step_never_waits_for_the_device(kind, request, run, tmp_path, monkeypatch):
-    """On the CPU values may be looked at for free; with that switched off, as on a GPU, nothing is read."""
+    """On a CPU values may be inspected for free; with that switched off, as on a GPU, nothing is read."""
     task = request.getfixturevalue(f"{kind}_task")
     log = MetricLogger(run, tmp_path, kind, 0, 100, 8)
     skips = SkippedSteps(run.device)
     for module in (schedule, process):
-        monkeypatch.setattr(module, "looks_at_values", lambda x: False)
+        monkeypatch.setattr(module, "can_read_values", lambda x: False)
     read = []
-    for name in ("tolist", "cpu", "numpy"):  # which go round the dispatcher
+    for name in ("tolist", "cpu", "numpy"):  # which bypass the dispatcher
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(
             torch.Tensor, name, lambda *args, name=name, original=original: (read.append(name), original(*args))[1]
@@ -90,7 +90,7 @@ def test_a_step_never_waits_for_the_device(kind, request, run, tmp_path, monkeyp
     assert read == []
     log.log(14, {})
     skips.read()
-    assert read == ["tolist", "tolist"]  # the counter counts
+    assert read == ["tolist", "tolist"]  # the recording works
     with Waits() as waits:
         float(metrics["loss"])
     assert waits.found
@@ -113,7 +113,7 @@ def tensors(*sizes):
 
 
 def test_the_update_is_adamw_with_clipping():
-    """Against torch's own loop: clip_grad_norm_, AdamW without fusion, two groups with their learning rates."""
+    """Against torch's own loop: clip_grad_norm_, unfused AdamW, two groups with their learning rates."""
     section = load_config("debug", ["train_latent.max_grad_norm=0.7", "train_latent.warmup_steps=0"]).train_latent
     ours, theirs = tensors((3, 4), (5,)), None
     theirs = {name: torch.nn.Parameter(tensor.detach().clone()) for name, tensor in ours.items()}
@@ -173,7 +173,7 @@ def test_fp16_scales_the_loss_and_halves_it_after_an_overflow():
 
 
 def test_fp16_on_a_cpu_is_refused():
-    with pytest.raises(LatentDiffError, match="precision=fp16: not on a CPU"):
+    with pytest.raises(LatentDiffError, match="precision=fp16: not supported on a CPU"):
         launching.choose_precision("fp16", torch.device("cpu"))
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder's losses: closed forms, gradients, and LPIPS against one written with torch.nn.functional."""
+"""The VAE losses: closed forms, gradients, and LPIPS against a reference in torch.nn.functional."""
 
 import math
 
@@ -15,7 +15,7 @@ from latentdiff.training.vae_losses import StructuralLoss, adaptive_weight, load
 
 
 def picture(count: int = 2, size: int = 64) -> torch.Tensor:
-    """Smooth colours with edges, in [-1, 1]."""
+    """Smooth colors with edges, in [-1, 1]."""
     colours = F.interpolate(torch.rand(count, 3, 8, 8) * 2 - 1, size=(size, size), mode="bilinear")
     return (2.0 * colours).clamp(-1, 1)
 
@@ -44,7 +44,7 @@ def test_the_best_variance_is_the_mean_error(kind):
 
 
 def test_perceptual_counts_with_every_value():
-    """LDM adds it to the error of each of a picture's values before the variance divides them."""
+    """LDM adds it to the error of every value before dividing by the variance."""
     x, y, perceptual = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.5, 2.0])
     errors = (x - y).abs() + perceptual[:, None, None, None]
     expected = (errors / math.exp(0.7) + 0.7).flatten(1).sum(1)
@@ -70,7 +70,7 @@ def test_wrong_reconstruction():
 
 
 def test_adaptive_weight():
-    """With it, both losses pull the last layer as hard."""
+    """With it, both losses have gradients of the same norm in the last layer."""
     last, x = torch.nn.Conv2d(4, 3, 3, padding=1), torch.randn(2, 4, 8, 8)
     target = torch.randn(2, 3, 8, 8)
     (reconstruction,) = torch.autograd.grad((last(x) - target).abs().mean(), last.weight)
@@ -106,7 +106,7 @@ def blurred(x, window):
 
 
 def ssim_of_boxes(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean SSIM of one channel on [0, 1] over 7 x 7 windows, by scipy."""
+    """Mean SSIM of one channel on [0, 1] over 7 x 7 windows, computed with scipy."""
 
     def blur(image: np.ndarray) -> np.ndarray:
         return scipy.ndimage.uniform_filter(image, 7)[3:-3, 3:-3]
@@ -118,7 +118,7 @@ def ssim_of_boxes(x: np.ndarray, y: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("size", "num_scales"), [(13, 1), (14, 2), (64, 4), (224, 5)])
 def test_structural_loss_is_its_definition(size, num_scales):
-    """1 - SSIM of the pictures and of their halves, quarters, ...: as many as hold a window, five at most."""
+    """1 - SSIM of the pictures at full, half, quarter, ... size while a window fits, on five scales at most."""
     x, y = picture(1, size).double(), torch.randn(1, 3, size, size, dtype=torch.float64)
     losses = []
     for scale in range(num_scales):
@@ -151,7 +151,7 @@ def test_grows_with_blur_shift_and_noise(size):
 
 
 def test_gradient():
-    """Finite for all, equal, constant and inverted pictures; right by finite differences."""
+    """Finite for random, equal, constant and inverted pictures; correct by finite differences."""
     x = picture()
     for y in (torch.randn_like(x), x.clone(), torch.zeros_like(x), -x, 100 * torch.randn_like(x)):
         y.requires_grad_()
@@ -184,7 +184,7 @@ def test_autocast_leaves_it_alone():
 
 
 def test_smaller_than_a_window():
-    with pytest.raises(LatentDiffError, match="needs 7"):
+    with pytest.raises(LatentDiffError, match="needs at least 7"):
         StructuralLoss()(torch.zeros(1, 3, 6, 64), torch.zeros(1, 3, 6, 64))
 
 
@@ -196,7 +196,7 @@ SHAPES |= {17: (512, 256)} | dict.fromkeys((19, 21, 24, 26, 28), (512, 512))
 
 @pytest.fixture(scope="module")
 def vgg() -> dict[str, torch.Tensor]:
-    """Random weights under torchvision's names, of a size that keeps the activations alive."""
+    """Random weights under torchvision's names, scaled so that the activations do not vanish."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for i, (out, into) in SHAPES.items():
@@ -221,7 +221,7 @@ def weights(vgg, lins, tmp_path_factory):
 
 
 def reference_lpips(x, y, vgg, lins):
-    """The definition (arXiv 1801.03924, equation 1), one convolution after the other."""
+    """The definition (arXiv 1801.03924, equation 1), one convolution at a time."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     maps = [((image + 1) / 2 - mean) / std for image in (x, y)]
     total, k = 0.0, 0
@@ -239,12 +239,12 @@ def reference_lpips(x, y, vgg, lins):
 def test_lpips_is_its_definition(weights, vgg, lins):
     model, sentence = load_perceptual(str(weights))
     assert isinstance(model, PerceptualLoss)
-    assert sentence == f"Perceptual loss: LPIPS (VGG16) with the weights of {weights}."
+    assert sentence == f"Perceptual loss: LPIPS (VGG16) with weights from {weights}."
     x, y = picture(2, 32), picture(2, 32)
     expected = reference_lpips(x, y, vgg, {name: tensor.half().float() for name, tensor in lins.items()})
     found = model(x, y)
     assert found.shape == (2,)
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)  # lpips rounds the colours' mean and deviation
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)  # lpips rounds the mean and std of the colors
     assert not model(x, x).any()
 
 
@@ -268,7 +268,7 @@ def test_lpips_of_one_file(vgg, lins, tmp_path):
 def test_no_weights_named():
     model, sentence = load_perceptual(None)
     assert isinstance(model, StructuralLoss)
-    assert "no LPIPS weights are named" in sentence
+    assert "no LPIPS weights are given" in sentence
 
 
 def test_weights_that_cannot_be_used(vgg, lins, tmp_path):
@@ -276,7 +276,7 @@ def test_weights_that_cannot_be_used(vgg, lins, tmp_path):
         with pytest.raises(LatentDiffError, match=message):
             load_perceptual(str(tmp_path))
 
-    check("holds no .safetensors file")
+    check("contains no .safetensors file")
     with pytest.raises(LatentDiffError, match="no such file"):
         load_perceptual(str(tmp_path / "lpips.safetensors"))
     (tmp_path / "vgg.pth").write_bytes(b"pickle")
@@ -293,5 +293,5 @@ def test_weights_that_cannot_be_used(vgg, lins, tmp_path):
 
 
 def test_lpips_of_wrong_pictures():
-    with pytest.raises(LatentDiffError, match="from 16 up"):
+    with pytest.raises(LatentDiffError, match="at least 16 a side"):
         PerceptualLoss()(torch.zeros(1, 3, 8, 64), torch.zeros(1, 3, 8, 64))
