@@ -19,7 +19,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-test-slow: $(STAMP)
+test-slow: $(DOCS)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)

@@ -1,30 +1,43 @@
-"""A check that the common import names `unet`, `vae` and `text_encoder` refer to the packages of this distribution."""
+"""The import names `unet`, `vae` and `text_encoder` are common ones: are they the packages of this distribution?"""
 
+import os
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import LatentDiffError
 
-SITE = Path(__file__).resolve().parents[1]
+SITE = Path(__file__).parents[1]
 EXPORTS = {"unet": "UNetError", "vae": "VAEError", "text_encoder": "TextEncoderError"}
-REINSTALL = "pip install --force-reinstall --no-deps latentdiff"
 
 
 def check_installation() -> None:
-    """Raise LatentDiffError if one is missing, hidden by a user's file, or overwritten by another distribution."""
+    """Raise if one of the import names leads to another distribution, or to a file or folder of the user's."""
     for name, export in EXPORTS.items():
-        spec, ours = find_spec(name), SITE / name / "__init__.py"
-        found = Path(spec.origin).resolve() if spec and spec.origin else None
-        if found is None:
-            raise LatentDiffError(f"the package {name!r} of latentdiff is missing: run `{REINSTALL}`")
-        if found != ours:
-            raise LatentDiffError(f"{found} hides the package {name!r} of latentdiff: {_remedy(name)}")
-        if export not in ours.read_text(encoding="utf-8"):
-            raise LatentDiffError(f"{ours}: the package {name!r} of latentdiff was overwritten: {_remedy(name)}")
+        try:
+            spec = find_spec(name)
+        except ValueError:  # a module made in memory, which knows no file
+            continue
+        package = f"the package {name!r} of latentdiff"
+        if spec is None:
+            raise LatentDiffError(f"{package} is missing: install latentdiff again")
+        found = _location(spec)
+        if os.path.realpath(found.parent if spec.origin else found) != os.path.realpath(SITE / name):
+            remedy = _uninstall(name) or "rename or move it, or run from another folder"
+            raise LatentDiffError(f"{found} hides {package}: {remedy}")
+        if found.suffix == ".py" and found.is_file() and export not in found.read_text(encoding="utf-8"):
+            remedy = ", then ".join(filter(None, (_uninstall(name), "install latentdiff again")))
+            raise LatentDiffError(f"{found}: {package} was overwritten: {remedy}")
 
 
-def _remedy(name: str) -> str:
+def _location(spec: ModuleSpec) -> Path:
+    """The file of a module or package; the folder of a package without `__init__.py`."""
+    return Path(spec.origin or next(iter(spec.submodule_search_locations or ())))
+
+
+def _uninstall(name: str) -> str:
+    """The command that removes the other distributions with a package of this name; empty if there are none."""
     from importlib.metadata import packages_distributions  # reads every distribution's list of files
 
     others = sorted(set(packages_distributions().get(name, ())) - {"latentdiff"})
-    return f"run `pip uninstall {' '.join(others)}`, then `{REINSTALL}`" if others else "rename or remove that file"
+    return f"run `pip uninstall {' '.join(others)}`" if others else ""

@@ -190,7 +190,7 @@ class TrainSection(Section):
     micro_batch_size: Positive | None = None
     """Pictures per forward pass and process; gradients are accumulated over the batch. None: all at once."""
     learning_rate: PositiveFloat = 1e-4
-    """Of AdamW, at the end of the warm-up."""
+    """AdamW's learning rate at the end of the warm-up."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After warmup: constant, or cosine decay to `final_lr` at the last step."""
     final_lr: NonNegative = 0.0
@@ -198,7 +198,7 @@ class TrainSection(Section):
     warmup_steps: Count = 500
     """Steps over which the learning rate rises linearly to its value."""
     weight_decay: NonNegative = 0.01
-    """Of AdamW, times the learning rate."""
+    """AdamW's decay of the weights per step, as a multiple of the learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay rates of AdamW's first and second moments."""
     max_grad_norm: PositiveFloat = 1.0

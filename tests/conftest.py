@@ -1,6 +1,7 @@
 """What all tests share: no network, one stream of random numbers, folders that are made once, a ruler."""
 
 import os
+import shutil
 import signal
 import sys
 import types
@@ -40,6 +41,7 @@ def once(tmp_path_factory):
     def make(name, fill):
         with FileLock(root / f"{name}.lock"):
             if not (root / f"{name}.done").exists():
+                shutil.rmtree(root / name, ignore_errors=True)  # of a fill that failed
                 fill(root / name)
                 (root / f"{name}.done").touch()
         return root / name

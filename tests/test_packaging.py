@@ -124,31 +124,50 @@ def test_metadata_names_what_is_imported(wheel):
     [
         (
             "overwritten",
-            r"unet/__init__.py: the package 'unet' of latentdiff was overwritten: run `pip uninstall unet`",
+            r"unet/__init__.py: the package 'unet' of latentdiff was overwritten: run `pip uninstall unet`, then",
         ),
-        ("missing", "the package 'vae' of latentdiff is missing: run `pip install --force-reinstall --no-deps"),
-        ("hidden", r"text_encoder.py hides the package 'text_encoder' of latentdiff: rename or remove that file"),
+        ("elsewhere", r"other/unet/__init__.py hides the package 'unet' of latentdiff: run `pip uninstall unet`\n"),
+        ("missing", "the package 'vae' of latentdiff is missing: install latentdiff again"),
+        ("file", r"text_encoder.py hides the package 'text_encoder' of latentdiff: rename or move it, or run from"),
+        ("folder", r"/vae hides the package 'vae' of latentdiff: rename or move it, or run from another folder"),
+        ("symbolic link", None),
+        ("zip file", None),
     ],
 )
 def test_import_names_taken_by_others(wheel, tmp_path, case, message):
     """PyPI has a distribution `unet`, installed over ours here; and whose folder has no text_encoder.py?"""
-    site = tmp_path / "site"
+    site, other, path = tmp_path / "site", tmp_path / "other", []
     zipfile.ZipFile(wheel).extractall(site)
-    if case == "overwritten":
-        (site / "unet/__init__.py").write_text("from .unet import UNet\n")
-        (site / "unet/unet.py").write_text("class UNet: ...\n")
-        (site / "unet-0.8.1.dist-info").mkdir()
-        (site / "unet-0.8.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: unet\nVersion: 0.8.1\n")
-        (site / "unet-0.8.1.dist-info/RECORD").write_text("unet/__init__.py,,\nunet/unet.py,,\n")
-    elif case == "missing":
-        shutil.rmtree(site / "vae")
-    else:
+    if case in ("overwritten", "elsewhere"):
+        place = site if case == "overwritten" else other
+        (place / "unet").mkdir(parents=True, exist_ok=True)
+        (place / "unet/__init__.py").write_text("from .unet import UNet\n")
+        (place / "unet/unet.py").write_text("class UNet: ...\n")
+        (place / "unet-0.8.1.dist-info").mkdir()
+        (place / "unet-0.8.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: unet\nVersion: 0.8.1\n")
+        (place / "unet-0.8.1.dist-info/RECORD").write_text("unet/__init__.py,,\nunet/unet.py,,\n")
+        path = [other] if case == "elsewhere" else []
+    elif case in ("missing", "folder"):
+        (site / "vae").rename(tmp_path / ("vae" if case == "folder" else "away"))
+        if case == "folder":  # with an editable install a folder wins that has no __init__.py
+            (tmp_path / "vae/__init__.py").unlink()
+    elif case == "file":
         (tmp_path / "text_encoder.py").write_text("")
+    elif case == "symbolic link":
+        (site / "unet").rename(tmp_path / "store")
+        (site / "unet").symlink_to(tmp_path / "store")
+    else:
+        shutil.rmtree(site)
+        site = wheel
     libraries = Path(typer.__file__).parents[1]  # without what makes an editable install of ours, which -S leaves out
-    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{libraries}", "PYTHONSAFEPATH": ""}
-    for words in (["-m", "latentdiff", "schema"], ["-c", "from latentdiff import LatentPipeline"]):
+    path = os.pathsep.join(map(str, [*path, site, libraries]))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": ""}
+    for words in (["-m", "latentdiff", "schema"], ["-c", "from latentdiff import Schedule"]):
         run = subprocess.run([sys.executable, "-S", *words], cwd=tmp_path, env=environment, capture_output=True,
                              text=True, check=False)  # fmt: skip
-        assert run.returncode == 1
-        assert re.search(message, run.stderr), run.stderr
-        assert words[0] == "-c" or run.stderr.count("\n") == 1
+        if message is None:
+            assert run.returncode == 0, run.stderr
+        else:
+            assert run.returncode == 1
+            assert re.search(message, run.stderr), run.stderr
+            assert words[0] == "-c" or run.stderr.count("\n") == 1

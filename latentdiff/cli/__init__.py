@@ -12,10 +12,10 @@ import typer
 from .. import __version__
 from ..installation import check_installation
 from . import models, training
-from .errors import plain_errors
+from .errors import plain_errors, visible
 
 COMMANDS: dict[str, Callable[..., Iterable[object]]] = {
-    "train": training.stage("train", "Train all three stages, or resume a run that was stopped."),
+    "train": training.stage("train", "Run all three stages, or resume a run that was stopped."),
     "train-vae": training.stage("train_vae", "Stage 1: train the VAE."),
     "encode": training.stage("encode", "Stage 2: cache latents, and a frozen text encoder's features."),
     "train-latent": training.stage("train_latent", "Stage 3: train the UNet on the cached latents.", recipe="demo"),
@@ -52,7 +52,7 @@ def _printing(command: Callable[..., Iterable[object]]) -> Callable[..., None]:
         with plain_errors():
             check_installation()
             for line in command(**options):
-                typer.echo(line)
+                typer.echo(visible(str(line)))
 
     return run
 

@@ -1,6 +1,7 @@
 """How commands fail: a user's mistake is reported in one line, never as a traceback."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,11 @@ from contextlib import contextmanager
 import typer
 
 from ..errors import LatentDiffError
+
+
+def visible(text: str) -> str:
+    """Escape control characters but newlines: names and headers in strangers' files must not reach the terminal."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @contextmanager
@@ -36,5 +42,5 @@ def plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         code = 130
     if message:
-        typer.echo(f"error: {message}" if code == 1 else message, err=True)
+        typer.echo(visible(f"error: {message}" if code == 1 else message), err=True)
     raise SystemExit(code)

@@ -52,7 +52,7 @@ def data_check(
     source: Annotated[str, Argument(help="Folder, Parquet or tar files, Hub name, or builtin:emoji-mini.")],
     overrides: Overrides = None,
     config: ConfigFile = DEFAULT,
-    output: Annotated[Path, Option(help="Folder for these files.")] = Path("data-check"),
+    output: Annotated[Path, Option(help="Output folder of these three files.")] = Path("data-check"),
 ) -> Iterator[str]:
     """Check every image; write a report, contact sheet and quarantine list.
 

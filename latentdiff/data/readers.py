@@ -97,7 +97,7 @@ class Source:
 
     def _name(self, row: int, cells: Mapping[str, Any]) -> str:
         # File names may contain tabs and line breaks, which are separators in lists of names.
-        return re.sub(r"[\t\r\n]", " ", self.reader.name(row, cells))
+        return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", self.reader.name(row, cells))
 
 
 class FileReader(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
 
-from ..errors import LatentDiffError
+from ..errors import LatentDiffError, one_line
 from ..sections import DataConfig
 from .pictures import EXTENSIONS
 from .readers import Source, TarReader, clean_captions, stamp_of
@@ -43,7 +43,7 @@ def open_tars(root: Path, shards: Sequence[Path], config: DataConfig) -> Source:
     problems = table["problem"][:]
     for index, problem in enumerate(problems):
         if problem:
-            logger.warning("%s: %s", root / table[index]["shard"], problem)
+            logger.warning("%s: %s", root / table[index]["shard"], one_line(problem))
     rows = np.flatnonzero([not problem for problem in problems]).astype(np.int64)
     if not len(rows):
         raise LatentDiffError(f"{root}: no pictures in {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")

@@ -29,7 +29,12 @@ def model_card(
     prompts = launch.get("config", {}).get("validation", {}).get("prompts") or ["your prompt"]
     encoder = type(getattr(parts["text_encoder"], "model", parts["text_encoder"])).__name__.removesuffix("Model")
     text = HEADER.format(
-        license=json.dumps(license), title=title, name=title, size=image_size, encoder=encoder, prompt=prompts[0]
+        license=json.dumps(license),
+        title=title,
+        name=title,
+        size=image_size,
+        encoder=encoder,
+        prompt=json.dumps(prompts[0], ensure_ascii=False),
     )
     text += "\n## Components\n\n| component | parameters |\n|---|---|\n"
     for name, part in parts.items():

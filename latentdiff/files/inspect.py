@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..assets import INDEX
-from ..errors import LatentDiffError
+from ..errors import LatentDiffError, one_line
 from .open import find_model, read_json
 from .single_file import MAX_HEADER
 from .tensors import open_file
@@ -29,7 +29,7 @@ def describe(name: str | Path) -> list[str]:
     folder = find_model(name)
     lines = [str(folder)]
     if (folder / INDEX).is_file():
-        lines[0] += f": {read_json(folder / INDEX, '').get('_class_name')}"
+        lines[0] += f": {one_line(read_json(folder / INDEX, '').get('_class_name'))}"
     parts = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     for part in parts:
         lines += _describe_part(part)
@@ -48,7 +48,8 @@ def describe_file(path: Path) -> list[str]:
     mib = path.stat().st_size / 2**20
     lines = [f"  {path.name}: {len(tensors)} tensors, {totals or 'empty'}, {mib:,.1f} MiB"]
     for key, value in sorted(header.items()):
-        lines.append(f"    {key}: {value if len(value) <= LIMIT else value[:LIMIT] + f'… ({len(value):,} characters)'}")
+        shown = value if len(value) <= LIMIT else f"{value[:LIMIT]}… ({len(value):,} characters)"
+        lines.append(f"    {one_line(key)}: {one_line(shown)}")
     return lines
 
 

@@ -306,8 +306,8 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise LatentDiffError(f"{path}: {len(missing)} of its {len(shards)} files are missing: {several(missing)}")
     home = path.parent.resolve()
-    # In the Hugging Face cache, files in `snapshots/REVISION` are links to `blobs` beside `snapshots`.
-    home = next((parent.parent for parent in home.parents if parent.name == "snapshots"), home)
+    # The Hugging Face cache has links in `models--NAME/snapshots/REVISION` to files in `models--NAME/blobs`.
+    home = next((parent for parent in home.parents if parent.name.startswith("models--")), home)
     if outside := [shard for shard in shards if not shard.resolve().is_relative_to(home)]:
         raise LatentDiffError(f"{outside[0]}: is a link to {outside[0].resolve()}; expected a file next to the index")
     return shards

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unet.attention import load_attention_backend
+
 from ..device import as_device, check_attention, computes_in_bf16
 from ..diffusion.samplers import Step
 from ..files.export import save_model
@@ -59,6 +61,7 @@ class LatentPipeline(ModelParts):
         """
         device = as_device(device)
         check_attention(attention, device)
+        load_attention_backend(attention)  # fails before the weights are read
         dtype = (torch.bfloat16 if computes_in_bf16(device) else torch.float32) if dtype is None else dtype
         parts = open_model(name, device=device, dtype=dtype, variant=variant, tokenizer=tokenizer)
         parts.unet.set_attention_backend(attention)

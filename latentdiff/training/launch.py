@@ -116,7 +116,7 @@ def check_device(config: Config, accelerator: Accelerator) -> None:
     for name, section in (("train_vae", config.train_vae), ("train_latent", config.train_latent)):
         if section.compile and accelerator.device.type == "cpu":
             raise LatentDiffError(
-                f"{name}.compile=true: not supported on a CPU, where torch compiles UNets with wrong gradients"
+                f"{name}.compile=true: not supported on a CPU, where torch was seen to compile wrong gradients"
             )
     if config.train_latent.compile and wants_fsdp(accelerator):
         raise LatentDiffError("train_latent.compile=true: not supported with FSDP")

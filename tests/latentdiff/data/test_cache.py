@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -163,6 +164,20 @@ def test_a_step_is_the_same_with_and_without_the_cache(batches, vae):
         (cached.noise, cached.t, *cached.text), (online.noise, online.t, *online.text), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_worker_processes_that_are_not_forked_get_the_same_batches(source, config, folder, tmp_path, encoder, latents):
+    """Where workers are spawned, as on macOS, the dataset is pickled, without the models that a cache was made with."""
+    text = TextCache(tmp_path / "text", source, encoder)
+    text.build()
+    dataset = LatentBatches(source, config(folder), BatchPlan(8), 5, (4, 8, 8), num_timesteps=1000,
+                            caption_dropout=0.0, latents=latents(), text=text)  # fmt: skip
+    again = pickle.loads(pickle.dumps(dataset))  # noqa: S301 (our own)
+    assert again.latents.vae is None
+    assert again.features.encoder is None
+    for ours, theirs in zip(dataset[2][:3], again[2][:3], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(dataset[2].text, again[2].text)
 
 
 def test_processes_slice_the_global_batch(batches):

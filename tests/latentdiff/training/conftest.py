@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # so that subprocesses can impor
 import scenario
 
 SHAPES, COLOURS = ("circle", "square"), ("red", "green", "blue", "yellow", "black")
-# Six steps per stage: checkpoints after the third and the sixth, the discriminator from the fourth on.
-SIX_STEPS = ("steps=6", "warmup_steps=2", "log_every=3", "checkpoint_every=3", "validate_every=6")
+# Six steps per stage: checkpoints after the third and the sixth, the discriminator from the fourth on, and one and a
+# half passes over the pictures.
+SIX_STEPS = ("steps=6", "batch_size=6", "micro_batch_size=3", "warmup_steps=2", "log_every=3", "checkpoint_every=3",
+             "validate_every=6")  # fmt: skip
 SHORT = ("trackers=[]", "train_vae.adversarial_start=4",
          *(f"{stage}.{setting}" for stage in ("train_vae", "train_latent") for setting in SIX_STEPS))  # fmt: skip
 

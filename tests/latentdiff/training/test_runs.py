@@ -256,6 +256,9 @@ def test_the_full_recipe_takes_a_step(train, log, said, pictures):
         assert log("run", stage=stage).keys() == {1}
 
 
+ALL_PICTURES = ("train_vae.steps=8", "train_vae.batch_size=8", "train_vae.micro_batch_size=4")
+
+
 def test_five_percent_of_broken_pictures(train, said, pictures, tmp_path):
     """Truncated, empty, CMYK, 16 bit, palette, animated, a 30,000 x 30,000 header: the run lists the broken ones."""
     folder = tmp_path / "pictures"
@@ -264,16 +267,16 @@ def test_five_percent_of_broken_pictures(train, said, pictures, tmp_path):
     (folder / "validation" / "metadata.jsonl").unlink()
     for path in list((folder / "validation").iterdir()):
         path.with_suffix(".txt").write_text("held out")
-    assert train("run", f"data.source={folder}", "data.max_broken=0.2", "train_vae.steps=8") == 0, said("run")
+    assert train("run", f"data.source={folder}", "data.max_broken=0.2", *ALL_PICTURES) == 0, said("run")
     listed = dict(
         line.split("\t") for line in (tmp_path / "run" / "train_vae" / "broken-0.txt").read_text().splitlines()
     )
     assert listed.keys() == broken
     assert listed["train/header.png"] == "too large"
-    assert train("strict", f"data.source={folder}", "data.max_broken=0.01", "train_vae.steps=8") == 1
+    assert train("strict", f"data.source={folder}", "data.max_broken=0.01", *ALL_PICTURES) == 1
     assert "more than data.max_broken=0.01 allows" in said("strict")
     peaks = [int(line.split()[-1]) for line in said("run").splitlines() if line.startswith("peak memory")]
-    assert train("whole", "train_vae.steps=8") == 0
+    assert train("whole", *ALL_PICTURES) == 0
     usual = [int(line.split()[-1]) for line in said("whole").splitlines() if line.startswith("peak memory")]
     assert peaks[0] < usual[0] + 60 * 1024  # KiB; the header alone claims 2.7 GB
 
