@@ -31,6 +31,7 @@ class Config(sections.Section):
     output: str = "runs/unnamed"
     """Output folder; everything that the run writes goes there."""
     seed: sections.Count = 0
+    """Determines everything random: weights at the start, the order of pictures, noise, timesteps."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of forward and backward passes; weights and optimizer state are float32. auto: the launcher's, or else
     bf16 where it is fast and fp32 elsewhere."""

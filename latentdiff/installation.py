@@ -19,12 +19,13 @@ def check_installation() -> None:
         except ValueError:  # a module made in memory, which knows no file
             continue
         package = f"the package {name!r} of latentdiff"
-        if spec is None:
-            raise LatentDiffError(f"{package} is missing: install latentdiff again")
-        found = _location(spec)
-        if os.path.realpath(found.parent if spec.origin else found) != os.path.realpath(SITE / name):
+        found = _location(spec) if spec else SITE / name
+        folder = found.parent if spec and spec.origin else found  # without an __init__.py a folder is a package, too
+        if os.path.realpath(folder) != os.path.realpath(SITE / name):
             remedy = _uninstall(name) or "rename or move it, or run from another folder"
             raise LatentDiffError(f"{found} hides {package}: {remedy}")
+        if spec is None or spec.origin is None:
+            raise LatentDiffError(f"{package} is missing or incomplete: install latentdiff again")
         if found.suffix == ".py" and found.is_file() and export not in found.read_text(encoding="utf-8"):
             remedy = ", then ".join(filter(None, (_uninstall(name), "install latentdiff again")))
             raise LatentDiffError(f"{found}: {package} was overwritten: {remedy}")

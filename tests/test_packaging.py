@@ -127,7 +127,8 @@ def test_metadata_names_what_is_imported(wheel):
             r"unet/__init__.py: the package 'unet' of latentdiff was overwritten: run `pip uninstall unet`, then",
         ),
         ("elsewhere", r"other/unet/__init__.py hides the package 'unet' of latentdiff: run `pip uninstall unet`\n"),
-        ("missing", "the package 'vae' of latentdiff is missing: install latentdiff again"),
+        ("missing", "the package 'vae' of latentdiff is missing or incomplete: install latentdiff again"),
+        ("uninstalled", "the package 'unet' of latentdiff is missing or incomplete: install latentdiff again"),
         ("file", r"text_encoder.py hides the package 'text_encoder' of latentdiff: rename or move it, or run from"),
         ("folder", r"/vae hides the package 'vae' of latentdiff: rename or move it, or run from another folder"),
         ("symbolic link", None),
@@ -151,6 +152,8 @@ def test_import_names_taken_by_others(wheel, tmp_path, case, message):
         (site / "vae").rename(tmp_path / ("vae" if case == "folder" else "away"))
         if case == "folder":  # with an editable install a folder wins that has no __init__.py
             (tmp_path / "vae/__init__.py").unlink()
+    elif case == "uninstalled":  # the other distribution, with the file that it had overwritten
+        (site / "unet/__init__.py").unlink()
     elif case == "file":
         (tmp_path / "text_encoder.py").write_text("")
     elif case == "symbolic link":
