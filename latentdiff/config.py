@@ -83,7 +83,8 @@ class Config(sections.Section):
                 raise ValueError(f"{name}.batch_size={train.batch_size} is not a multiple of "
                                  f"{name}.micro_batch_size={train.micro_batch_size}")  # fmt: skip
             if train.warmup_steps > train.steps:
-                raise ValueError(f"{name}.warmup_steps={train.warmup_steps} is more than {name}.steps={train.steps}")
+                raise ValueError(f"{name}.warmup_steps={train.warmup_steps} is more than {name}.steps={train.steps}; "
+                                 f"set {name}.warmup_steps, too")  # fmt: skip
         return self
 
 

@@ -44,7 +44,7 @@ def as_device(device: torch.device | str | None) -> torch.device:
         raise LatentDiffError(f"device={str(device)!r}: not available ({str(error).splitlines()[0]})") from None
 
 
-def check_attention(name: str, device: torch.device) -> None:
+def check_attention(name: str, device: torch.device, setting: str = "attention") -> None:
     """Raise LatentDiffError if the attention backend does not run on the device."""
     if name == "xformers" and device.type != "cuda":
-        raise LatentDiffError(f"attention=xformers: needs an NVIDIA GPU, not {device.type}; choose sdpa")
+        raise LatentDiffError(f"{setting}=xformers: needs an NVIDIA GPU, not {device.type}; choose sdpa")

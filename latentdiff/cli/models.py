@@ -31,9 +31,14 @@ Device = Annotated[str | None, Option(help="cpu, cuda or mps; by default the bes
 PrecisionOption = Annotated[Precision | None, Option("--precision", help="Default: bf16 where it is fast, else fp32.")]
 
 
-def setting(name: str, *flags: str, **bounds: Any) -> Any:
-    """Return the option for a field of SamplingSettings, with the field's description as its help."""
-    return Option(*flags, help=FIELDS[name].description, **bounds)
+NEGATIVE = "What to steer away from."
+SAMPLER = "ddpm, ddim, euler, dpmpp_2m or dpmpp_2m_sde."
+FIRST_SEED = "Seed of the first image; the others get seed + 1, ..."
+
+
+def setting(name: str, *flags: str, help: str | None = None, **bounds: Any) -> Any:
+    """Return the option for a field of SamplingSettings, by default with the field's description as its help."""
+    return Option(*flags, help=help or FIELDS[name].description, **bounds)
 
 
 def open_pipeline(model: str | None, device: str | None, precision: Precision | None) -> LatentPipeline:
@@ -52,11 +57,13 @@ def sample(
     file: Annotated[str | None, Option("--file", "-f", help="File with one prompt per line; - for stdin.")] = None,
     output: Annotated[Path, Option("--output", "-o", help="Folder for the PNGs and the grid.")] = Path("samples"),
     num_images: Annotated[int, setting("num_images", "--num-images", "-n")] = FIELDS["num_images"].default,
-    seed: Annotated[int | None, setting("seed")] = FIELDS["seed"].default,
+    seed: Annotated[int | None, setting("seed", help=f"{FIRST_SEED} Default: random.")] = FIELDS["seed"].default,
     num_steps: Annotated[int, setting("num_steps", "--steps")] = FIELDS["num_steps"].default,
     guidance_scale: Annotated[float, setting("guidance_scale", "--guidance")] = FIELDS["guidance_scale"].default,
-    sampler: Annotated[str, setting("sampler")] = FIELDS["sampler"].default,
-    negative_prompt: Annotated[str, setting("negative_prompt", "--negative")] = FIELDS["negative_prompt"].default,
+    sampler: Annotated[str, setting("sampler", help=SAMPLER)] = FIELDS["sampler"].default,
+    negative_prompt: Annotated[str, setting("negative_prompt", "--negative", help=NEGATIVE)] = FIELDS[
+        "negative_prompt"
+    ].default,
     height: Annotated[int | None, setting("height")] = FIELDS["height"].default,
     width: Annotated[int | None, setting("width")] = FIELDS["width"].default,
     device: Device = None,
@@ -89,7 +96,7 @@ def evaluate(
     style: Annotated[str, Option(help="Regex to strip from captions; the rest is the concept.")] = EMOJI_STYLE,
     num_concepts: Annotated[int, Option("--concepts", min=2, help="Training concepts to test, picked by seed.")] = 64,
     num_images: Annotated[int, setting("num_images", "--num-images", "-n", min=1)] = 2,
-    seed: Annotated[int, setting("seed", min=0)] = 0,
+    seed: Annotated[int, setting("seed", help=FIRST_SEED, min=0)] = 0,
     guidance_scale: Annotated[float, setting("guidance_scale", "--guidance", min=0)] = FIELDS["guidance_scale"].default,
     num_steps: Annotated[int, setting("num_steps", "--steps", min=1)] = FIELDS["num_steps"].default,
     device: Device = None,

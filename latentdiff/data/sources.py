@@ -48,7 +48,10 @@ def open_source(config: DataConfig) -> tuple[Source, Source]:
         if not len(source):
             raise LatentDiffError(f"{config.source}: split {split!r} has no pictures")
         if not any(source.all_captions()):
-            raise LatentDiffError(f"{config.source}: no picture in split {split!r} has a caption")
+            raise LatentDiffError(
+                f"{config.source}: none of the {len(source)} pictures in split {split!r} has a caption; "
+                "put cat.txt beside cat.png, or add a metadata.jsonl"
+            )
     return train, validation
 
 

@@ -120,7 +120,7 @@ def check_device(config: Config, accelerator: Accelerator) -> None:
             )
     if config.train_latent.compile and wants_fsdp(accelerator):
         raise LatentDiffError("train_latent.compile=true: not supported with FSDP")
-    check_attention(config.unet.attention, accelerator.device)
+    check_attention(config.unet.attention, accelerator.device, "unet.attention")
 
 
 def wants_fsdp(accelerator: Accelerator) -> bool:

@@ -80,7 +80,7 @@ def test_the_schema_is_json(invoke):
         (["train", "-c", "debug", "data.caption_columns=[captoin]"], ["captoin", "text"]),
         (["train", "-c", "debug", "precision=fp16"], ["precision=fp16: not supported on a CPU"]),
         (["train", "-c", "debug", "train_vae.compile=true"], ["compile=true: not supported on a CPU"]),
-        (["train", "-c", "debug", "unet.attention=xformers"], ["attention=xformers: needs an NVIDIA GPU"]),
+        (["train", "-c", "debug", "unet.attention=xformers"], ["unet.attention=xformers: needs an NVIDIA GPU"]),
         (["train", "-c", "debug", "unet.attention=flash"], ["unet.attention", "'flash'", "'sdpa' or 'xformers'"]),
         (["train", "-c", "debug", "trackers=[tensorbord]"], ["tensorbord", "did you mean 'tensorboard'"]),
         (["train", "-c", "debug", "train_vae.perceptual_weights=/no/lpips"], ["/no/lpips"]),

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from latentdiff import LatentDiffError, LatentPipeline
 from latentdiff.cli import COMMANDS, app
-from latentdiff.cli.models import _data_config
+from latentdiff.cli.models import SAMPLER, _data_config
 from latentdiff.config import load_config
 from latentdiff.data.cache import read_pixels
 from latentdiff.data.pictures import to_pixels
 from latentdiff.data.sources import open_source
+from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.evaluation.metrics import psnr
+from latentdiff.sampling.settings import SamplingSettings
 from latentdiff.sections import DataConfig
 from text_encoder import TextEncoder, train_tokenizer
 from unet import UNet
@@ -263,3 +265,8 @@ def test_the_examples_of_the_trainings(invoke, place):
         result = invoke(line + " trackers=[]")
         assert result.exit_code == 0, result.output
     assert invoke("sample a --model runs/trained --steps 2").exit_code == 0
+
+
+def test_the_help_names_every_sampler():
+    described = SamplingSettings.model_fields["sampler"].description
+    assert all(re.search(rf"\b{name}\b", text) for name in SAMPLERS for text in (SAMPLER, described))

@@ -311,7 +311,7 @@ def test_empty_sources_raise(tmp_path, config, write):
     with pytest.raises(LatentDiffError, match="contains neither pictures"):
         open_source(config(tmp_path))
     write(tmp_path, "a.png", "b.png")
-    with pytest.raises(LatentDiffError, match="no picture in split 'train' has a caption"):
+    with pytest.raises(LatentDiffError, match=r"none of the \d+ pictures in split 'train' has a caption; put cat.txt"):
         open_source(config(tmp_path))
     with pytest.raises(LatentDiffError, match=r"a\.png'?: no .parquet or .tar files"):
         open_source(config(tmp_path / "a.png"))
