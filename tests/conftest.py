@@ -17,9 +17,8 @@ torch.set_num_threads(1)  # tensors here are tiny: a second thread gains nothing
 
 
 def pytest_configure(config):
-    if hasattr(config, "workerinput") or not config.getoption(
-        "numprocesses", None
-    ):  # pytest-xdist's controller runs none
+    is_controller = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if not is_controller:  # pytest-xdist's controller runs no test, and its workers wait for it
         import diffusers
         import transformers
 

@@ -253,10 +253,10 @@ def test_order_of_convergence(mixture, name, order):
 
 
 def test_ddpm_samples_the_data(mixture):
-    """8,000 samples at T = 1000: moments, the spread of each mode, and a KS test against the exact reverse chain."""
+    """20,000 samples at T = 1000: moments, the spread of each mode, and a KS test against the exact reverse chain."""
     data = mixture([0.35, 0.65], [[-1.5, 0.5], [1.0, -0.5]], [[0.3, 0.5], [0.5, 0.4]])
     schedule = Schedule.named("linear")
-    count, T = 8_000, 1000
+    count, T = 20_000, 1000
     generator = torch.Generator().manual_seed(1)
 
     def normal(_: int = 0) -> torch.Tensor:

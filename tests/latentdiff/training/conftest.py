@@ -71,16 +71,21 @@ def server():
     return context
 
 
+def _process(server, pictures, output, *overrides, environment=(), **accident):
+    """Return a process, not yet started, that trains the short recipe."""
+    settings = ["precision=fp32", "threads=1", f"data.source={pictures}", *SHORT, *overrides, f"output={output}"]
+    common = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(pictures.parent / "cache")}
+    return server.Process(target=scenario.run, args=(settings,),
+                          kwargs={**accident, "environment": common | dict(environment)})  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(once, server, pictures):
     """The folder of an uninterrupted run of both stages, in a precision."""
 
     def run(precision):
         def fill(folder):
-            settings = [f"precision={precision}", "threads=1", f"data.source={pictures}", f"output={folder}", *SHORT,
-                        "trackers=null"]  # fmt: skip
-            environment = {"ACCELERATE_USE_CPU": "1", "HF_DATASETS_CACHE": str(pictures.parent / "cache")}
-            child = server.Process(target=scenario.run, args=(settings,), kwargs={"environment": environment})
+            child = _process(server, pictures, folder, f"precision={precision}", "trackers=null")
             child.start()
             child.join(180)
             assert child.exitcode == 0, Path(f"{folder}.0.log").read_text()
@@ -94,21 +99,15 @@ def uninterrupted(once, server, pictures):
 def start(server, pictures, tmp_path):
     """Start a training run in tmp_path/<name>; returns its processes."""
 
-    def begin(name, *overrides, processes=1, **accident):
-        settings = ["precision=fp32", "threads=1", f"data.source={pictures}", *SHORT, *overrides,
-                    f"output={tmp_path / name}"]  # fmt: skip
+    def begin(name, *overrides, processes=1, environment=(), **accident):
         port = str(_free_port())
         children = []
         for rank in range(processes):
-            environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1",
-                           "HF_DATASETS_CACHE": str(pictures.parent / "cache")}  # fmt: skip
-            if processes > 1:
-                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                                "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                                "MASTER_PORT": port}  # fmt: skip
-            environment |= accident.get("environment", {})
-            arguments = {**accident, "environment": environment}
-            children.append(server.Process(target=scenario.run, args=(settings,), kwargs=arguments))
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                     "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}  # fmt: skip
+            ranks = ranks if processes > 1 else {}
+            children.append(_process(server, pictures, tmp_path / name, *overrides,
+                                     environment=ranks | dict(environment), **accident))  # fmt: skip
             children[-1].start()
         return children
 

@@ -47,12 +47,13 @@ def test_a_killed_run_continues_bit_for_bit(train, state, uninterrupted, precisi
         assert same(tensors, expected(uninterrupted, precision, stage)), stage
 
 
-def test_killed_again_and_again(train, state, uninterrupted):
+def test_killed_again_and_again(train, state, log, uninterrupted):
     for at in (2, 5, 2, 5):
         assert train("run", accident="kill at step", at=at) in (-9, 0)
     assert train("run") == 0
     for stage in STAGES:
         assert same(state("run", stage)[1], expected(uninterrupted, "fp32", stage))
+        assert log("run", stage=stage) == log(uninterrupted("fp32"), stage=stage)
 
 
 def test_the_log_has_every_step_once(train, uninterrupted, tmp_path):
