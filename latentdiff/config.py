@@ -3,12 +3,13 @@
 A file holds only what differs from the defaults. `section.key=value` on the command line overrides it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from text_encoder import TextEncoderError
 from unet import UNetError
@@ -32,6 +33,11 @@ class Config(sections.Section):
     """Output folder; everything that the run writes goes there."""
     seed: sections.Count = 0
     """Determines everything random: weights at the start, the order of pictures, noise, timesteps."""
+    budget: sections.Duration | None = None
+    """Wall-clock time from launch to the finished model, such as `90s`, `10m` or `1h30m`. The numbers of steps follow
+    from the measured speed, and `steps` on the command line bounds them. None: as many as `steps` says."""
+    budget_share: Annotated[float, Field(gt=0, lt=1)] = 0.35
+    """Share of the budget for the VAE, if `latentdiff train` trains one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of forward and backward passes; weights and optimizer state are float32. auto: the launcher's, or else
     bf16 where it is fast and fp32 elsewhere."""
@@ -107,6 +113,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise LatentDiffError(f"{where}: expected sections such as `data:`, not a {type(values).__name__}")
     if is_recipe and any(override.startswith("data.source=") for override in overrides):
         values.get("validation", {}).pop("prompts", None)  # held-out captions are used instead
+    budgets = [override for override in overrides if override.startswith("budget=")]
+    if with_overrides({"budget": values.get("budget")}, budgets)["budget"] is not None:
+        # Warm-up is a share of the recipe's steps, so a number given here is a bound and does not take their place.
+        overrides = [re.sub(r"^(train_vae|train_latent)\.steps=", r"\1.max_steps=", text) for text in overrides]
     return parse_config(with_overrides(values, overrides), f"{where} and the command line" if overrides else where)
 
 
@@ -177,7 +187,7 @@ def _format_error(entry: Any) -> str:
         section: Any = Config.model_fields[parts[0]].annotation if len(parts) > 1 else Config
         known = section.model_fields
         return f"unknown key {path!r}{nearest(parts[-1], known)} (allowed: {', '.join(known)})"
-    if entry["type"] == "value_error":
+    if entry["type"] == "value_error" and not parts:  # of the whole config; the message names the settings
         return str(entry["ctx"]["error"])
     message = entry["msg"].removeprefix("Input ").removeprefix("should be ").removeprefix("Value error, ")
     return f"{path}={entry['input']!r}: expected {message}"

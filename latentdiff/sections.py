@@ -1,8 +1,16 @@
 """The sections of a run's configuration: every setting with its default, meaning and unit."""
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from text_encoder import TextEncoderConfig
 from unet import UNetConfig
@@ -21,7 +29,22 @@ def _number(value: object) -> object:
         return value
 
 
+def duration(text: object) -> float:
+    """Return the seconds of a time such as `90s`, `10m` or `1h30m`; raise ValueError for anything else."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text) if isinstance(text, str) else []
+    seconds = sum(float(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in parts)
+    if not seconds or "".join(map("".join, parts)) != text:
+        raise ValueError("a time such as 90s, 10m or 1h30m")
+    return seconds
+
+
+def _duration(text: object) -> object:
+    duration(text)
+    return text
+
+
 SAMPLING = SamplingSettings()  # the defaults
+Duration = Annotated[str, BeforeValidator(_duration)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
@@ -185,6 +208,9 @@ class TrainSection(Section):
     """Settings of both training stages. A step is one optimizer update."""
 
     steps: Positive = 100_000
+    """Number of steps; under a budget, only what `warmup_steps` and `adversarial_start` are shares of."""
+    max_steps: Positive | None = None
+    """Most steps under a budget; `steps` given on the command line sets it."""
     batch_size: Positive = 32
     """Pictures per step, over all processes."""
     micro_batch_size: Positive | None = None
@@ -192,11 +218,12 @@ class TrainSection(Section):
     learning_rate: PositiveFloat = 1e-4
     """AdamW's learning rate at the end of the warm-up."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """After warmup: constant, or cosine decay to `final_lr` at the last step."""
+    """After warmup: constant, or cosine decay to `final_lr` at the last step. Under a budget: constant, then linear
+    decay over the last quarter."""
     final_lr: NonNegative = 0.0
-    """Final learning rate of the cosine schedule."""
+    """Learning rate at the end of the decay."""
     warmup_steps: Count = 500
-    """Steps over which the learning rate rises linearly to its value."""
+    """Steps over which the learning rate rises linearly to its value; under a budget, the same share of its steps."""
     weight_decay: NonNegative = 0.01
     """AdamW's decay of the weights per step, as a multiple of the learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
@@ -239,7 +266,7 @@ class TrainVAESection(TrainSection):
     adversarial_weight: NonNegative = 0.5
     """Weight of the PatchGAN loss, times the adaptive weight; 0 disables the discriminator."""
     adversarial_start: Count = 50_001
-    """First step with the discriminator."""
+    """First step with the discriminator; under a budget, the same share of its steps."""
     discriminator_width: Positive = 64
     """Channels of its first layer."""
     discriminator_layers: Positive = 3
@@ -252,6 +279,8 @@ class TrainLatentSection(TrainSection):
 
     cache: bool = True
     """Encode every picture (and, with a frozen text encoder, every caption) once before training."""
+    keep_best: bool = True
+    """Keep the EMA with the lowest held-out loss without captions in `model-best/`, beside the last one."""
     text_learning_rate: PositiveFloat | None = None
     """Learning rate of the text encoder; None: the same as `learning_rate`."""
 
