@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from text_encoder import TextEncoder, TextEncoderConfig, train_tokenizer
 SHAPE, BATCH, STEPS = (4, 32, 32), 64, 100
 
 
-def moments(rows: range, progress: Progress) -> Arrays:
-    """Return random moments, original and mirrored."""
-    random = np.random.default_rng(rows.start)
-    return {"moments": random.standard_normal((len(rows), 2, 2 * SHAPE[0], *SHAPE[1:]), np.float32).astype(np.float16)}
+def moments(ranges: Sequence[range], progress: Progress) -> Iterator[Arrays]:
+    """Yield random moments, original and mirrored."""
+    for rows in ranges:
+        random = np.random.default_rng(rows.start)
+        values = random.standard_normal((len(rows), 2, 2 * SHAPE[0], *SHAPE[1:]), np.float32)
+        yield {"moments": values.astype(np.float16)}
 
 
 class Cache:

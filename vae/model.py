@@ -121,13 +121,26 @@ class VAE(Pretrained):
 
     def posterior(self, pixels: Tensor) -> DiagonalGaussian:
         """Return q(z | pixels), (B, c, h, w), for pixels (B, in_channels, H, W) in [-1, 1]."""
-        self._check(pixels, "pixels", self.config.in_channels, self.config.downsampling)
-        moments = self.quant_conv(self.encoder(pixels.to(memory_format=torch.channels_last)))
-        return DiagonalGaussian.from_moments(moments)
+        return self.posterior_from(self.encoder_output(pixels))
 
     def latent_posterior(self, pixels: Tensor) -> DiagonalGaussian:
         """Return the same posterior over latents instead of z, (B, c, h, w), as a latent cache stores it."""
-        z = self.posterior(pixels)
+        return self.scale_posterior(self.posterior(pixels))
+
+    def encoder_output(self, pixels: Tensor) -> Tensor:
+        """Return the encoder's output, (B, 2c, h, w), which `posterior_from` turns into the posterior of the pixels.
+
+        It does not change when the latents are normalized by folding (`vae.normalize`).
+        """
+        self._check(pixels, "pixels", self.config.in_channels, self.config.downsampling)
+        return self.encoder(pixels.to(memory_format=torch.channels_last))
+
+    def posterior_from(self, encoder_output: Tensor) -> DiagonalGaussian:
+        """Return the posterior over z, (B, c, h, w), that belongs to an `encoder_output`."""
+        return DiagonalGaussian.from_moments(self.quant_conv(encoder_output.to(memory_format=torch.channels_last)))
+
+    def scale_posterior(self, z: DiagonalGaussian) -> DiagonalGaussian:
+        """Convert a posterior over z to that over latents."""
         return DiagonalGaussian(self.scale(z.mean), z.logvar + 2.0 * math.log(self.config.scale_factor))
 
     def encode(self, pixels: Tensor) -> Tensor:

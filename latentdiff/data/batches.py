@@ -1,7 +1,6 @@
 """Datasets of micro-batches for VAE and latent training; everything random is keyed by (seed, step, position)."""
 
 import math
-import signal
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from text_encoder import TextEncoder
 
@@ -20,6 +19,7 @@ from .cache import LatentCache, TextCache, read_pixels
 from .order import BatchPlan, random_stream
 from .pictures import PictureError
 from .sources import Source
+from .workers import load_ahead
 
 Broken = list[tuple[str, str]]  # pictures that could not be read: (name, reason)
 
@@ -181,25 +181,10 @@ def micro_batches(
     dataset: Dataset[Any], plan: BatchPlan, start: int, stop: int, workers: int, pin: bool
 ) -> Iterator[list[Any]]:
     """Yield the micro-batches of steps start ... stop - 1, one list per step; `workers` processes load ahead."""
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=range(start * plan.accumulation_steps, stop * plan.accumulation_steps),
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-        timeout=600 if workers else 0,
-        worker_init_fn=_ignore_signals,
-    )
-    batches = iter(loader)
+    numbers = range(start * plan.accumulation_steps, stop * plan.accumulation_steps)
+    batches = load_ahead(dataset, numbers, workers, pin=pin)
     for _ in range(start, stop):
         yield [next(batches) for _ in range(plan.accumulation_steps)]
-
-
-def _ignore_signals(_: int) -> None:
-    # A scheduler signals the whole process group; a worker that dies would take the trainer down before it saves.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _read_or_next(

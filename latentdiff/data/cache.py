@@ -6,14 +6,16 @@ Each is keyed by everything it was computed from: weights, transform, picture by
 import hashlib
 import json
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from text_encoder import TextEncoder, TokenOverflowWarning
@@ -24,6 +26,7 @@ from ..sections import DataConfig
 from .pictures import PictureError, fit, open_picture, to_pixels
 from .shards import Arrays, Processes, Progress, Shards, SingleProcess, digest
 from .sources import Source
+from .workers import choose_workers, load_ahead
 
 CAPTION_BATCH = 32  # captions per forward pass
 TRANSFORM_KEYS = {"image_size", "min_size", "max_pixels", "background", "image_column"}  # the pixels depend on these
@@ -31,7 +34,12 @@ TRANSFORM_KEYS = {"image_size", "min_size", "max_pixels", "background", "image_c
 
 def read_pixels(source: Source, index: int, config: DataConfig) -> NDArray[np.uint8]:
     """Read a picture as uint8 (H, W, 3); raises `PictureError` if it is broken, too small or too large."""
-    image = open_picture(source.read(index), max_pixels=config.max_pixels, background=config.background)
+    return decode_pixels(source.read(index), config)
+
+
+def decode_pixels(data: bytes, config: DataConfig) -> NDArray[np.uint8]:
+    """Decode a picture's bytes; see `read_pixels`."""
+    image = open_picture(data, max_pixels=config.max_pixels, background=config.background)
     return fit(image, config.image_size, min_size=config.min_size or config.image_size)
 
 
@@ -58,22 +66,87 @@ def pictures_digest(source: Source, memo: Path) -> str:
         known = json.loads(memo.read_text(encoding="utf-8"))
         if known["stat"] == stat:
             return str(known["sha256"])
+    indices = tqdm(range(len(source)), desc="reading pictures", unit="", leave=False)
+    return record_digest(source, memo, (_read_once(source, index)[1] for index in indices))
+
+
+def record_digest(source: Source, memo: Path, summaries: Iterable[bytes]) -> str:
+    """Return the `pictures_digest` of pictures that have been read, and write it to `memo`."""
     hasher = hashlib.sha256()
-    for index in tqdm(range(len(source)), desc="reading pictures", unit="", leave=False):
-        try:
-            hasher.update(hashlib.sha256(source.read(index)).digest())
-        except PictureError as error:
-            hasher.update(error.reason.encode())
+    for summary in summaries:
+        hasher.update(summary)
     memo.parent.mkdir(parents=True, exist_ok=True)
-    memo.write_text(json.dumps({"stat": stat, "sha256": hasher.hexdigest()}), encoding="utf-8")
+    memo.write_text(json.dumps({"stat": source.stat_fingerprint(), "sha256": hasher.hexdigest()}), encoding="utf-8")
     return hasher.hexdigest()
 
 
-class LatentCache:
-    """Float16 mean and log-variance of every picture's scaled latents; with `flips`, also of the mirrored picture's."""
+def _read_once(source: Source, index: int) -> tuple[bytes, bytes]:
+    """Return a picture's bytes and their SHA-256, or no bytes and the reason why they cannot be read."""
+    try:
+        data = source.read(index)
+    except PictureError as error:
+        return b"", error.reason.encode()
+    return data, hashlib.sha256(data).digest()
 
-    def __init__(self, folder: Path, source: Source, vae: VAE, config: DataConfig, *, flips: bool, memo: Path) -> None:
-        self.source, self.vae, self.config = source, vae, config
+
+class PictureBatch(NamedTuple):
+    """Pictures that are encoded together."""
+
+    images: Tensor  # (B, H, W, 3) uint8, zero for broken pictures
+    good: Tensor  # (B,) uint8, 0 for broken pictures
+    summaries: Tensor  # (B, 33) uint8: what the picture's bytes add to `pictures_digest`, and before it the length
+
+
+class PictureBatches(Dataset[PictureBatch]):
+    """Pictures of a source in batches, each read once."""
+
+    def __init__(self, source: Source, config: DataConfig, batches: Sequence[range]) -> None:
+        self.source, self.config, self.batches = source, config, batches
+
+    def __getitem__(self, number: int) -> PictureBatch:
+        batch, size = self.batches[number], self.config.image_size
+        images = np.zeros((len(batch), size, size, 3), dtype=np.uint8)
+        good, summaries = np.zeros(len(batch), dtype=np.uint8), np.zeros((len(batch), 33), dtype=np.uint8)
+        for place, index in enumerate(batch):
+            data, summary = _read_once(self.source, index)
+            summaries[place, : 1 + len(summary)] = [len(summary), *summary]
+            with suppress(PictureError):
+                images[place] = decode_pixels(data, self.config)
+                good[place] = 1
+        return PictureBatch(*map(torch.from_numpy, (images, good, summaries)))
+
+    def load(self, workers: int) -> Iterator[PictureBatch]:
+        """Yield all batches, read ahead by worker processes: as many as given, or if 0, as many as are useful."""
+        workers = choose_workers(workers, len(self.batches))
+        return load_ahead(self, range(len(self.batches)), workers, prefetch=2)
+
+
+def in_batches(rows: range, size: int) -> list[range]:
+    """Split a range of rows into batches; the last one may be smaller."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def encode_pictures(vae: VAE, batch: PictureBatch, num_flips: int) -> tuple[Tensor, list[Tensor]]:
+    """Return the pixels of pictures and the encoder's outputs for them and, with two flips, for them mirrored."""
+    x = to_pixels(batch.images.to(next(vae.parameters()).device))
+    return x, [vae.encoder_output(pixels) for pixels in [x, x.flip(3)][:num_flips]]
+
+
+Encoded = tuple[list[Tensor], Tensor]  # the encoder's outputs, plain and mirrored; which pictures could be read, (B,)
+
+
+class LatentCache:
+    """Float16 mean and log-variance of every picture's scaled latents; with `flips`, also of the mirrored picture's.
+
+    `encoded` yields what the encoder made of batches of pictures, where that is known; else they are encoded, and read
+    by `workers` processes (0: as many as are useful).
+    """
+
+    def __init__(
+        self, folder: Path, source: Source, vae: VAE, config: DataConfig, *, flips: bool, memo: Path,
+        encoded: Callable[[Sequence[range]], Iterator[Encoded]] | None = None, workers: int = 0,
+    ) -> None:  # fmt: skip
+        self.source, self.vae, self.config, self.encoded, self.workers = source, vae, config, encoded, workers
         self.num_flips = 2 if flips else 1
         inputs = {
             "kind": "latents",
@@ -86,9 +159,9 @@ class LatentCache:
         self.shards = Shards(folder, inputs, len(source))
         self.good: NDArray[np.bool_] = np.zeros(0, dtype=bool)  # which pictures could be read
 
-    def build(self, processes: Processes = SingleProcess(), progress: Progress = lambda _: None) -> None:  # noqa: B008
+    def build(self, processes: Processes = SingleProcess(), label: str | None = None) -> None:  # noqa: B008
         """Encode what is missing; raises LatentDiffError if more pictures are broken than `data.max_broken` allows."""
-        self.shards.build(self._compute, processes, progress)
+        self.shards.build(self._compute, processes, label)
         self.good = self.shards.column("good").astype(bool)
         check_broken(int((~self.good).sum()), len(self.good), self.config.max_broken)
         if not self.good.any():
@@ -100,25 +173,27 @@ class LatentCache:
         return mean, logvar
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "vae": None}  # workers only read
+        return {**vars(self), "vae": None, "encoded": None}  # workers only read
 
     @torch.inference_mode()
-    def _compute(self, rows: range, progress: Progress) -> Arrays:
-        good, blocks = np.zeros(len(rows), dtype=np.uint8), []
-        size, count = self.config.image_size, encode_batch_size(self.config.image_size)
-        for start in range(0, len(rows), count):
-            batch = rows[start : start + count]
-            pixels = np.zeros((len(batch), size, size, 3), dtype=np.uint8)
-            for i, index in enumerate(batch):
-                with suppress(PictureError):
-                    pixels[i] = read_pixels(self.source, index, self.config)
-                    good[start + i] = 1
-            x = to_pixels(torch.from_numpy(pixels).to(next(self.vae.parameters()).device))
-            posteriors = map(self.vae.latent_posterior, [x, x.flip(3)][: self.num_flips])
-            moments = torch.stack([torch.cat([p.mean, p.logvar], 1) for p in posteriors], 1)
-            blocks.append(moments.to("cpu", torch.float16).numpy())
-            progress(len(batch))
-        return {"moments": np.concatenate(blocks), "good": good}
+    def _compute(self, ranges: Sequence[range], progress: Progress) -> Iterator[Arrays]:
+        size = encode_batch_size(self.config.image_size)
+        batches = [batch for rows in ranges for batch in in_batches(rows, size)]
+        encoded = self.encoded(batches) if self.encoded is not None else self._encode(batches)
+        for rows in ranges:
+            moments, good = [], []
+            for batch in in_batches(rows, size):
+                outputs, readable = next(encoded)
+                posteriors = [self.vae.scale_posterior(self.vae.posterior_from(output)) for output in outputs]
+                block = torch.stack([torch.cat([p.mean, p.logvar], 1) for p in posteriors], 1)
+                moments.append(block.to("cpu", torch.float16).numpy())
+                good.append(readable.numpy().astype(np.uint8))
+                progress(len(batch))
+            yield {"moments": np.concatenate(moments), "good": np.concatenate(good)}
+
+    def _encode(self, batches: Sequence[range]) -> Iterator[Encoded]:
+        for batch in PictureBatches(self.source, self.config, batches).load(self.workers):
+            yield encode_pictures(self.vae, batch, self.num_flips)[1], batch.good
 
 
 class TextCache:
@@ -143,9 +218,9 @@ class TextCache:
         }  # fmt: skip
         self.shards = Shards(folder, inputs, len(self._captions) + 1)
 
-    def build(self, processes: Processes = SingleProcess(), progress: Progress = lambda _: None) -> None:  # noqa: B008
+    def build(self, processes: Processes = SingleProcess(), label: str | None = None) -> None:  # noqa: B008
         """Encode what is missing."""
-        self.shards.build(self._compute, processes, progress)
+        self.shards.build(self._compute, processes, label)
         self._captions = []
 
     def features(self, picture: int, caption: int | None) -> NDArray[np.float16]:
@@ -157,16 +232,16 @@ class TextCache:
         return {**vars(self), "encoder": None, "_captions": []}
 
     @torch.inference_mode()
-    def _compute(self, rows: range, progress: Progress) -> Arrays:
-        blocks = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TokenOverflowWarning)  # counted by `latentdiff data check`
-            for start in range(0, len(rows), CAPTION_BATCH):
-                chosen = rows[start : start + CAPTION_BATCH]
+    def _compute(self, ranges: Sequence[range], progress: Progress) -> Iterator[Arrays]:
+        for rows in ranges:
+            blocks = []
+            for chosen in in_batches(rows, CAPTION_BATCH):
                 captions = [self._captions[row] if row < len(self._captions) else "" for row in chosen]
-                blocks.append(self.encoder(captions).to("cpu", torch.float16).numpy())
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", TokenOverflowWarning)  # counted by `latentdiff data check`
+                    blocks.append(self.encoder(captions).to("cpu", torch.float16).numpy())
                 progress(len(chosen))
-        return {"context": np.concatenate(blocks)}
+            yield {"context": np.concatenate(blocks)}
 
 
 def check_broken(broken: int, total: int, allowed: float) -> None:

@@ -1,6 +1,6 @@
 """Precomputed arrays with one row per picture, in shards on disk: written by many processes, read by memory mapping.
 
-    <folder>/<key>/shard-00000.safetensors   SHARD rows each
+    <folder>/<key>/shard-00000.safetensors   SHARD rows each, unless told otherwise
     <folder>/<key>/shard-00000.json          its size and SHA-256, written last
     <folder>/<key>/complete.json             what the rows were computed from
 
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from ..errors import LatentDiffError
 
@@ -30,6 +31,7 @@ MAX_MAPPED = 256  # shards mapped at a time by a process; each keeps a file open
 
 Arrays = dict[str, NDArray[Any]]
 Progress = Callable[[int], None]  # called with the number of rows just finished
+Compute = Callable[[Sequence[range], Progress], Iterator[Arrays]]  # yields the arrays of each range of rows, in order
 
 
 class Processes(Protocol):
@@ -69,24 +71,35 @@ class Shards:
     checksum and is computed again.
     """
 
-    def __init__(self, folder: Path, inputs: Mapping[str, Any], num_rows: int) -> None:
-        self.inputs, self.num_rows, self.num_shards = inputs, num_rows, -(-num_rows // SHARD)
+    def __init__(self, folder: Path, inputs: Mapping[str, Any], num_rows: int, shard_rows: int = SHARD) -> None:
+        self.inputs, self.num_rows, self.shard_rows = inputs, num_rows, shard_rows
+        self.num_shards = -(-num_rows // shard_rows)
         self.folder = folder / digest(inputs)
 
-    def build(
-        self, compute: Callable[[range, Progress], Arrays], processes: Processes, progress: Progress = lambda _: None
-    ) -> None:
+    def is_complete(self) -> bool:
+        """Whether all shards have been written; `build` finds out whether they are still intact."""
+        return (self.folder / "complete.json").is_file()
+
+    def build(self, compute: Compute, processes: Processes, label: str | None = None) -> None:
         """Compute the missing shards, shared among all processes, so that every row can be read.
 
-        `compute` returns arrays for a range of rows, with rows as the first dimension. Raises LatentDiffError if a
-        shard cannot be written.
+        `compute` gets the missing ranges of rows and yields the arrays of each, with rows as the first dimension; while
+        it works, the first process shows a progress bar with the label. Raises LatentDiffError if a shard cannot be
+        written.
         """
-        for number in range(processes.process_index, self.num_shards, processes.num_processes):
-            rows = range(number * SHARD, min((number + 1) * SHARD, self.num_rows))
-            if self._is_intact(number):
-                progress(len(rows))
-            else:
-                self._write(number, compute(rows, progress))
+        shards = {number: range(number * self.shard_rows, min((number + 1) * self.shard_rows, self.num_rows))
+                  for number in range(processes.process_index, self.num_shards, processes.num_processes)}  # fmt: skip
+        hidden = label is None or processes.process_index > 0 or self.is_complete()
+        with tqdm(total=self.num_rows, desc=label, unit="", disable=hidden) as bar:
+
+            def progress(rows: int) -> None:
+                bar.update(min(rows * processes.num_processes, self.num_rows - int(bar.n)))  # assumes equal speed
+
+            wanting = {number: rows for number, rows in shards.items() if not self._is_intact(number)}
+            progress(sum(map(len, shards.values())) - sum(map(len, wanting.values())))
+            computed = compute(list(wanting.values()), progress)
+            for number in wanting:
+                self._write(number, next(computed))  # kept under no name: a shard may be large
         processes.wait_for_everyone()
         if missing := [number for number in range(self.num_shards) if not self._checksum_path(number).is_file()]:
             raise LatentDiffError(f"{self.folder}: shard {missing[0]} is missing; another process could not write it")
@@ -98,7 +111,7 @@ class Shards:
 
     def __getitem__(self, what: tuple[str, int]) -> NDArray[Any]:
         name, row = what
-        number, within = divmod(row, SHARD)
+        number, within = divmod(row, self.shard_rows)
         return _open_shard(self._path(number)).get_slice(name)[within]
 
     def column(self, name: str) -> NDArray[Any]:

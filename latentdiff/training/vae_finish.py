@@ -1,24 +1,25 @@
-"""Final step of VAE training: normalize the latents to mean 0 and std 1, and write a report."""
+"""Final step of VAE training: normalize the latents to mean 0 and std 1, and write a report.
+
+The pictures are read and encoded once; what the encoder made of them serves both statistics and the training cache.
+"""
 
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from vae import VAE
+from vae import VAE, DiagonalGaussian
 from vae.normalize import LatentStatistics, fold_statistics
 
-from ..data.cache import encode_batch_size
-from ..data.order import random_stream
+from ..data.cache import record_digest
+from ..data.encodings import Encodings
 from ..data.sources import Source
 from .launch import Launch
 from .vae import VAETraining, load_pixels
 
 MAX_STATISTICS_IMAGES = 50_000  # for latent statistics; more would change only the fourth digit
-MAX_ERROR_IMAGES = 1_000  # for the decoder's scale
 LIKELIHOODS = {"l1": "laplace", "l2": "normal"}
 NUM_CHECKED = 4  # images decoded in half precision
 
@@ -26,10 +27,16 @@ NUM_CHECKED = 4  # images decoded in half precision
 def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
     """Fold the latent statistics into the averaged VAE, then save it with a report, which is returned."""
     vae, log_variance = task.finish()
-    before = latent_statistics(vae, task.train_source, run)
+    encodings = open_encodings(vae, task.train_source, run)
+    encodings.build(run.accelerator, "encoding train pictures")
+    if run.is_main and encodings.stride == 1:
+        record_digest(encodings.source, run.folder / "cache" / "train-pictures.json", encodings.summaries())
+    before = latent_statistics(vae, encodings, run)
     fold_statistics(vae, before.mean.cpu(), before.std.cpu())
-    after = latent_statistics(vae, task.train_source, run)
-    likelihood, log_scale = LIKELIHOODS[run.config.train_vae.reconstruction], decoder_log_scale(task, vae, run)
+    after = latent_statistics(vae, encodings, run)
+    # The scale that maximizes the likelihood of training pictures: the mean absolute error of a Laplace distribution,
+    # the mean squared error of a normal one, of pictures decoded from a sampled z.
+    likelihood, log_scale = LIKELIHOODS[run.config.train_vae.reconstruction], math.log(encodings.decoder_error())
     held_out = load_pixels(task.held_out, range(min(NUM_CHECKED, len(task.held_out))), run.config.data).to(run.device)
     report: dict[str, Any] = {
         "pictures": after.num_pictures,
@@ -62,42 +69,45 @@ def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
     return report
 
 
-@torch.inference_mode()
-def latent_statistics(vae: VAE, source: Source, run: Launch) -> LatentStatistics:
-    """Compute statistics of the VAE's unscaled latents over the images, which are split across processes."""
-    accelerator = run.accelerator
+def open_encodings(vae: VAE, source: Source, run: Launch) -> Encodings:
+    """Return the encodings of the training pictures, to be built or, where they are complete, to be read."""
+    config = run.config
     stride = max(1, math.ceil(len(source) / MAX_STATISTICS_IMAGES))
-    chosen = range(0, len(source), stride)
-    statistics = LatentStatistics(vae.config.latent_channels, run.device)
-    count = encode_batch_size(run.config.data.image_size)
-    for number, start in enumerate(range(0, len(chosen), count)):
-        if number % accelerator.num_processes == accelerator.process_index:
-            pixels = load_pixels(source, chosen[start : start + count], run.config.data)
-            if len(pixels):
-                statistics.add(vae.posterior(pixels.to(run.device)))
-    return LatentStatistics.from_state(accelerator.reduce(statistics.state(), "sum"))
+    flips = stride == 1 and config.train_latent.cache and config.data.flip  # only the cache needs them
+    return Encodings(run.folder / "cache" / "train-encodings", source, vae, config.data, flips=flips, stride=stride,
+                     seed=config.seed, loss=config.train_vae.reconstruction, workers=config.workers)  # fmt: skip
+
+
+def kept_encodings(vae: VAE, source: Source, run: Launch) -> Encodings | None:
+    """Return the encodings of all training pictures if finishing this VAE has left them, after a check, else None."""
+    encodings = open_encodings(vae, source, run)
+    if encodings.stride > 1 or not encodings.shards.is_complete():
+        return None
+    encodings.build(run.accelerator)
+    return encodings
+
+
+def finish_seconds(task: VAETraining, run: Launch) -> float:
+    """Estimate how long `finish_vae` will take, from one batch of pictures; every process measures for itself."""
+    encodings = open_encodings(task.inner.vae, task.train_source, run)
+    num_shards = encodings.shards.num_shards
+    return encodings.seconds() * math.ceil(num_shards / run.accelerator.num_processes) / num_shards
 
 
 @torch.inference_mode()
-def decoder_log_scale(task: VAETraining, vae: VAE, run: Launch) -> float:
-    """Return the log-scale of p(pixels | z) that maximizes the likelihood of training images, with sampled z.
-
-    For a Laplace distribution the scale is the mean absolute error, for a normal one the mean squared error.
-    """
-    accelerator, kind = run.accelerator, run.config.train_vae.reconstruction
-    stride = max(1, math.ceil(len(task.train_source) / MAX_ERROR_IMAGES))
-    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
-    for index in range(stride * accelerator.process_index, len(task.train_source), stride * accelerator.num_processes):
-        pixels = load_pixels(task.train_source, range(index, index + 1), run.config.data).to(run.device)
-        if len(pixels):
-            noise = random_stream(run.config.seed, "validation", 0, index).standard_normal(
-                task.latent_shape, dtype=np.float32
-            )
-            error = pixels - vae(pixels, torch.from_numpy(noise)[None].to(run.device))[0]
-            error = error.abs() if kind == "l1" else error.square()
-            sums += torch.stack([error.double().mean(), sums.new_ones(())])
-    total, count = accelerator.reduce(sums, "sum").tolist()
-    return math.log(total / count)
+def latent_statistics(vae: VAE, encodings: Encodings, run: Launch) -> LatentStatistics:
+    """Compute statistics of the VAE's unscaled latents over the pictures, which are split across processes."""
+    accelerator = run.accelerator
+    statistics = LatentStatistics(vae.config.latent_channels, run.device)
+    batches = encodings.batches[accelerator.process_index :: accelerator.num_processes]
+    for outputs, good in encodings.encoded(batches):
+        posterior = vae.posterior_from(outputs[0])
+        if not good.all():
+            readable = good.bool()
+            posterior = DiagonalGaussian(posterior.mean[readable], posterior.logvar[readable])
+        if good.any():
+            statistics.add(posterior)
+    return LatentStatistics.from_state(accelerator.reduce(statistics.state(), "sum"))
 
 
 @torch.inference_mode()

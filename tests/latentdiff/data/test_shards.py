@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 
 from latentdiff import LatentDiffError
-from latentdiff.data import shards as module
 from latentdiff.data.shards import Shards, SingleProcess, changed_inputs, remove_others
 
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    monkeypatch.setattr(module, "SHARD", 4)
+SHARD_ROWS = 4
 
 
 class Process:
@@ -26,19 +22,20 @@ class Process:
 
 
 def squares(computed=None):
-    def compute(rows, progress):
-        if computed is not None:
-            computed.append(rows)
-        return {
-            "square": np.array([[row**2, row] for row in rows], np.float32),
-            "odd": np.array([r % 2 for r in rows], np.uint8),
-        }
+    def compute(ranges, progress):
+        for rows in ranges:
+            if computed is not None:
+                computed.append(rows)
+            yield {
+                "square": np.array([[row**2, row] for row in rows], np.float32),
+                "odd": np.array([r % 2 for r in rows], np.uint8),
+            }
 
     return compute
 
 
 def built(folder, inputs=None, rows=10, computed=None):
-    shards = Shards(folder, inputs or {"of": "numbers"}, rows)
+    shards = Shards(folder, inputs or {"of": "numbers"}, rows, SHARD_ROWS)
     shards.build(squares(computed), SingleProcess())
     return shards
 
@@ -84,12 +81,11 @@ def test_only_a_damaged_shard_is_computed_again(tmp_path, damage):
 
 
 def test_shards_of_a_killed_process_are_computed_later(tmp_path):
-    shards = Shards(tmp_path, {"of": "numbers"}, 10)
+    shards = Shards(tmp_path, {"of": "numbers"}, 10, SHARD_ROWS)
 
-    def dies(rows, progress):
-        if rows.start == 4:
-            raise KeyboardInterrupt
-        return squares()(rows, progress)
+    def dies(ranges, progress):
+        yield next(squares()(ranges, progress))
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         shards.build(dies, SingleProcess())
@@ -101,7 +97,7 @@ def test_shards_of_a_killed_process_are_computed_later(tmp_path):
 def test_processes_share_the_work(tmp_path):
     computed = {}
     for index in (1, 0):
-        shards = Shards(tmp_path, {"of": "numbers"}, 10)
+        shards = Shards(tmp_path, {"of": "numbers"}, 10, SHARD_ROWS)
         computed[index] = []
         if index == 1:
             with pytest.raises(LatentDiffError, match="shard 0 is missing"):  # there is no barrier in this test
@@ -113,7 +109,7 @@ def test_processes_share_the_work(tmp_path):
 
 
 def test_other_inputs_give_another_array(tmp_path):
-    first, second = built(tmp_path), Shards(tmp_path, {"of": "characters"}, 10)
+    first, second = built(tmp_path), Shards(tmp_path, {"of": "characters"}, 10, SHARD_ROWS)
     assert first.folder != second.folder
     assert changed_inputs(tmp_path, second.inputs) == ["of"]
     second.build(squares(), SingleProcess())
