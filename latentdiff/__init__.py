@@ -7,11 +7,11 @@ import this package too, and need neither.
 from importlib import import_module
 from typing import Any
 
-from .errors import LatentDiffError
+from .errors import LatentDiffError, UnfinishedModelWarning
 from .installation import check_installation
 
 __version__ = "0.1.0"
-__all__ = ["LatentDiffError", "LatentPipeline", "Schedule", "__version__"]
+__all__ = ["LatentDiffError", "LatentPipeline", "Schedule", "UnfinishedModelWarning", "__version__"]
 
 LAZY = {"LatentPipeline": "latentdiff.sampling.pipeline", "Schedule": "latentdiff.diffusion.schedule"}
 

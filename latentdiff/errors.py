@@ -13,6 +13,10 @@ class LatentDiffError(ValueError):
     """A setting, file or input that cannot be used; the message names it and says what is allowed."""
 
 
+class UnfinishedModelWarning(UserWarning):
+    """Warning that a model is the newest checkpoint of a training that is not finished; the message says its step."""
+
+
 def check_choice(what: str, name: str, allowed: Iterable[str]) -> None:
     """Raise LatentDiffError unless the name is allowed; the message suggests the closest one that is."""
     allowed = list(allowed)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertModel, BertTokenizerFast, CLIPTextModel, CLIPTokenizerFast
 from transformers.utils import logging
 
 from latentdiff.errors import LatentDiffError, raise_for_tensors, reraise_as
-from latentdiff.files.tensors import CONFIG, FLOATS, ModelFiles, check_dtype, open_tensors, staged
+from latentdiff.files.tensors import CONFIG, FLOATS, ModelFiles, Stored, check_dtype, open_tensors, staged
 
 from .errors import TextEncoderError
 
@@ -63,15 +64,19 @@ def fetch(name: str, non_weights: Sequence[str], weights: Sequence[str], variant
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, variant: str | None = None, model_class: Any = None
-) -> tuple[nn.Module, str]:
-    """Load a folder's model, by default of the class for its config; also return its kind, `bert` or `clip`."""
+    folder: Path, dtype: torch.dtype, variant: str | None = None, model_class: Any = None,
+    trained: Mapping[str, Stored] | None = None,
+) -> tuple[nn.Module, str]:  # fmt: skip
+    """Load a folder's model, by default of the class for its config; also return its kind, `bert` or `clip`.
+
+    `trained` are tensors from elsewhere that replace the folder's or that it lacks.
+    """
     with reraise_as(TextEncoderError, f"{folder}: cannot be opened", Exception):
         dtype, values = check_dtype(dtype), FILES.read_config(folder)
         source = FILES.find(folder, variant)
         tensors = {
             name: tensor
-            for name, tensor in open_tensors(source).items()
+            for name, tensor in {**open_tensors(source), **(trained or {})}.items()
             if name.startswith(READ) and not name.endswith("position_ids")
         }  # checkpoints of 2022 store position_ids, which are not weights
         wrong = {name for name, tensor in tensors.items() if tensor.dtype not in FLOATS}
@@ -137,6 +142,16 @@ def save_model(
         saved.config.use_attention_mask = use_attention_mask  # otherwise diffusers passes no mask to the encoder
         with FILES.staged(folder, variant) as staging:
             saved.save_pretrained(staging, variant=variant)
+
+
+def begin_model(model: Any, folder: Path, use_attention_mask: bool, weights: Mapping[str, Tensor]) -> None:
+    """Write `config.json` and only these weights: the ones that are not trained, if the rest is yet to be."""
+    with reraise_as(TextEncoderError, f"{folder}: cannot be written", Exception):
+        model.config.use_attention_mask = use_attention_mask
+        with FILES.staged(folder, None) as staging:
+            model.config.save_pretrained(staging)
+            tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+            save_file(tensors, staging / FILES.names(None)[0], metadata={"format": "pt"})
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:

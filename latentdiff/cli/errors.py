@@ -1,14 +1,20 @@
-"""How commands fail: a user's mistake is reported in one line, never as a traceback."""
+"""How commands fail and warn: a user's mistake is reported in one line, never as a traceback."""
 
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
 
 import typer
 
 from ..errors import LatentDiffError
+
+OURS = ("latentdiff.", "unet.", "vae.", "text_encoder.")
+PACKAGE = Path(__file__).parents[1]
 
 
 def visible(text: str) -> str:
@@ -17,11 +23,34 @@ def visible(text: str) -> str:
 
 
 @contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show our warnings without file and line, which say nothing to users of the command line."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:  # fmt: skip
+            if category.__module__.startswith(OURS) or Path(filename).is_relative_to(PACKAGE):
+                typer.echo(visible(f"warning: {message}"), err=True)
+            else:
+                others(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn a user's mistake into one line and exit code 1, and a requested stop into 128 + the signal number."""
+    """Turn a user's mistake into one line and exit code 1, and a requested stop into 128 + the signal number.
+
+    Our own warnings become one line each.
+    """
     message, code = "", 1
     try:
-        yield
+        with _plain_warnings():
+            yield
         return
     except BrokenPipeError:  # `latentdiff ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

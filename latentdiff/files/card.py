@@ -21,10 +21,15 @@ def model_card(
     title: str,
     image_size: int,
     run: Path | None = None,
+    progress: str | None = None,
     license: str = "other",
     data: str = "",
 ) -> str:
-    """Return the card as Markdown; `run` is the training output that has the recipe, seed, versions and metrics."""
+    """Return the card as Markdown.
+
+    `run` is the training output that has the recipe, seed, versions and metrics; `progress` of an unfinished one is a
+    step, such as "step 300 of 2000".
+    """
     launch = _last_launch(run)
     prompts = launch.get("config", {}).get("validation", {}).get("prompts") or ["your prompt"]
     encoder = type(getattr(parts["text_encoder"], "model", parts["text_encoder"])).__name__.removesuffix("Model")
@@ -45,6 +50,8 @@ def model_card(
         f"{', zero terminal SNR' if process.schedule.has_zero_terminal_snr else ''}; the UNet predicts "
         f"{process.prediction}.\n"
     )
+    if progress:
+        text += f"\nThe training is not finished: these are the averaged weights of {progress}.\n"
     if launch:
         text += _training(launch) + _metrics(run)
     return text + f"\n## Data and license\n\n{data or 'Not stated when this model was exported.'}\n"

@@ -1,13 +1,15 @@
 """Writing a model: a folder for diffusers' StableDiffusionPipeline or a single file; model card and upload."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from text_encoder import TextEncoder
-from unet import UNet
+from unet import UNet, UNetConfig
 from vae import VAE
 
 from ..assets import INDEX
@@ -16,7 +18,7 @@ from ..errors import LatentDiffError, reraise_as
 from .card import model_card
 from .open import find_model, open_model
 from .scheduler import scheduler_config
-from .tensors import staged, to_json
+from .tensors import CONFIG, staged, to_json
 
 DIFFUSERS_VERSION = "0.42.1"  # of this layout; the inpainting pipeline rejects a model without it
 
@@ -45,6 +47,32 @@ def save_model(
     text_encoder.save_pretrained(folder / "text_encoder", folder / "tokenizer", dtype=dtype, variant=variant)
     _write(folder / "scheduler" / "scheduler_config.json", to_json(scheduler))
     _write(folder / INDEX, to_json(model_index(text_encoder)))
+
+
+def begin_model(
+    folder: Path,
+    *,
+    vae: VAE,
+    unet: UNetConfig,
+    text_encoder: TextEncoder,
+    frozen: Mapping[str, Tensor],
+    process: Process,
+) -> None:
+    """Write all of a model but `model_index.json` and what is yet to be trained, which checkpoints will hold.
+
+    `frozen` are the weights of the text encoder that are not trained. A finished model in the folder is left alone.
+    """
+    if (folder / INDEX).is_file():
+        return
+    from text_encoder.files import begin_model as begin_text_encoder  # importing it loads transformers
+    from text_encoder.files import save_tokenizer
+
+    vae.save_pretrained(folder / "vae")
+    with UNet.files.staged(folder / "unet", None) as staging:  # also deletes weights of a save that was killed
+        (staging / CONFIG).write_text(to_json(unet.to_diffusers()), encoding="utf-8")
+    begin_text_encoder(text_encoder.model, folder / "text_encoder", text_encoder.use_attention_mask, frozen)
+    save_tokenizer(text_encoder.tokenizer, folder / "tokenizer", text_encoder.max_length)
+    _write(folder / "scheduler" / "scheduler_config.json", to_json(scheduler_config(process)))
 
 
 def model_index(text_encoder: TextEncoder) -> dict[str, Any]:
@@ -105,7 +133,7 @@ def export_model(
     size = (parts.unet.config.sample_size or 32) * parts.vae.config.downsampling
     run = opened.parent if (opened.parent / "run.json").is_file() else None
     card = model_card(models, parts.process, title=output.stem if single else output.name, image_size=size, run=run,
-                      license=license, data=data)  # fmt: skip
+                      progress=parts.progress, license=license, data=data)  # fmt: skip
     if single:
         from .single_file import write_single_file
 

@@ -12,6 +12,7 @@ from ..errors import LatentDiffError, one_line
 from .open import find_model, read_json
 from .single_file import MAX_HEADER
 from .tensors import open_file
+from .unfinished import newest_average, unfinished_run
 
 SHOWN_KEYS = (
     *("_class_name", "architectures", "block_out_channels", "layers_per_block", "latent_channels", "scaling_factor"),
@@ -27,11 +28,12 @@ def describe(name: str | Path) -> list[str]:
     if path.suffix == ".safetensors" and path.is_file():
         return [str(path), *describe_file(path)]
     folder = find_model(name)
+    if (run := unfinished_run(folder)) is not None:
+        return [f"{run}: its model is not finished", *_describe_unfinished(run)]
     lines = [str(folder)]
     if (folder / INDEX).is_file():
         lines[0] += f": {one_line(read_json(folder / INDEX, '').get('_class_name'))}"
-    parts = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    for part in parts:
+    for part in (folder, *_folders(folder)):
         lines += _describe_part(part)
     if len(lines) == 1:
         raise LatentDiffError(f"{folder}: not a model; found neither {INDEX} nor .safetensors files")
@@ -51,6 +53,24 @@ def describe_file(path: Path) -> list[str]:
         shown = value if len(value) <= LIMIT else f"{value[:LIMIT]}… ({len(value):,} characters)"
         lines.append(f"    {one_line(key)}: {one_line(shown)}")
     return lines
+
+
+def _describe_unfinished(run: Path) -> Iterator[str]:
+    """Describe what there is of a run's model, and the checkpoint that stands in for the rest."""
+    for part in _folders(run / "model") or [run / "vae"]:
+        yield from _describe_part(part)
+    try:
+        average = newest_average(run)
+    except LatentDiffError as missing:
+        yield str(missing)
+        return
+    yield f"{average.file.parent.relative_to(run)}/: the averaged weights of {average.progress}"
+    yield from describe_file(average.file)
+    yield from average.damages
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
 def _describe_part(part: Path) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Opening a model by name: one that ships, a diffusers folder, a single file or a model on the Hugging Face Hub."""
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +12,11 @@ from vae import VAE
 
 from ..assets import ASSETS, INDEX, shipped_models
 from ..diffusion.process import Process
-from ..errors import LatentDiffError
+from ..errors import LatentDiffError, UnfinishedModelWarning
 from .names import NO_PICKLES, PICKLES
 from .scheduler import read_scheduler
 from .tensors import read_json
+from .unfinished import RECORD, open_unfinished, raise_if_alone, unfinished_run
 
 __all__ = ["Parts", "find_model", "open_folder", "open_model", "read_json"]
 
@@ -37,6 +39,7 @@ class Parts(NamedTuple):
     unet: UNet
     text_encoder: TextEncoder
     process: Process
+    progress: str | None = None  # of an unfinished run, such as "step 300 of 2000"
 
 
 def open_model(
@@ -49,7 +52,7 @@ def open_model(
 ) -> Parts:
     """Open the model that `name` refers to; see LatentPipeline.from_pretrained."""
     path = find_model(name, variant)
-    if path.is_dir():
+    if not path.is_file():
         return open_folder(path, device=device, dtype=dtype, variant=variant)
     from .single_file import read_single_file  # importing it loads transformers
 
@@ -60,7 +63,8 @@ def open_model(
 def find_model(name: str | Path | None, variant: str | None = None) -> Path:
     """Return the folder or single file that `name` refers to; from the Hub, download it with the weights of `variant`.
 
-    None means the default model that ships, even if there is a folder of the same name.
+    None means the default model that ships, even if there is a folder of the same name. For a training run, finished or
+    not, it is the run's folder `model`.
     """
     if name is None:
         return ASSETS / DEFAULT
@@ -71,9 +75,10 @@ def find_model(name: str | Path | None, variant: str | None = None) -> Path:
         raise LatentDiffError(f"{path}: {NO_PICKLES}")
     if path.is_dir():
         inner = path / "model"  # of a training output
-        if not (path / INDEX).is_file() and (path / "run.json").is_file() and not (inner / INDEX).is_file():
-            raise LatentDiffError(f"{path}: no finished model there; run the training command again to resume")
-        return inner if not (path / INDEX).is_file() and (inner / INDEX).is_file() else path
+        is_run = (path / RECORD).is_file() or (inner / INDEX).is_file()
+        return inner if is_run and not (path / INDEX).is_file() else path
+    if unfinished_run(path) is not None:  # the folder is yet to be made
+        return path
     if path.is_file():
         if path.suffix != ".safetensors":
             raise LatentDiffError(f"{path}: expected a folder or a .safetensors file")
@@ -89,7 +94,11 @@ def find_model(name: str | Path | None, variant: str | None = None) -> Path:
 
 
 def open_folder(folder: Path, *, device: torch.device, dtype: torch.dtype, variant: str | None = None) -> Parts:
-    """Open the parts of a diffusers folder."""
+    """Open the parts of a diffusers folder, or of the newest checkpoint of the run whose model it will be."""
+    if (run := unfinished_run(folder)) is not None:
+        return _open_run(run, device=device, dtype=dtype, variant=variant)
+    if not (folder / INDEX).is_file():
+        raise_if_alone(folder)
     index = read_json(folder / INDEX, "every model folder has one")
     kind = str(index.get("_class_name"))
     if kind not in FOLDERS:
@@ -111,6 +120,14 @@ def open_folder(folder: Path, *, device: torch.device, dtype: torch.dtype, varia
     if kind == "LDMTextToImagePipeline":
         encoder.use_attention_mask = False  # that pipeline passes none
     return Parts(_upcast(vae, dtype), unet, encoder.to(device), process)
+
+
+def _open_run(run: Path, *, device: torch.device, dtype: torch.dtype, variant: str | None) -> Parts:
+    """Open the newest checkpoint of an unfinished run, with a warning that says which it is."""
+    vae, unet, encoder, process, average = open_unfinished(run, device=device, dtype=dtype, variant=variant)
+    known = f"{run}: its model is not finished; these are the averaged weights of {average.progress}"
+    warnings.warn("; ".join([known, *average.damages]), UnfinishedModelWarning, stacklevel=5)
+    return Parts(_upcast(vae, dtype), unet, encoder, process, average.progress)
 
 
 def _upcast(vae: VAE, dtype: torch.dtype) -> VAE:

@@ -15,11 +15,11 @@ from text_encoder.files import MODELS
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-from ..assets import part_folder
 from ..config import Config
 from ..data.batches import CachedBatch, LatentBatch, RawBatch, Tokens
 from ..errors import LatentDiffError
 from ..files.open import read_json
+from ..files.unfinished import find_part
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def build_models(config: Config) -> Models:
 def _read_config(part: str, pretrained: str | None) -> Any:
     if not pretrained:
         return None
-    return read_json(Path(part_folder(pretrained, part)) / "config.json", f"{part}.pretrained={pretrained} needs it")
+    return read_json(Path(find_part(pretrained, part)) / "config.json", f"{part}.pretrained={pretrained} needs it")
 
 
 def _build_text_encoder(config: Config, notes: list[str]) -> TextEncoder:
@@ -113,7 +113,7 @@ def _build_text_encoder(config: Config, notes: list[str]) -> TextEncoder:
         notes.append(f"text_encoder.vocab_size={section.vocab_size} is an upper limit; captions may yield fewer")
         return TextEncoder.new(section.build(), Vocabulary(section.vocab_size, section.max_length))
     try:  # a folder or an earlier download; the network is not used
-        folder = part_folder(section.pretrained, "text_encoder")
+        folder = find_part(section.pretrained, "text_encoder")
         values, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
         kind: Any = MODELS[str(values.get("model_type"))]
         sizes = kind.config_class.from_dict(values.get("text_config", values))

@@ -52,7 +52,8 @@ class LatentPipeline(ModelParts):
 
         Args:
             name: a model that ships with the package (None: the default one), a folder in diffusers' layout, the output
-                of a training run, a `.safetensors` file in the original layout, or a name on the Hugging Face Hub.
+                of a training run, a `.safetensors` file in the original layout, or a name on the Hugging Face Hub. Of a
+                run that has not finished, its newest checkpoint is opened, with an UnfinishedModelWarning.
             device: default: CUDA, else Apple's GPU, else the CPU.
             dtype: default: bfloat16 where the device has fast support for it, else float32.
             variant: of the weight files, such as `fp16`.
