@@ -10,17 +10,22 @@ from typer import Argument, Option
 
 ConfigFile = Annotated[str, Option("--config", "-c", help="YAML file or recipe name, such as emoji-64.")]
 Overrides = Annotated[list[str] | None, Argument(help="Settings to override, as section.key=value.")]
+Budget = Annotated[str | None, Option(help="Wall-clock time until the model is finished: 90s, 10m or 1h30m.")]
 DEFAULT = "emoji-64"
 
 
 def stage(function: str, summary: str, recipe: str = DEFAULT) -> Callable[..., Iterator[object]]:
     """Return the command that runs a function of latentdiff/training/stages.py, by default on `recipe`."""
 
-    def command(overrides: Overrides = None, config: ConfigFile = recipe) -> Iterator[object]:
+    def command(overrides: Overrides = None, config: ConfigFile = recipe, budget: Budget = None) -> Iterator[object]:
         from ..config import load_config
         from ..training import stages
+        from ..training.launch import launch, process_start
+        from ..training.stopped import stops_between_steps
 
-        result = getattr(stages, function)(load_config(config, overrides or ()))
+        loaded = load_config(config, [*(overrides or ()), *([f"budget={budget}"] if budget else ())])
+        with stops_between_steps(loaded.output):
+            result = getattr(stages, function)(loaded, launch(loaded, process_start()))
         if isinstance(result, Path) and os.environ.get("RANK", "0") == "0":  # rank 0 prints for all processes
             yield result
 
@@ -36,15 +41,16 @@ def plan(
     num_devices: Annotated[int, Option("--devices", help="Number of devices.")] = 1,
     dataset_size: Annotated[int | None, Option("--pictures", help="Training images, to size the cache.")] = None,
     mfu: Annotated[float | None, Option(help="Share of peak FLOP/s that training reaches, 0 to 1.")] = None,
+    budget: Budget = None,
 ) -> Iterator[str]:
-    """Count a run's parameters and FLOPs; estimate its memory and time.
+    """Count a run's parameters and FLOPs; estimate its memory and time, or what a budget buys.
 
     Example: latentdiff plan --config emoji-256 --device h100 --devices 8
     """
     from ..config import load_config
     from ..plan import plan
 
-    loaded = load_config(config, overrides or ())
+    loaded = load_config(config, [*(overrides or ()), *([f"budget={budget}"] if budget else ())])
     yield from plan(loaded, device=device, num_devices=num_devices, dataset_size=dataset_size, mfu=mfu).lines()
 
 

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ from .manifest import (
 )
 from .tensor_file import TensorFile
 
-__all__ = ["Checkpoint", "Tensors", "newest_checkpoint", "save_checkpoint", "verify"]
+__all__ = ["Checkpoint", "Tensors", "discard", "newest_checkpoint", "save_checkpoint", "step_folders", "sync_folder",
+           "verify"]  # fmt: skip
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # file name without suffix -> tensor name -> tensor
 
@@ -79,8 +80,9 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Tensors, metadata: Mapping[str, Any], *, keep: int = 2
-) -> Checkpoint:
+    folder: Path, step: int, tensors: Tensors, metadata: Mapping[str, Any], *, keep: int = 2,
+    pinned: Collection[int] = (),
+) -> Checkpoint:  # fmt: skip
     """Write a checkpoint, verify it by reading it back, then delete the ones that are no longer needed.
 
     Including this one, the newest `keep` intact checkpoints up to `step` stay; other earlier ones are deleted. Later
@@ -93,6 +95,7 @@ def save_checkpoint(
         tensors: on any device, in any memory layout; file names may contain letters, digits, `_` and `-`.
         metadata: JSON-serializable; read back, tuples become lists and keys become strings.
         keep: at least 1.
+        pinned: steps whose checkpoints stay in any case, and are not counted.
 
     Raises:
         LatentDiffError: an argument is invalid or the disk is full or broken; older checkpoints are left as they were.
@@ -111,7 +114,7 @@ def save_checkpoint(
             _publish(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        _rotate(target, step, keep)
+        _rotate(target, step, keep, pinned)
     except OSError as error:
         reason = error.strerror or error
         raise LatentDiffError(f"{folder}: the checkpoint of step {step} cannot be written ({reason})") from error
@@ -130,7 +133,7 @@ def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Checkpoint
     """
     damages: dict[str, str] = {}
     found = None
-    for step, path in _step_folders(folder):
+    for step, path in step_folders(folder):
         damage = verify(path)
         if damage is None:
             found = Checkpoint(step, path, read_metadata(path))
@@ -186,7 +189,7 @@ def _stage(staging: Path, step: int, files: Mapping[str, TensorFile | _Bytes]) -
     staging.mkdir()
     entries = {name: _write(staging / name, file.chunks()) for name, file in files.items()}
     _write(staging / MANIFEST, [encode_manifest(step, entries)])
-    _sync_folder(staging)
+    sync_folder(staging)
     if damage := verify(staging):
         raise LatentDiffError(f"{staging.parent}: the checkpoint of step {step} failed verification: {damage}")
 
@@ -208,26 +211,27 @@ def _publish(staging: Path, target: Path) -> None:
     """Rename a finished checkpoint into place; an earlier one of the same step can be found until then."""
     old = target.with_name(f"{target.name}.old")
     if _is_checkpoint(target) and verify(target) is None:
-        _discard(old)
+        discard(old)
         os.rename(target, old)
     else:
-        _discard(target)
+        discard(target)
     os.rename(staging, target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
-def _rotate(newest: Path, step: int, keep: int) -> None:
+def _rotate(newest: Path, step: int, keep: int, pinned: Collection[int]) -> None:
     kept = {step}
-    for other_step, path in _step_folders(newest.parent):
+    for other_step, path in step_folders(newest.parent):
         if other_step > step or path == newest:
             continue
-        if other_step not in kept and len(kept) < keep and verify(path, rehash=False) is None:
+        wanted = other_step in pinned or len(kept.difference(pinned)) < keep
+        if other_step not in kept and wanted and verify(path, rehash=False) is None:
             kept.add(other_step)
         else:
-            _discard(path)
+            discard(path)
 
 
-def _step_folders(folder: Path) -> list[tuple[int, Path]]:
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
     """Step and path of each checkpoint, intact or not, newest first; `.old` comes after its replacement."""
     found = []
     try:
@@ -248,7 +252,7 @@ def _is_checkpoint(path: Path) -> bool:
     return named and ((path / MANIFEST).exists() or (path / METADATA).exists())
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Delete a checkpoint, if it is one, renaming it first so that a half-deleted one is never found."""
     if _is_checkpoint(path):
         trash = _temporary_path(path, "trash")
@@ -266,7 +270,8 @@ def _temporary_path(path: Path, purpose: str) -> Path:
     return path.with_name(f".{purpose}-{path.name}-{uuid.uuid4().hex}")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Sync a folder to disk, so that files renamed in it stay renamed."""
     if os.name == "nt":
         return  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,5 +1,6 @@
 """Latent training: the UNet, and the text encoder unless it is frozen, on noised latents."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from text_encoder import TextEncoder
@@ -21,12 +23,16 @@ from ..data.shards import digest
 from ..data.sources import Source
 from ..diffusion.process import add_noise, diffusion_loss
 from ..sampling.loop import Network
+from ..sampling.settings import SamplingSettings
+from .best import Best
+from .budget import seconds_of
 from .fingerprint import fingerprint
 from .launch import Launch, wants_fsdp
 from .logging import MetricLogger
 from .optimizer import TrainState
 from .parallel import gather_full, no_sync, sharded
 from .preview import sample_preview
+from .timetable import Timetable
 
 Caches = tuple[LatentCache | None, TextCache | None]
 
@@ -111,6 +117,8 @@ class LatentTraining:
     ) -> None:
         config, section = run.config, run.config.train_latent
         self.run, self.folder, self.section = run, folder, section
+        self.timetable = Timetable(section, self.name, has_budget=config.budget is not None)
+        self.best = Best(run, folder)
         self.num_pictures = len(sources[0])
         self.schedule = config.diffusion.build().to(run.device)
         self.text_encoder, trains_text = text_encoder.to(run.device), config.text_encoder.train
@@ -127,10 +135,15 @@ class LatentTraining:
         self.latent_shape = (vae.config.latent_channels, size, size)
         self.plan = run.batch_plan(section)
         self.data = self._batches(sources[0], self.plan, caches[0], config.diffusion.caption_dropout, config.data.flip)
-        held_out = self._batches(sources[1], BatchPlan(config.validation.batch_size), caches[1], 0.0, False)
-        self.validation = ValidationBatches(held_out, config.validation.num_pictures, config.validation.timestep_bands)
+        plan, validation = BatchPlan(config.validation.batch_size), config.validation
+        self.captioned, self.uncaptioned = (
+            ValidationBatches(self._batches(sources[1], plan, caches[1], dropout, False), validation.num_pictures,
+                              validation.timestep_bands)
+            for dropout in (0.0, 1.0)
+        )  # fmt: skip
         self.prompts = config.validation.prompts or first_captions(sources[1], 16)
         self.fingerprint = fingerprint(run, "vae", "text_encoder", "unet", "diffusion", "train_latent") | {
+            "recipe_steps": section.steps if config.budget is not None else None,
             "vae_weights": weights_digest(vae),
             "pictures": caches[0][0].shards.inputs["pictures"] if caches[0][0] else len(sources[0]),
             "vocabulary": digest(text_encoder.tokenizer.get_vocab()),
@@ -171,13 +184,15 @@ class LatentTraining:
     def validate(self, step: int) -> dict[str, float]:
         """Compute the unweighted loss on held-out images per timestep band, with EMA and raw weights; save samples."""
         self.inner.eval()
-        values = {f"validation_loss_raw{name}": value for name, value in self._held_out_loss().items()}
+        values = {f"validation_loss_raw{name}": value for name, value in self._held_out_loss(self.captioned).items()}
         with self.state.ema.swapped([tensor.detach() for tensor in self.state.local.values()]):
-            values |= {f"validation_loss{name}": value for name, value in self._held_out_loss().items()}
-            network: Network = FullModelNetwork(self.inner) if wants_fsdp(self.run.accelerator) else self.inner.unet
-            images = sample_preview(self.run, self.prompts, network, self.text_encoder, self._encode, self.frozen.vae,
-                                    self.latent_shape)  # fmt: skip
+            values |= {f"validation_loss{name}": value for name, value in self._held_out_loss(self.captioned).items()}
+            if self.section.keep_best:
+                values["validation_loss_unconditional"] = self._held_out_loss(self.uncaptioned)[""]
+            images = self._preview(self.run.config.validation.sampling())
         self.inner.train()
+        if self.section.keep_best:
+            self.best.offer(step, values["validation_loss_unconditional"], self.state)
         if self.run.is_main:
             path = self.folder / "samples" / f"step-{step:08d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,9 +201,23 @@ class LatentTraining:
         self.run.report(f"{self.name} {step}: {shown}; samples in {self.folder / 'samples'}")
         return values
 
-    def finish(self) -> tuple[UNet, TextEncoder]:
-        """Return the averaged UNet and text encoder on the CPU; all processes must call it together."""
-        average = self.state.named("ema")
+    @torch.no_grad()
+    def rehearse(self) -> float:
+        """Estimate the seconds of `validate` from one batch and two steps of sampling."""
+        settings = self.run.config.validation.sampling()
+        few = settings.model_copy(update={"num_steps": min(2, settings.num_steps)})
+        self.inner.eval()
+        self._held_out_loss(self.captioned, rounds=1)  # the first pass prepares
+        batch = seconds_of(lambda: self._held_out_loss(self.captioned, rounds=1))
+        preview = seconds_of(lambda: self._preview(few))
+        self.inner.train()
+        rounds = math.ceil(len(self.captioned) / self.run.accelerator.num_processes) * (2 + self.section.keep_best)
+        pictures = len(self.prompts) * (1 if settings.guidance_scale == 1 else 2) * (settings.num_steps - few.num_steps)
+        return batch * (rounds + pictures / min(self.captioned.batch_size, len(self.captioned.pictures))) + preview
+
+    def finish(self, average: Mapping[str, Tensor] | None = None) -> tuple[UNet, TextEncoder]:
+        """Return UNet and text encoder on the CPU with an EMA, by default the present one; all processes call it."""
+        average = average or self.state.named("ema")
         frozen = {name: gather_full(p) for name, p in self.inner.named_parameters() if name not in average}  # pooler
         state = {name: tensor.detach().cpu() for name, tensor in {**frozen, **average}.items()}
         with torch.device("meta"):
@@ -203,13 +232,19 @@ class LatentTraining:
                                   use_attention_mask=encoder.use_attention_mask)  # fmt: skip
         return unet.eval(), encoder.cpu().eval()
 
+    def _preview(self, settings: SamplingSettings) -> Image.Image:
+        """Sample the validation prompts with the present weights."""
+        network: Network = FullModelNetwork(self.inner) if wants_fsdp(self.run.accelerator) else self.inner.unet
+        return sample_preview(self.run, settings, self.prompts, network, self.text_encoder, self._encode,
+                              self.frozen.vae, self.latent_shape)  # fmt: skip
+
     def _train_state(self) -> TrainState:
         section, rate = self.section, self.section.learning_rate
         trained = {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
         text = {name: p for name, p in trained.items() if name.startswith("text_encoder.")}
         unet = {name: p for name, p in trained.items() if name not in text}
         groups = [(unet, rate)] + ([(text, section.text_learning_rate or rate)] if text else [])
-        return TrainState(groups, section, fp16=self.run.precision == "fp16")
+        return TrainState(groups, section, self.timetable, fp16=self.run.precision == "fp16")
 
     def _batches(
         self, source: Source, plan: BatchPlan, caches: Caches, caption_dropout: float, flip: bool
@@ -227,18 +262,18 @@ class LatentTraining:
         trained = self.inner.text_encoder is not None
         return (self.inner(None, None, given) if trained else self.text_encoder.encode(*given)).float()
 
-    def _held_out_loss(self) -> dict[str, float]:
-        """Mean loss over all timesteps and per band, with the batches split across processes."""
+    def _held_out_loss(self, batches: ValidationBatches, rounds: int | None = None) -> dict[str, float]:
+        """Mean loss over all timesteps and per band; in each round every process takes one of the batches."""
         accelerator, prediction = self.run.accelerator, self.run.config.diffusion.prediction
-        sums = torch.zeros(self.validation.num_bands, 2, device=self.run.device, dtype=torch.float64)
-        for start in range(0, len(self.validation), accelerator.num_processes):
-            number = min(start + accelerator.process_index, len(self.validation) - 1)
-            batch = self.validation[number]
+        sums = torch.zeros(batches.num_bands, 2, device=self.run.device, dtype=torch.float64)
+        for start in range(0, len(batches), accelerator.num_processes)[:rounds]:
+            number = min(start + accelerator.process_index, len(batches) - 1)
+            batch = batches[number]
             x0, noise, t = self.frozen.prepare(batch)
             output = self.frozen.predict(self.inner, add_noise(x0, noise, t, self.schedule), t, batch.text)
             losses = diffusion_loss(output, x0, noise, t, prediction, self.schedule).double()
             if number == start + accelerator.process_index:  # the rest only call the model, as all must under FSDP
-                sums[self.validation.band(number)] += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+                sums[batches.band(number)] += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
         sums = accelerator.reduce(sums, "sum")
         means = (sums[:, 0] / sums[:, 1]).tolist()
         total = (sums[:, 0].sum() / sums[:, 1].sum()).item()

@@ -7,9 +7,10 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,8 @@ from ..config import Config
 from ..data.order import BatchPlan
 from ..device import DTYPES, check_attention, computes_in_bf16
 from ..errors import LatentDiffError, check_choice
-from ..sections import TrainSection
+from ..sections import TrainSection, duration
+from .signals import LAUNCHER_VARIABLES
 
 LIBRARIES = ("torch", "accelerate", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pillow")
 if sys.platform != "win32":
@@ -35,6 +37,31 @@ if sys.platform != "win32":
 LOCKS: dict[Path, int] = {}  # lock files that this process holds open
 
 PROCESS_GROUP_TIMEOUT = timedelta(hours=12)  # one may be encoding or writing a checkpoint while the rest wait
+
+
+@dataclass
+class Clock:
+    """Seconds that a run has taken, over all its launches; the time between launches does not count."""
+
+    started: float = field(default_factory=time.monotonic)  # when this launch began
+    before: float = 0.0  # seconds of earlier launches, up to the state that this one goes on from
+
+    def elapsed(self) -> float:
+        """Return the seconds so far."""
+        return self.before + time.monotonic() - self.started
+
+    def go_on_from(self, seconds: float) -> None:
+        """Take over the seconds that earlier launches had taken when they saved what this one goes on from."""
+        self.before = seconds
+
+
+def process_start() -> float:
+    """Return when this process, or the launcher that started it, began, on the monotonic clock."""
+    process, names = psutil.Process(), ("accelerate", "torchrun", "torch.distributed")
+    launched = any(variable in os.environ for variable in LAUNCHER_VARIABLES)  # also set by hand, in a shell
+    if launched and any(name in word for word in _parent_command() for name in names):
+        process = process.parent() or process
+    return time.monotonic() - (time.time() - process.create_time())
 
 
 @dataclass(frozen=True)
@@ -48,11 +75,17 @@ class Launch:
     report: Callable[[str], None]  # prints a line for the user, from the main process only
     parent: int  # PID of the process that started this one
     cpu_group: torch.distributed.ProcessGroup | None = None  # for stop flags; None with a single process
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def device(self) -> torch.device:
         """The device of this process."""
         return self.accelerator.device
+
+    @property
+    def budget(self) -> float | None:
+        """The budget in seconds."""
+        return None if self.config.budget is None else duration(self.config.budget)
 
     @property
     def is_main(self) -> bool:
@@ -72,8 +105,12 @@ class Launch:
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
 
-def launch(config: Config) -> Launch:
-    """Join the process group, set threads and precision, lock the output folder and write run.json."""
+def launch(config: Config, began: float | None = None) -> Launch:
+    """Join the process group, set threads and precision, lock the output folder and write run.json.
+
+    A budget counts from `began`, on the monotonic clock; None: from now.
+    """
+    clock = Clock() if began is None else Clock(began)
     parent = os.getppid()
     accelerator = Accelerator(
         cpu=torch.backends.mps.is_available() and not torch.cuda.is_available(),  # MPS lacks float64, used in sums
@@ -100,7 +137,7 @@ def launch(config: Config) -> Launch:
                f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {requested} ...")  # fmt: skip
     several = accelerator.num_processes > 1
     group = torch.distributed.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT) if several else None
-    run = Launch(config, accelerator, Path(config.output), precision, report, parent, group)
+    run = Launch(config, accelerator, Path(config.output), precision, report, parent, group, clock)
     if accelerator.is_main_process:
         _lock_folder(run.folder)
         _write_record(run, threads)
@@ -154,16 +191,20 @@ def choose_trackers(wanted: Sequence[str] | None) -> list[str]:
 
 def requested_processes() -> int:
     """Return `--num_processes` from the launcher's command line, or 0."""
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return 0
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    words = _parent_command()
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         name, _, value = word.partition("=")
         if name in ("--num_processes", "--num-processes"):
             text = value or following
             return int(text) if text.isdigit() else 0
     return 0
+
+
+def _parent_command() -> list[str]:
+    try:
+        return psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return []
 
 
 def _num_cores() -> int:

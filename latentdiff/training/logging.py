@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..sections import duration
 from .launch import Launch
 
 PHASES = ("data", "model", "optimizer")
@@ -19,7 +20,9 @@ PHASES = ("data", "model", "optimizer")
 class MetricLogger:
     """Metrics accumulated on the device; the loop waits for the device only when a line is logged."""
 
-    def __init__(self, run: Launch, folder: Path, name: str, first_step: int, steps: int, batch_size: int) -> None:
+    def __init__(
+        self, run: Launch, folder: Path, name: str, first_step: int, steps: int | None, batch_size: int
+    ) -> None:
         self.run, self.folder, self.name = run, folder, name
         self.steps, self.batch_size, self.done = steps, batch_size, first_step
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # sum and number of finite steps, on the device
@@ -53,10 +56,10 @@ class MetricLogger:
         rate = count * self.batch_size / elapsed
         shares = {name: spent / elapsed for name, spent in self._spent.items()}
         shares["other"] = max(0.0, 1 - sum(shares.values()))
-        left = timedelta(seconds=round((self.steps - step) * elapsed / count))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         spread = " ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        self.run.report(f"{self.name} {step}/{self.steps}  {shown}  {rate:.1f} pictures/s ({spread})  {left} left")
+        self.run.report(f"{self.name} {step}/{self.steps or '?'}  {shown}  {rate:.1f} pictures/s ({spread})  "
+                        f"{self._left(step, elapsed / count)}")  # fmt: skip
         timing = {"pictures_per_second": rate} | {f"time_{name}": share for name, share in shares.items()}
         self.write(step, means | timing)
         self._sums, self._spent, self.done = {}, dict.fromkeys(PHASES, 0.0), step
@@ -69,6 +72,13 @@ class MetricLogger:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         self.run.accelerator.log({f"{self.name}/{name}": value for name, value in values.items()}, step=step)
+
+    def _left(self, step: int, seconds_per_step: float) -> str:
+        """Say what is left of the budget or, without one, of the stage."""
+        if (budget := self.run.config.budget) is not None:
+            left = max(0, round(duration(budget) - self.run.clock.elapsed()))
+            return f"{timedelta(seconds=left)} left of {budget}"
+        return f"{timedelta(seconds=round(((self.steps or step) - step) * seconds_per_step))} left"
 
     def close(self) -> None:
         """Finish the trackers; the next stage starts its own."""

@@ -1,6 +1,9 @@
 """The training loop of both stages: steps, logging, validation, checkpoints, and stopping early."""
 
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,12 +14,19 @@ from ..data.cache import check_broken
 from ..data.shards import digest
 from ..errors import LatentDiffError
 from ..sections import TrainSection
+from .best import Best
+from .budget import Pacer
 from .checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from .decisions import Decisions, read_decisions
 from .fingerprint import first_difference
 from .launch import Launch
 from .logging import MetricLogger
 from .optimizer import TrainState
 from .signals import StopFlag, StopReason
+from .stopped import Stopped
+from .timetable import Timetable
+
+ENDLESS = 2**40  # steps; with a budget, the last one is decided along the way
 
 
 class Training(Protocol):
@@ -24,10 +34,15 @@ class Training(Protocol):
 
     name: str  # train_vae or train_latent
     num_pictures: int  # in the training set
+    timetable: Timetable
 
     @property
     def section(self) -> TrainSection:
         """The stage's section of the config."""
+
+    @property
+    def best(self) -> Best | None:
+        """The best average so far, if the stage keeps one."""
 
     @property
     def states(self) -> Mapping[str, TrainState]:
@@ -46,13 +61,8 @@ class Training(Protocol):
     def validate(self, step: int) -> dict[str, float]:
         """Compute metrics on held-out images and save some images for inspection."""
 
-
-class Stopped(LatentDiffError):
-    """Error that ends training early, with a checkpoint saved; `exit_code` is 128 + the signal number, or 1."""
-
-    def __init__(self, message: str, reason: StopReason) -> None:
-        super().__init__(message)
-        self.exit_code = reason.exit_code
+    def rehearse(self) -> float:
+        """Return how many seconds `validate` takes, estimated from a part of it."""
 
 
 class SkippedSteps:
@@ -76,21 +86,30 @@ class SkippedSteps:
         return int(total), int(longest)
 
 
-def run_training(training: Training, run: Launch, folder: Path) -> None:
+def run_training(
+    training: Training, run: Launch, folder: Path, limit: float | None, finishing: Callable[[], float] = lambda: 0.0
+) -> None:
     """Train from the newest intact checkpoint in `folder`, or from scratch, to the last step.
 
-    Raises `Stopped`, with a checkpoint saved, after a signal, too many non-finite steps or too many broken images.
+    With a budget, there are as many steps as let the stage be finished `limit` seconds after the launch, where what
+    follows the last step takes as long as `finishing` estimates.
+
+    Raises `Stopped`, with a checkpoint saved, after a signal, too many non-finite steps or too many broken images, and
+    LatentDiffError if the budget is too short.
     """
-    skipped = SkippedSteps(run.device)
-    first, section = restore(training, run, folder, skipped), training.section
+    section, timetable = training.section, training.timetable
+    skipped, decisions = SkippedSteps(run.device), Decisions(folder / "checkpoints", training.fingerprint)
+    step = restore(training, run, folder, skipped, decisions, limit)
+    pacer = Pacer(run, timetable, decisions, limit, checkpoint_bytes(training))
     broken = _read_broken(folder, run)
-    log = MetricLogger(run, folder, training.name, first, section.steps, section.batch_size)
-    if first == 0 and section.validate_first:
-        with log.untimed():
+    log = MetricLogger(run, folder, training.name, step, timetable.steps, section.batch_size)
+    if step == 0 and section.validate_first:
+        with log.untimed(), pacer.timing(pacer.validation):
             log.write(0, training.validate(0))
-    batches = training.batches(first, section.steps)
+    batches = training.batches(step, ENDLESS if limit is not None else section.steps)
     with StopFlag(run.parent) as flag:
-        for step in range(first + 1, section.steps + 1):
+        while timetable.steps is None or step < timetable.steps:
+            step += 1
             with log.phase("data"):
                 parts = next(batches)
             broken.update(entry for part in parts for entry in part.broken)
@@ -98,25 +117,48 @@ def run_training(training: Training, run: Launch, folder: Path) -> None:
             skipped.add(step_is_finite)
             log.add(metrics, step_is_finite)
             why = too_many_broken(broken, training, run)
-            reason = sync_reason(flag.requested() or (StopReason.BROKEN_PICTURES if why else StopReason.NONE), run)
-            last = bool(step == section.steps or reason)
-            if step % section.log_every == 0 or last:
+            wanted = flag.requested() or (StopReason.BROKEN_PICTURES if why else StopReason.NONE)
+            reason, save_is_due, validation_is_due = pacer.after(
+                step, wanted, partial(rehearse, training, finishing, log)
+            )
+            log.steps, finished = timetable.steps, step == timetable.steps
+            if step % section.log_every == 0 or finished or reason:
                 total, longest = skipped.read()
                 log.log(step, {"skipped": total, "broken": len(broken)} if total or broken else {})
                 if longest >= section.max_skipped:
-                    reason, last = StopReason.NOT_FINITE, True
-                    why = f"the loss was not finite in {longest} steps in a row"
+                    reason, why = StopReason.NOT_FINITE, f"the loss was not finite in {longest} steps in a row"
                 _write_broken(broken, folder, run)
             with log.untimed():
-                if step % section.checkpoint_every == 0 or last:
-                    save(training, run, folder, step, skipped)
-                if (step % section.validate_every == 0 or step == section.steps) and not reason:
-                    log.write(step, training.validate(step))
+                if (validation_is_due or finished) and not reason:
+                    with pacer.timing(pacer.validation):
+                        log.write(step, training.validate(step))
+                if save_is_due or finished or reason:
+                    with pacer.timing(pacer.checkpoint):
+                        save(training, run, folder, step, skipped)
             if reason:
-                sentence = reason.sentence(why)
-                checkpoints = folder / "checkpoints"
-                raise Stopped(f"stopped at step {step} of {section.steps}: {sentence}; saved in {checkpoints}", reason)
+                raise Stopped(stop_message(training, run, folder, step, reason, why), reason)
+    pacer.settle()
     log.close()
+
+
+def rehearse(training: Training, finishing: Callable[[], float], log: MetricLogger) -> tuple[float, float]:
+    """Return the estimated seconds of a validation, and of finishing the stage after the last step."""
+    with log.untimed():
+        return training.rehearse(), finishing()
+
+
+def stop_message(
+    training: Training, run: Launch, folder: Path, step: int, reason: StopReason, why: str | None
+) -> str:  # fmt: skip
+    """Say where training stopped and why, how to go on, and whether the run can be used as it is."""
+    number = f"step {step}" + (f" of {training.timetable.steps}" if training.timetable.steps else "")
+    message = f"stopped at {number}: {reason.sentence(why)}; saved in {folder / 'checkpoints'}"
+    if reason in (StopReason.NOT_FINITE, StopReason.BROKEN_PICTURES):
+        return message
+    usable = "the VAE is not finished, so nothing can be sampled yet"
+    if training.name == "train_latent":
+        usable = f'to sample from it as it is: latentdiff sample "a prompt" -m {shlex.quote(str(run.folder))}'
+    return f"{message}. To go on, give the same command again; {usable}"
 
 
 def save(training: Training, run: Launch, folder: Path, step: int, skips: SkippedSteps) -> None:
@@ -125,14 +167,23 @@ def save(training: Training, run: Launch, folder: Path, step: int, skips: Skippe
                for what, values in state.tensors(keep=run.is_main).items()}  # fmt: skip
     tensors["skips"] = {"counts": skips.counts}
     if run.is_main:
-        keep = training.section.keep_checkpoints
-        metadata = {"key": digest(training.fingerprint), **training.fingerprint}
-        save_checkpoint(folder / "checkpoints", step, tensors, metadata, keep=keep)
+        current = [decision for decision in training.timetable.decisions if decision.step <= step][-1:]
+        metadata = {"key": digest(training.fingerprint), **training.fingerprint, "steps": training.timetable.steps,
+                    "seconds": run.clock.elapsed(), "decisions": _decisions_before(step, training),
+                    "best": training.best.record if training.best else None}  # fmt: skip
+        save_checkpoint(folder / "checkpoints", step, tensors, metadata, keep=training.section.keep_checkpoints,
+                        pinned={decision.decay_start for decision in current})  # fmt: skip
+        if training.best:
+            training.best.delete_others()
     run.accelerator.wait_for_everyone()
 
 
-def restore(training: Training, run: Launch, folder: Path, skips: SkippedSteps) -> int:
-    """Load the newest intact checkpoint and return its step, or 0 if there is none."""
+def restore(
+    training: Training, run: Launch, folder: Path, skips: SkippedSteps, decisions: Decisions, limit: float | None
+) -> int:  # fmt: skip
+    """Load the decisions and the newest intact checkpoint; return its step, or 0 if there is none."""
+    if limit is not None:
+        training.timetable.decisions = read_decisions(run, folder, decisions, limit)
     checkpoint = newest_checkpoint(folder / "checkpoints", run.report)
     _check_same_step(checkpoint, run)
     if checkpoint is None:
@@ -144,17 +195,16 @@ def restore(training: Training, run: Launch, folder: Path, skips: SkippedSteps) 
             raise LatentDiffError(f"{checkpoint.path}: has no {name}-weights; delete the checkpoints to start over")
         state.load({kind: checkpoint.tensors(f"{name}-{kind}") for kind in kinds})
     skips.counts = checkpoint.tensors("skips")["counts"].to(run.device)
+    run.clock.go_on_from(checkpoint.metadata.get("seconds", 0.0))
+    if training.best:
+        training.best.record = checkpoint.metadata.get("best")
     run.report(f"{training.name}: resuming from step {checkpoint.step}")
     return checkpoint.step
 
 
-def sync_reason(reason: StopReason, run: Launch) -> StopReason:
-    """Return the largest stop reason of any process, over a CPU group so as not to wait for the device."""
-    if run.accelerator.num_processes == 1:
-        return reason
-    largest = torch.tensor(int(reason))
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=run.cpu_group)
-    return StopReason(int(largest))
+def checkpoint_bytes(training: Training) -> int:
+    """Return the size of a checkpoint: weights, average and two moments in float32."""
+    return 16 * sum(p.numel() for state in training.states.values() for p in state.parameters.values())
 
 
 def too_many_broken(broken: Mapping[str, str], training: Training, run: Launch) -> str | None:
@@ -182,6 +232,17 @@ def _check_same_run(checkpoint: Checkpoint, training: Training) -> None:
             f"{checkpoint.path}: this run started with {name}={previous!r}, but it is now {new!r}; "
             "choose another `output`, or delete the checkpoints to start over"
         )
+
+    if _decisions_before(checkpoint.step, training) != checkpoint.metadata.get("decisions", []):
+        raise LatentDiffError(
+            f"{checkpoint.path.parent / 'decisions'}: are not the decisions that led to {checkpoint.path.name}; put "
+            "them back, or delete the checkpoints to start over"
+        )
+
+
+def _decisions_before(step: int, training: Training) -> list[dict[str, Any]]:
+    """The decisions that led to a step, for the metadata of its checkpoint."""
+    return [asdict(decision) for decision in training.timetable.decisions if decision.step < step]
 
 
 def _read_broken(folder: Path, run: Launch) -> dict[str, str]:

@@ -3,7 +3,6 @@
 Nothing here waits for the device: whether a step is finite is a scalar on the device, read by the kernels.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,18 +13,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..sections import TrainSection
 from .ema import EMA
 from .parallel import gather_full, local_shard
+from .timetable import Timetable
 
 FP16_SCALE, FP16_GROWTH = 2.0**16, 2000  # initial loss scale; finite steps until it doubles
-
-
-def learning_rate(step: int, section: TrainSection) -> float:
-    """Return the learning rate factor at a step, counted from 1: linear warm-up, then constant or cosine decay."""
-    warm = min(1.0, step / section.warmup_steps) if section.warmup_steps else 1.0
-    if section.lr_schedule == "constant" or step <= section.warmup_steps:
-        return warm
-    final = section.final_lr / section.learning_rate
-    progress = (step - section.warmup_steps) / max(1, section.steps - section.warmup_steps)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 class TrainState:
@@ -38,10 +28,11 @@ class TrainState:
         self,
         groups: Sequence[tuple[Mapping[str, nn.Parameter], float]],
         section: TrainSection,
+        timetable: Timetable | None = None,
         *,
         fp16: bool = False,
     ) -> None:
-        self.section = section
+        self.section, self.timetable = section, timetable or Timetable(section)
         self.parameters = {name: parameter for group, _ in groups for name, parameter in group.items()}
         self.local = {name: local_shard(parameter) for name, parameter in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
@@ -81,7 +72,7 @@ class TrainState:
         `norm` comes from `gradient_norm`; gradients are scaled down if it exceeds `max_grad_norm`.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * learning_rate(step, self.section)
+            group["lr"] = group["base"] * self.timetable.learning_rate(step)
         clip = (norm / self.section.max_grad_norm).clamp(min=1.0)
         optimizer: Any = self.optimizer  # the fused kernels read both attributes, as with torch's GradScaler
         optimizer.grad_scale = torch.where(step_is_finite > 0, clip * self.loss_scale, torch.ones_like(clip))

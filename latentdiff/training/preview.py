@@ -15,12 +15,14 @@ from ..data.pictures import to_images
 from ..evaluation.grid import labeled_grid
 from ..sampling.loop import Features, Network, last, sample_latents
 from ..sampling.prompts import text_features
+from ..sampling.settings import SamplingSettings
 from .launch import Launch
 
 
 @torch.no_grad()
 def sample_preview(
     run: Launch,
+    settings: SamplingSettings,
     prompts: Sequence[str],
     network: Network,
     text_encoder: TextEncoder,
@@ -32,7 +34,6 @@ def sample_preview(
 
     `encode` maps prompts to features on the device. It is collective under FSDP, and so is this function.
     """
-    settings = run.config.validation.sampling()
     with run.autocast():
         cond = text_features(text_encoder, prompts, encode)
         uncond = None if settings.guidance_scale == 1 else text_features(text_encoder, [""] * len(prompts), encode)

@@ -7,42 +7,46 @@
 <output>/model/                    finished model, in diffusers' layout
 """
 
-import json
-import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from text_encoder import TextEncoder, TextEncoderError, train_tokenizer
 from unet import UNet
 from vae import VAE
 
-from ..assets import part_folder
 from ..config import Config
 from ..data.cache import LatentCache, TextCache, pictures_digest
-from ..data.shards import Shards, changed_inputs, remove_others
+from ..data.shards import changed_inputs, remove_others
 from ..data.sources import Source, open_source
 from ..diffusion.process import Process
 from ..errors import LatentDiffError
-from ..files.export import save_model
+from ..files.export import begin_model, save_model
 from ..files.open import read_json
 from ..files.scheduler import read_scheduler, scheduler_config
+from ..files.unfinished import find_part
+from .checkpoint import newest_checkpoint
+from .done import find_done, mark_done
 from .fingerprint import fingerprint, first_difference
 from .latent import LatentTraining
 from .launch import Launch, launch
 from .loop import run_training
+from .parallel import gather_full
 from .vae import VAETraining
-from .vae_finish import finish_vae
+from .vae_finish import finish_seconds, finish_vae, kept_encodings
 
 Caches = tuple[LatentCache | None, TextCache | None]
 
 
-def train_vae(config: Config, run: Launch | None = None) -> Path:
+def train_vae(config: Config, run: Launch | None = None, share: float | None = None) -> Path:
     """Train the VAE, normalize its latents, save it to `<output>/vae` and return that folder.
+
+    It has the whole budget, if there is one, or else `share` of it and the rest is left for another stage.
 
     Raises:
         LatentDiffError: the config or data cannot be used, or training stopped early (`Stopped`).
@@ -50,19 +54,24 @@ def train_vae(config: Config, run: Launch | None = None) -> Path:
     run = run or launch(config)
     folder = run.folder / "vae"
     settings = fingerprint(run, "vae", "train_vae")
+    limit = run.budget and run.budget * (share or 1.0)
     if config.vae.pretrained:
         raise LatentDiffError(
             f"vae.pretrained={config.vae.pretrained}: this VAE is already trained; remove the setting to train one"
         )
-    if _is_done(folder, settings, config.train_vae.steps, run):
+    # A larger budget for all stages is for those after the VAE, as latents of another VAE would not fit the UNet.
+    enough = 0.0 if limit is not None and share else limit
+    if (done := find_done(folder, settings, run, steps=config.train_vae.steps, budget=enough)) is not None:
+        run.report(f"{folder}: already done")
+        run.clock.go_on_from(done.get("seconds", 0.0) if share else 0.0)
         return folder
     check_batches(run)
     sources = open_source(config.data)
     torch.manual_seed(config.seed)  # torch's global generator is used only for the initial weights
     task = VAETraining(run, run.folder / "train_vae", sources, VAE(config.vae.build(config.data.image_size)))
-    run_training(task, run, run.folder / "train_vae")
+    run_training(task, run, run.folder / "train_vae", limit, partial(finish_seconds, task, run))
     finish_vae(task, run, folder)
-    _mark_done(folder, settings, config.train_vae.steps, run)
+    mark_done(folder, settings, task.timetable.steps, limit, run)
     return folder
 
 
@@ -85,7 +94,8 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     folder = run.folder / "model"
     vae = open_vae(run)
     settings = fingerprint(run, "vae", "text_encoder", "unet", "diffusion", "train_latent")
-    if _is_done(folder, settings, config.train_latent.steps, run):
+    if find_done(folder, settings, run, steps=config.train_latent.steps, budget=run.budget) is not None:
+        run.report(f"{folder}: already done")
         return folder
     check_batches(run)
     scheduler_config(config.diffusion.process())  # raises now if the scheduler could not be saved at the end
@@ -97,21 +107,52 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
         run.report(f"warning: unet.pretrained={config.unet.pretrained}: {line}")
     caches = make_caches(run, sources, vae, text_encoder)
     task = LatentTraining(run, run.folder / "train_latent", sources, vae, unet, text_encoder, caches)
-    run_training(task, run, run.folder / "train_latent")
-    averaged, text_encoder = task.finish()
-    if run.is_main:
-        save_model(folder, vae=vae.cpu(), unet=averaged, text_encoder=text_encoder, process=config.diffusion.process())
-    _mark_done(folder, settings, config.train_latent.steps, run)
-    run.report(f"model saved to {folder}")
+    _begin_model(task, run, folder)
+    run_training(task, run, run.folder / "train_latent", run.budget)
+    _save_average(task, run, folder)
+    best = task.best.tensors() if config.train_latent.keep_best else None
+    if best is not None:
+        _save_average(task, run, run.folder / "model-best", best)
+    mark_done(folder, settings, task.timetable.steps, run.budget, run)
+    run.report(f"model saved to {folder}" + (f"; {_best_sentence(task, run)}" if best is not None else ""))
     return folder
 
 
-def train(config: Config) -> Path:
+def _save_average(task: LatentTraining, run: Launch, folder: Path, average: Mapping[str, Tensor] | None = None) -> None:
+    """Save a model with an EMA of the weights, by default the present one; all processes call this."""
+    unet, text_encoder = task.finish(average)
+    if run.is_main:
+        save_model(folder, vae=task.frozen.vae.cpu(), unet=unet, text_encoder=text_encoder,
+                   process=run.config.diffusion.process())  # fmt: skip
+
+
+def _best_sentence(task: LatentTraining, run: Launch) -> str:
+    assert task.best.record is not None
+    step = task.best.record["step"]
+    passes = step * task.section.batch_size / task.num_pictures
+    return (f"the held-out loss without captions was lowest at step {step} of {task.timetable.steps}, after "
+            f"{passes:.1f} passes over the pictures: {run.folder / 'model-best'} has the EMA of that step")  # fmt: skip
+
+
+def _begin_model(task: LatentTraining, run: Launch, folder: Path) -> None:
+    """Write what is not trained, so that from now on every checkpoint can be opened as a model."""
+    encoder = task.text_encoder
+    frozen = {name: gather_full(p) for name, p in encoder.model.named_parameters() if not p.requires_grad}
+    if run.is_main:
+        checkpoint = newest_checkpoint(task.folder / "checkpoints", lambda damage: None)
+        # If its settings differ, training will refuse to go on, and what is there must still fit the checkpoint.
+        if checkpoint is None or first_difference(checkpoint.metadata, task.fingerprint) is None:
+            begin_model(folder, vae=task.frozen.vae, unet=task.inner.unet.config, text_encoder=encoder, frozen=frozen,
+                        process=run.config.diffusion.process())  # fmt: skip
+    run.accelerator.wait_for_everyone()
+
+
+def train(config: Config, run: Launch | None = None) -> Path:
     """Run all unfinished stages and return the folder of the model; raises as `train_latent` does."""
-    run = launch(config)
+    run = run or launch(config)
     preflight(run)
     if not config.vae.pretrained:
-        train_vae(config, run)
+        train_vae(config, run, config.budget_share)
     return train_latent(config, run)
 
 
@@ -122,7 +163,7 @@ def preflight(run: Launch) -> None:
     scheduler_config(config.diffusion.process())
     encoder = open_text_encoder(config, open_source(config.data)[0])
     pretrained = config.vae.pretrained
-    vae = VAE.from_pretrained(part_folder(pretrained, "vae")) if pretrained else None
+    vae = VAE.from_pretrained(find_part(pretrained, "vae")) if pretrained else None
     with torch.device("meta"):
         new_unet(config, vae or VAE(config.vae.build(config.data.image_size)), encoder)
 
@@ -139,14 +180,14 @@ def check_batches(run: Launch) -> None:
 def open_vae(run: Launch) -> VAE:
     """Load the VAE named in the config or trained by this run; raise if there is none or it does not fit image_size."""
     pretrained = run.config.vae.pretrained
-    folder = Path(part_folder(pretrained, "vae")) if pretrained else run.folder / "vae"
+    folder = Path(find_part(pretrained, "vae")) if pretrained else run.folder / "vae"
     if not pretrained and not (folder / "done.json").is_file():
         raise LatentDiffError(
             f"{folder}: no finished VAE; run train_vae.py with the same config first, "
             "or name a trained one with vae.pretrained=FOLDER (`latentdiff train` runs both stages)"
         )
     if not pretrained:
-        _is_done(folder, fingerprint(run, "vae", "train_vae"), 0, run, quiet=True)  # raises if the settings differ
+        find_done(folder, fingerprint(run, "vae", "train_vae"), run)  # raises if the settings differ
     vae = VAE.from_pretrained(folder)
     size, factor = run.config.data.image_size, vae.config.downsampling
     if size % factor:
@@ -160,7 +201,7 @@ def open_text_encoder(config: Config, source: Source) -> TextEncoder:
     """Load the text encoder named in the config, or create one with a vocabulary learned from the captions."""
     section = config.text_encoder
     if section.pretrained:
-        folder = part_folder(section.pretrained, "text_encoder")
+        folder = find_part(section.pretrained, "text_encoder")
         try:
             return TextEncoder.from_pretrained(folder, max_length=section.max_length)
         except TextEncoderError as error:
@@ -185,7 +226,7 @@ def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
 
 
 def _pretrained_unet(config: Config, pretrained: str, channels: int, width: int) -> UNet:
-    folder = Path(part_folder(pretrained, "unet"))
+    folder = Path(find_part(pretrained, "unet"))
     with torch.device("cpu"):  # also if called under the meta device
         unet, saved = UNet.from_pretrained(folder), _saved_process(folder.parent)
     for what, needed in (("in_channels", channels), ("out_channels", channels), ("context_dim", width)):
@@ -210,7 +251,7 @@ def _pretrained_warnings(config: Config) -> Iterator[str]:
         return
     if not config.text_encoder.pretrained:
         yield "it does not know a new text encoder; set text_encoder.pretrained to the one it was trained with"
-    saved = _saved_process(Path(part_folder(config.unet.pretrained, "unet")).parent)
+    saved = _saved_process(Path(find_part(config.unet.pretrained, "unet")).parent)
     if saved is not None and not torch.equal(saved.schedule.betas, config.diffusion.build().betas):
         yield "it was trained with another noise schedule than the one in `diffusion`; check zero_terminal_snr"
 
@@ -228,55 +269,25 @@ def make_caches(run: Launch, sources: tuple[Source, Source], vae: VAE, encoder: 
                 pictures_digest(source, memo)  # reads every image, so only one process does it
             run.accelerator.wait_for_everyone()
             data = config.data if name == "train" else config.data.model_copy(update={"max_broken": 1.0})
-            latents = LatentCache(folder / f"{name}-latents", source, vae, data, flips=flips, memo=memo)
-            _build_cache(run, latents, latents.shards, f"{name} pictures")
+            kept = kept_encodings(vae, source, run) if name == "train" else None
+            latents = LatentCache(folder / f"{name}-latents", source, vae, data, flips=flips, memo=memo,
+                                  encoded=kept.encoded if kept else None, workers=config.workers)  # fmt: skip
+            _build_cache(run, latents, f"{name} pictures")
         if config.train_latent.cache and not config.text_encoder.train:
             text = TextCache(folder / f"{name}-text", source, encoder.eval())
-            _build_cache(run, text, text.shards, f"{name} captions")
+            _build_cache(run, text, f"{name} captions")
         caches.append((latents, text))
+    if run.is_main:
+        shutil.rmtree(folder / "train-encodings", ignore_errors=True)
     return caches[0], caches[1]
 
 
-def _build_cache(run: Launch, cache: LatentCache | TextCache, shards: Shards, what: str) -> None:
+def _build_cache(run: Launch, cache: LatentCache | TextCache, what: str) -> None:
+    shards = cache.shards
     stale = changed_inputs(shards.folder.parent, shards.inputs)
     if stale and not shards.folder.exists():
         run.report(f"the cache of {what} is outdated ({', '.join(stale)} changed) and will be rebuilt")
-    hidden = not run.is_main or (shards.folder / "complete.json").is_file()
-    with tqdm(total=shards.num_rows, desc=f"encoding {what}", unit="", disable=hidden) as bar:
-
-        def progress(rows: int) -> None:
-            bar.update(min(rows * run.accelerator.num_processes, shards.num_rows - int(bar.n)))  # assumes equal speed
-
-        cache.build(run.accelerator, progress)
+    cache.build(run.accelerator, f"encoding {what}")
     if run.is_main:
         remove_others(shards.folder.parent, {shards.folder.name})
-    run.accelerator.wait_for_everyone()
-
-
-def _is_done(folder: Path, settings: dict[str, Any], steps: int, run: Launch, *, quiet: bool = False) -> bool:
-    """Whether the stage finished at least `steps` steps; raise if it was run with other settings."""
-    try:
-        done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-        before, taken = done["facts"], done["steps"]
-    except (OSError, ValueError, KeyError):
-        return False
-    difference = first_difference(before, {name: now for name, now in settings.items() if name != "precision"})
-    if difference is not None:
-        name, previous, new = difference
-        raise LatentDiffError(
-            f"{folder}: was made with {name}={previous!r}, but it is now {new!r}; choose another `output`, "
-            "or delete the folder and its checkpoints to start over"
-        )
-    if taken < steps:
-        return False
-    if not quiet:
-        run.report(f"{folder}: already done")
-    return True
-
-
-def _mark_done(folder: Path, settings: dict[str, Any], steps: int, run: Launch) -> None:
-    if run.is_main:
-        partial = folder / "done.json.partial"
-        partial.write_text(json.dumps({"steps": steps, "facts": settings}, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / "done.json")
     run.accelerator.wait_for_everyone()

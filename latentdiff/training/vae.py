@@ -1,5 +1,6 @@
 """VAE training: reconstruction, KL, perceptual and adversarial losses (arXiv 2112.10752, appendix G)."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ..data.sources import Source
 from ..evaluation.grid import comparison_grid
 from ..evaluation.metrics import psnr, ssim
 from ..sections import DataConfig, TrainVAESection
+from .best import Best
+from .budget import seconds_of
 from .discriminator import Discriminator, discriminator_loss, generator_loss
 from .fingerprint import fingerprint
 from .launch import Launch
@@ -26,6 +29,7 @@ from .logging import MetricLogger
 from .optimizer import TrainState
 from .parallel import distributed, no_sync
 from .perceptual import PerceptualLoss
+from .timetable import Timetable
 from .vae_losses import adaptive_weight, load_perceptual, reconstruction_nll
 
 
@@ -107,6 +111,8 @@ class VAETraining:
     def __init__(self, run: Launch, folder: Path, sources: tuple[Source, Source], vae: VAE) -> None:
         config, section = run.config, run.config.train_vae
         self.run, self.folder, self.section = run, folder, section
+        self.timetable = Timetable(section, self.name, has_budget=config.budget is not None)
+        self.best: Best | None = None
         self.train_source, self.held_out = sources
         self.num_pictures = len(self.train_source)
         if section.gradient_checkpointing:
@@ -118,20 +124,21 @@ class VAETraining:
         run.report(sentence)
         fp16 = run.precision == "fp16"
         trained = {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
-        self.states = {"vae": TrainState([(trained, section.learning_rate)], section, fp16=fp16)}
+        self.states = {"vae": TrainState([(trained, section.learning_rate)], section, self.timetable, fp16=fp16)}
         inner_discriminator, self.discriminator = None, None
         if section.adversarial_weight > 0:
             inner_discriminator = Discriminator(section.discriminator_width, section.discriminator_layers)
             self.discriminator = distributed(inner_discriminator.to(run.device), run, section)
             group = (dict(inner_discriminator.named_parameters()), section.discriminator_learning_rate)
-            self.states["discriminator"] = TrainState([group], section, fp16=fp16)
+            self.states["discriminator"] = TrainState([group], section, self.timetable, fp16=fp16)
         self.losses = AutoencoderLosses(self.inner, self.model, inner_discriminator, self.discriminator,
                                         self.perceptual, section, run.autocast,
                                         lambda gradients: run.accelerator.reduce(gradients, "mean"))  # fmt: skip
         size = config.data.image_size // vae.config.downsampling
         self.latent_shape = (vae.config.latent_channels, size, size)
         self.plan = run.batch_plan(section)
-        self.fingerprint = {**fingerprint(run, "vae", "train_vae"), "pictures": len(self.train_source)}
+        self.fingerprint = {**fingerprint(run, "vae", "train_vae"), "pictures": len(self.train_source),
+                            "recipe_steps": section.steps if config.budget is not None else None}  # fmt: skip
 
     def batches(self, start: int, stop: int) -> Iterator[list[PixelBatch]]:
         """Yield the list of micro-batches of each step from `start` to `stop` - 1, counted from 0."""
@@ -144,7 +151,9 @@ class VAETraining:
 
         Returns scalar metrics, and a scalar that is 1 if the step was finite and updated the weights, else 0.
         """
-        discriminator = self.discriminator if step >= self.section.adversarial_start else None
+        discriminator = (
+            self.discriminator if step >= self.timetable.first_step(self.section.adversarial_start) else None
+        )
         states = [state for name, state in self.states.items() if name == "vae" or discriminator is not None]
         metrics: dict[str, Tensor] = {}
         with log.phase("model"):
@@ -190,6 +199,17 @@ class VAETraining:
         self.run.report(f"{self.name} {step}: {line}; reconstructions in {self.folder / 'reconstructions'}")
         return values
 
+    @torch.no_grad()
+    def rehearse(self) -> float:
+        """Estimate the seconds of `validate` from one batch."""
+        self.inner.eval()
+        self._evaluate(rounds=1)  # the first pass prepares
+        batch = seconds_of(lambda: self._evaluate(rounds=1))
+        self.inner.train()
+        settings = self.run.config.validation
+        count = min(settings.num_pictures, len(self.held_out))
+        return 2 * batch * math.ceil(count / settings.batch_size / self.run.accelerator.num_processes)
+
     def finish(self) -> tuple[VAE, float]:
         """Return the averaged VAE and the log-variance of its decoder."""
         average = self.states["vae"].named("ema")
@@ -197,13 +217,17 @@ class VAETraining:
         self.inner.vae.enable_gradient_checkpointing(False)
         return self.inner.vae.eval(), float(self.inner.log_variance.detach())
 
-    def _evaluate(self) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
-        """Mean metrics over held-out images, split across processes, and up to 16 image-reconstruction pairs."""
+    def _evaluate(self, rounds: int | None = None) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
+        """Mean metrics over held-out images, split across processes, and up to 16 image-reconstruction pairs.
+
+        In each round every process takes one batch.
+        """
         settings, accelerator = self.run.config.validation, self.run.accelerator
         count = min(settings.num_pictures, len(self.held_out))
         sums = torch.zeros(4, dtype=torch.float64, device=self.run.device)
         shown: list[tuple[Tensor, Tensor]] = []
-        for number, start in enumerate(range(0, count, settings.batch_size)):
+        most = None if rounds is None else rounds * accelerator.num_processes
+        for number, start in enumerate(range(0, count, settings.batch_size)[:most]):
             if number % accelerator.num_processes != accelerator.process_index:
                 continue
             chosen = range(start, min(start + settings.batch_size, count))

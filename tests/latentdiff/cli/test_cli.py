@@ -44,16 +44,16 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("as_script", [False, True])
-def test_train_latent_without_a_config_trains_the_demo(invoke, monkeypatch, as_script):
-    trained = []
-    monkeypatch.setattr(stages, "train_latent", trained.append)
+def test_train_latent_without_a_config_trains_the_demo(invoke, monkeypatch, as_script, tmp_path):
+    trained, settings = [], ("--budget", "10m", f"output={tmp_path}")
+    monkeypatch.setattr(stages, "train_latent", lambda config, run: trained.append((config, run.clock.elapsed() > 0)))
     if as_script:
-        monkeypatch.setattr(sys, "argv", ["train_latent.py", "seed=1"])
+        monkeypatch.setattr(sys, "argv", ["train_latent.py", *settings])
         with pytest.raises(SystemExit, match=r"^0$"):
             run_stage("train-latent")
     else:
-        assert invoke("train-latent", "seed=1").exit_code == 0
-    assert trained == [load_config("demo", ["seed=1"])]
+        assert invoke("train-latent", *settings).exit_code == 0
+    assert trained == [(load_config("demo", [f"output={tmp_path}", "budget=10m"]), True)]
 
 
 def test_the_schema_is_json(invoke):

@@ -13,6 +13,7 @@ from transformers import BertModel, BertTokenizerFast  # noqa: F401 (imported on
 from latentdiff.cli import plain_errors
 from latentdiff.config import load_config
 from latentdiff.training import stages
+from latentdiff.training.decisions import Decisions
 
 TASKS = (stages.VAETraining, stages.LatentTraining)
 
@@ -25,8 +26,9 @@ def run(overrides, stage="train", accident=None, at=0, environment=None, recipe=
     output = dict(override.split("=", 1) for override in overrides)["output"]
     sys.stderr = sys.stdout = Path(f"{output}.{os.environ.get('RANK', '0')}.log").open("a", buffering=1)  # noqa: SIM115
     if accident:
-        {"kill at step": kill_at_step, "kill while saving": kill_while_saving, "full disk": full_disk,
-         "terminate": terminate, "not finite": not_finite, "float64": float64}[accident](at)  # fmt: skip
+        {"kill at step": kill_at_step, "kill while saving": kill_while_saving, "kill after deciding":
+         kill_after_deciding, "full disk": full_disk, "terminate": terminate, "not finite": not_finite,
+         "float64": float64}[accident](at)  # fmt: skip
     with plain_errors():
         getattr(stages, stage)(load_config(recipe, overrides))
     sys.stderr.write(f"peak memory in KiB: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\n")
@@ -43,6 +45,19 @@ def kill_at_step(at):
 
 def kill_while_saving(at):
     before([os], "fsync", at, die)
+
+
+def kill_after_deciding(at):
+    """Between a decision of a run with a budget and the first step that it governs."""
+    calls, append = [0], Decisions.append
+
+    def counted(self, decision):
+        append(self, decision)
+        calls[0] += 1
+        if calls[0] == at:
+            die()
+
+    Decisions.append = counted
 
 
 def full_disk(at):

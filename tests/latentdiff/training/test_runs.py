@@ -77,7 +77,14 @@ def test_sigterm_saves_within_a_step(train, state, said, processes):
     step, _ = state("run")
     assert step == 4
     assert "stopped at step 4 of 6" in said("run")
+    assert (
+        'To go on, give the same command again; to sample from it as it is: latentdiff sample "a prompt" -m '
+        in said("run")
+    )
     assert "Traceback" not in said("run")
+    if processes == 1:
+        assert train("vae", accident="terminate", at=2) == 128 + 15
+        assert "give the same command again; the VAE is not finished, so nothing can be sampled yet" in said("vae")
 
 
 def worst(one, two):

@@ -10,6 +10,7 @@ import pytest
 
 from latentdiff.training import signals
 from latentdiff.training.signals import LAUNCHER_VARIABLES, StopFlag, StopReason
+from latentdiff.training.stopped import Stopped, stops_between_steps
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +153,13 @@ def test_a_real_launcher_dies_without_a_word():
         launcher.send_signal(signal.SIGTERM)
         assert lines.readline() == "LAUNCHER_EXITED\n"
     assert launcher.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_steps_ends_with_how_to_go_on(number):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    ending = rf"{number.name}; what is finished is in runs/x.*same command again"
+    with pytest.raises(Stopped, match=ending) as stopped, stops_between_steps("runs/x"):
+        signal.raise_signal(number)
+    assert stopped.value.exit_code == 128 + number
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers

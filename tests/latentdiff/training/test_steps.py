@@ -15,8 +15,9 @@ from latentdiff.training import launch as launching
 from latentdiff.training.latent import LatentTraining
 from latentdiff.training.logging import MetricLogger
 from latentdiff.training.loop import SkippedSteps
-from latentdiff.training.optimizer import TrainState, learning_rate
+from latentdiff.training.optimizer import TrainState
 from latentdiff.training.stages import make_caches, new_unet, open_text_encoder
+from latentdiff.training.timetable import learning_rate
 from latentdiff.training.vae import VAETraining
 from vae import VAE
 
