@@ -37,7 +37,7 @@ class Config(sections.Section):
     """Wall-clock time from launch to the finished model, such as `90s`, `10m` or `1h30m`. The numbers of steps follow
     from the measured speed, and `steps` on the command line bounds them. None: as many as `steps` says."""
     budget_share: Annotated[float, Field(gt=0, lt=1)] = 0.35
-    """Share of the budget for the VAE, if `latentdiff train` trains one."""
+    """Share for the VAE, if `latentdiff train` trains one, of what is left of the budget when its training begins."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of forward and backward passes; weights and optimizer state are float32. auto: the launcher's, or else
     bf16 where it is fast and fp32 elsewhere."""

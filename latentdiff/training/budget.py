@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from ..errors import LatentDiffError
-from ..sections import duration
 from .decisions import Decisions
 from .launch import Launch
 from .signals import StopReason
@@ -85,6 +84,8 @@ class Pacer:
     ) -> None:
         """Begin a stage that must have ended `limit` seconds after the launch; its checkpoints have `num_bytes`."""
         self.run, self.timetable, self.decisions, self.limit = run, timetable, decisions, limit
+        self.budget = run.budget or 0.0
+        self.is_last = limit == run.budget  # the stage before may be a little late
         self.begin = self.mark = run.clock.elapsed()
         self.decided = -math.inf  # when the newest decision was made in this launch
         self.length = math.inf if limit is None else max(1.0, limit - self.begin)
@@ -121,8 +122,8 @@ class Pacer:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.run.cpu_group)
             values = largest.tolist()
         start, last = values[3:]
-        if last and self.limit is not None and not self.run.is_main:
-            self.timetable.decisions.append(Decision(self.timetable.stage, step, start, last - start, self.limit))
+        if last and not self.run.is_main:
+            self.timetable.decisions.append(Decision(self.timetable.stage, step, start, last - start, self.budget))
         return Due(StopReason(values[0]), bool(values[1]), bool(values[2]))
 
     def settle(self) -> None:
@@ -176,7 +177,7 @@ class Pacer:
             raise self._too_short((now + (fewest - step) * seconds + self._tail()) / AIM)
         falling = bool(decisions) and step > decisions[-1].decay_start
         start = decisions[-1].decay_start if falling else max(step, last - math.ceil(DECAY * last))
-        return Decision(self.timetable.stage, step, start, last - start, self.limit)
+        return Decision(self.timetable.stage, step, start, last - start, self.budget)
 
     def _seconds_per_step(self) -> float:
         """Seconds per step, including the validations and checkpoints in between."""
@@ -188,14 +189,13 @@ class Pacer:
         """Seconds to keep free after the last step; writing a model takes about as long as a checkpoint."""
         pace = self.speed.per_step()
         seconds = self.validation.at(pace) + 3 * self.checkpoint.seconds + self.finishing.at(pace)
-        return RESERVE * seconds + LEAVING
+        return RESERVE * seconds + LEAVING if self.is_last else seconds
 
     def _too_short(self, needed: float) -> LatentDiffError:
-        assert self.limit is not None
-        budget = self.run.config.budget
-        least = format_duration(needed * duration(budget) / self.limit)
-        return LatentDiffError(f"budget={budget}: too short for {MIN_STEPS} steps of {self.timetable.stage} on this "
-                               f"machine; it takes at least {least}")  # fmt: skip
+        share = 1.0 if self.is_last else self.run.config.budget_share
+        least = format_duration(self.begin + (needed - self.begin) / share)
+        return LatentDiffError(f"budget={self.run.config.budget}: too short for {MIN_STEPS} steps of "
+                               f"{self.timetable.stage} on this machine; it takes at least {least}")  # fmt: skip
 
     def _save_is_due(self, step: int) -> bool:
         since = self.run.clock.elapsed() - self.checkpoint.last

@@ -59,19 +59,19 @@ class Decisions:
         return sorted(self.folder.glob("*.json"))
 
 
-def read_decisions(run: Launch, folder: Path, decisions: Decisions, limit: float) -> list[Decision]:
-    """Return the decisions of a stage, read by the main process; a finished stage is reopened if `limit` is larger."""
+def read_decisions(run: Launch, folder: Path, decisions: Decisions, budget: float) -> list[Decision]:
+    """Return the decisions of a stage, read by the main process; a finished stage is reopened if `budget` is larger."""
     made: list[Decision] = []
     if run.is_main:
         made = decisions.read()
-        if made and (further := reopen(made, folder / "checkpoints", limit)):
+        if made and (further := reopen(made, folder / "checkpoints", budget)):
             decisions.append(further)
             made = decisions.read()
     return list(broadcast_object_list([made])[0]) if run.accelerator.num_processes > 1 else made
 
 
-def reopen(decisions: list[Decision], checkpoints: Path, limit: float) -> Decision | None:
-    """Return the decision with which a finished stage goes on if `limit` allows more time than it had, else None.
+def reopen(decisions: list[Decision], checkpoints: Path, budget: float) -> Decision | None:
+    """Return the decision with which a finished stage goes on if `budget` is larger than it was, else None.
 
     It goes on from the checkpoint at which the decay began, which was kept; later ones are deleted. How many steps fit
     is judged by the time the decay took; the next decision corrects that.
@@ -80,8 +80,8 @@ def reopen(decisions: list[Decision], checkpoints: Path, limit: float) -> Decisi
         LatentDiffError: that checkpoint is gone or damaged.
     """
     closing = decisions[-1]
-    start, spare = closing.decay_start, limit - closing.limit
-    if spare < 1 or closing.step < closing.last:
+    start, spare = closing.decay_start, budget - closing.budget
+    if spare <= 0 or closing.step < closing.last:
         return None
     kept = next((path for step, path in step_folders(checkpoints) if step == start and verify(path) is None), None)
     if kept is None:
@@ -92,7 +92,7 @@ def reopen(decisions: list[Decision], checkpoints: Path, limit: float) -> Decisi
     for step, path in step_folders(checkpoints):
         if step > start:
             discard(path)
-    seconds_left = closing.limit - float(read_metadata(kept)["seconds"])
+    seconds_left = closing.budget - float(read_metadata(kept)["seconds"])
     last = start + round(closing.decay_steps * (1 + spare / max(1.0, seconds_left)))
     constant = max(start, last - math.ceil(DECAY * last))
-    return Decision(closing.stage, start, constant, last - constant, limit)
+    return Decision(closing.stage, start, constant, last - constant, budget)

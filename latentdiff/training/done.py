@@ -35,12 +35,12 @@ def find_done(
     return done if (done.get("budget") or math.inf) >= budget else None
 
 
-def mark_done(folder: Path, settings: dict[str, Any], steps: int | None, limit: float | None, run: Launch) -> None:
-    """Record that a stage is finished, which had `limit` seconds from the launch on."""
+def mark_done(folder: Path, settings: dict[str, Any], steps: int | None, run: Launch, *, shared: bool = False) -> None:
+    """Record that a stage is finished; `shared`: what is left of the budget is for another stage."""
     if run.is_main:
         partial = folder / "done.json.partial"
-        shared = limit is not None and limit != run.budget  # the rest of the budget is for another stage
-        record = {"steps": steps, "budget": limit, "seconds": run.clock.elapsed() if shared else 0.0, "facts": settings}
+        seconds = run.clock.elapsed() if shared else 0.0
+        record = {"steps": steps, "budget": run.budget, "seconds": seconds, "facts": settings}
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, folder / "done.json")
     run.accelerator.wait_for_everyone()

@@ -99,7 +99,7 @@ def run_training(
     """
     section, timetable = training.section, training.timetable
     skipped, decisions = SkippedSteps(run.device), Decisions(folder / "checkpoints", training.fingerprint)
-    step = restore(training, run, folder, skipped, decisions, limit)
+    step = restore(training, run, folder, skipped, decisions)
     pacer = Pacer(run, timetable, decisions, limit, checkpoint_bytes(training))
     broken = _read_broken(folder, run)
     log = MetricLogger(run, folder, training.name, step, timetable.steps, section.batch_size)
@@ -179,11 +179,11 @@ def save(training: Training, run: Launch, folder: Path, step: int, skips: Skippe
 
 
 def restore(
-    training: Training, run: Launch, folder: Path, skips: SkippedSteps, decisions: Decisions, limit: float | None
+    training: Training, run: Launch, folder: Path, skips: SkippedSteps, decisions: Decisions
 ) -> int:  # fmt: skip
     """Load the decisions and the newest intact checkpoint; return its step, or 0 if there is none."""
-    if limit is not None:
-        training.timetable.decisions = read_decisions(run, folder, decisions, limit)
+    if run.budget is not None:
+        training.timetable.decisions = read_decisions(run, folder, decisions, run.budget)
     checkpoint = newest_checkpoint(folder / "checkpoints", run.report)
     _check_same_step(checkpoint, run)
     if checkpoint is None:

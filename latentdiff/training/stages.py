@@ -46,7 +46,7 @@ Caches = tuple[LatentCache | None, TextCache | None]
 def train_vae(config: Config, run: Launch | None = None, share: float | None = None) -> Path:
     """Train the VAE, normalize its latents, save it to `<output>/vae` and return that folder.
 
-    It has the whole budget, if there is one, or else `share` of it and the rest is left for another stage.
+    If there is a budget, it has all of it, or else `share` of what is left when it begins.
 
     Raises:
         LatentDiffError: the config or data cannot be used, or training stopped early (`Stopped`).
@@ -54,13 +54,12 @@ def train_vae(config: Config, run: Launch | None = None, share: float | None = N
     run = run or launch(config)
     folder = run.folder / "vae"
     settings = fingerprint(run, "vae", "train_vae")
-    limit = run.budget and run.budget * (share or 1.0)
     if config.vae.pretrained:
         raise LatentDiffError(
             f"vae.pretrained={config.vae.pretrained}: this VAE is already trained; remove the setting to train one"
         )
     # A larger budget for all stages is for those after the VAE, as latents of another VAE would not fit the UNet.
-    enough = 0.0 if limit is not None and share else limit
+    enough = 0.0 if run.budget is not None and share else run.budget
     if (done := find_done(folder, settings, run, steps=config.train_vae.steps, budget=enough)) is not None:
         run.report(f"{folder}: already done")
         run.clock.go_on_from(done.get("seconds", 0.0) if share else 0.0)
@@ -69,9 +68,12 @@ def train_vae(config: Config, run: Launch | None = None, share: float | None = N
     sources = open_source(config.data)
     torch.manual_seed(config.seed)  # torch's global generator is used only for the initial weights
     task = VAETraining(run, run.folder / "train_vae", sources, VAE(config.vae.build(config.data.image_size)))
+    begin, limit = run.clock.elapsed(), run.budget
+    if limit is not None and share:
+        limit = begin + share * max(0.0, limit - begin)
     run_training(task, run, run.folder / "train_vae", limit, partial(finish_seconds, task, run))
     finish_vae(task, run, folder)
-    mark_done(folder, settings, task.timetable.steps, limit, run)
+    mark_done(folder, settings, task.timetable.steps, run, shared=share is not None)
     return folder
 
 
@@ -113,7 +115,7 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     best = task.best.tensors() if config.train_latent.keep_best else None
     if best is not None:
         _save_average(task, run, run.folder / "model-best", best)
-    mark_done(folder, settings, task.timetable.steps, run.budget, run)
+    mark_done(folder, settings, task.timetable.steps, run)
     run.report(f"model saved to {folder}" + (f"; {_best_sentence(task, run)}" if best is not None else ""))
     return folder
 

@@ -22,7 +22,7 @@ class Decision:
     step: int
     decay_start: int
     decay_steps: int
-    limit: float  # the stage is to end this many seconds after the launch
+    budget: float  # of the run, in seconds
 
     @property
     def last(self) -> int:

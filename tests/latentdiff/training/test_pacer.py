@@ -32,8 +32,9 @@ class Stage:
         budget = "null" if limit is None else budget or format_duration(limit)
         config = load_config("demo", [f"budget={budget}", *overrides])
         self.clock, self.lines = SimulatedClock(start), []
-        run = SimpleNamespace(clock=self.clock, config=config, is_main=True, device=torch.device("cpu"),
-                              accelerator=SimpleNamespace(num_processes=1), report=self.lines.append)  # fmt: skip
+        run = SimpleNamespace(clock=self.clock, config=config, budget=config.budget and duration(config.budget),
+                              accelerator=SimpleNamespace(num_processes=1), is_main=True, report=self.lines.append,
+                              device=torch.device("cpu"))  # fmt: skip
         self.timetable = Timetable(config.train_latent, "train_latent", has_budget=limit is not None)
         self.decisions = Decisions(folder, {"seed": 0})
         self.pacer = Pacer(run, self.timetable, self.decisions, limit, num_bytes=1000)
@@ -128,15 +129,17 @@ def test_the_list_alone_decides_once_it_is_complete(tmp_path):
 
 @pytest.mark.parametrize(("limit", "budget"), [(12.0, "12s"), (35.0, "100s")])
 def test_a_budget_that_is_too_short_is_refused_with_the_least(tmp_path, limit, budget):
-    """What is said to be enough is; a stage with a share of the budget says what the whole must be."""
-    stage = Stage(tmp_path / "one", limit, start=10.0 if limit == 12 else 33.0, budget=budget)
+    """What is said to be enough is; a stage with 35 % of what is left says what the whole must be."""
+    start = 10.0 if limit == duration(budget) else 33.0
+    stage = Stage(tmp_path / "one", limit, start=start, budget=budget)
     with pytest.raises(LatentDiffError, match=f"budget={budget}: too short for 20 steps of train_latent") as failure:
         stage.run(lambda now: 0.1)
-    least = duration(str(failure.value).split()[-1])
-    assert least > duration(budget)
     assert list(tmp_path.rglob("*.json")) == []
-    enough = Stage(tmp_path / "two", least * limit / duration(budget), start=10.0 if limit == 12 else 33.0)
-    assert enough.run(lambda now: 0.1) <= enough.limit
+    least = duration(str(failure.value).split()[-1])
+    enough = least if limit == duration(budget) else start + 0.35 * (least - start)
+    stage = Stage(tmp_path / "two", enough, start=start, budget=format_duration(least))
+    assert stage.run(lambda now: 0.1) <= enough * (1.0 if limit == duration(budget) else 1.05)
+    assert 10 <= stage.timetable.steps <= 80
 
 
 def test_steps_on_the_command_line_bound_them(tmp_path):
