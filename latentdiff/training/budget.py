@@ -25,7 +25,7 @@ MIN_STEPS = 20  # of a stage; fewer make no warm-up, constant part and decay
 OVERHEAD = 0.10  # most of the time for validations and checkpoints
 PARTS = 10  # a stage is validated once in each, if that is cheap
 SAVE_SECONDS = 300.0  # between checkpoints
-RESERVE, LEAVING = 1.5, 1.0  # factor for what follows the last step; seconds for Python to exit
+RESERVE, LEAVING = 1.25, 1.0  # factor for what follows the last step; seconds for Python to exit
 DISK_SPEED = 2e8  # bytes/s at which checkpoints are assumed to be written, until one was
 MEMORY = 0.05  # of the stage: time over which the speed is averaged
 OUTLIER = 10.0  # times the average: the most that one step counts as
@@ -140,7 +140,8 @@ class Pacer:
         if self.num_steps > 1:
             self.speed.add(self.run.clock.elapsed() - self.mark)
         if ready:
-            self.validation.seconds, self.finishing.seconds = rehearse()
+            validation, self.finishing.seconds = rehearse()
+            self.validation.seconds = self.validation.seconds or validation  # one before the first step tells more
             self.validation.pace = self.finishing.pace = self.speed.per_step()
         self.mark = self.run.clock.elapsed()
 
