@@ -39,7 +39,7 @@ def plan(
     config: ConfigFile = DEFAULT,
     device: Annotated[str, Option(help="GPU name, such as h100, or cpu for this machine.")] = "cpu",
     num_devices: Annotated[int, Option("--devices", help="Number of devices.")] = 1,
-    dataset_size: Annotated[int | None, Option("--pictures", help="Training images, to size the cache.")] = None,
+    dataset_size: Annotated[int | None, Option("--pictures", help="Training images; counted under a budget.")] = None,
     mfu: Annotated[float | None, Option(help="Share of peak FLOP/s that training reaches, 0 to 1.")] = None,
     budget: Budget = None,
 ) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..data.cache import encode_batch_size
+from ..data.encodings import MAX_ERROR_PICTURES
 from ..data.order import BatchPlan
 from ..data.pictures import to_pixels
 from ..device import DTYPES
@@ -26,7 +27,9 @@ from ..training.discriminator import Discriminator
 from ..training.latent import FrozenParts, LatentModel
 from ..training.perceptual import PerceptualLoss
 from ..training.vae import Autoencoder, AutoencoderLosses
+from ..training.vae_finish import MAX_STATISTICS_IMAGES
 from ..training.vae_losses import StructuralLoss
+from .budget import count_pictures, spend, steps_without_discriminator
 from .counting import Autocast, Counter
 from .devices import DEVICES, GIB, USABLE, Device, measure_cpu
 from .models import Models, build_models
@@ -35,6 +38,7 @@ from .report import Memory, Plan, Stage, gib
 __all__ = ["DEVICES", "Plan", "plan"]
 
 Work = Callable[[Autocast, int], object]  # passes over a batch of pictures
+ASSUMED_PICTURES = 1000  # if nobody says how many there are
 MAX_BATCH = 4096  # pictures per pass; larger ones gain nothing
 META = torch.device("meta")
 # Model FLOPs utilization, a share of the peak. Published runs reach 0.24 (MosaicML, SD2 at 32x32 latents, A100) to 0.31
@@ -52,11 +56,12 @@ def plan(
         config: of the run.
         device: `cpu` or one of `DEVICES`.
         num_devices: with one process each.
-        dataset_size: number of training pictures; None plans the cache for 1,000.
+        dataset_size: number of training pictures; None plans for 1,000 or, with a budget, counts those of a folder.
         mfu: model FLOPs utilization, the share of the device's peak that training reaches; None means `MFU`.
 
     Raises:
-        LatentDiffError: the device is unknown, or the devices cannot share the batch evenly.
+        LatentDiffError: the device is unknown, the devices cannot share the batch evenly, or the pictures of a folder
+            cannot be counted.
     """
     check_choice("device", device, ["cpu", *DEVICES])
     if num_devices < 1 or (dataset_size is not None and dataset_size < 1) or not 0 < (1.0 if mfu is None else mfu) <= 1:
@@ -65,14 +70,18 @@ def plan(
     chosen = DEVICES[device] if device != "cpu" else measure_cpu(num_devices)
     mfu = MFU["cpu" if device == "cpu" else "gpu"] if mfu is None else mfu
     planner = _Planner(config, chosen, num_devices, mfu, build_models(config))
+    number = dataset_size or (count_pictures(config) if config.budget else None)
     notes = list(planner.models.notes)
+    if config.budget and not number:
+        notes.append(f"the number of training pictures is assumed to be {ASSUMED_PICTURES:,}; --pictures sets it")
+    if config.budget:
+        notes.append("training decides on its steps by the speed that it measures. This estimate leaves out start-up "
+                     "and reading pictures, and for a small model on a GPU it is an upper limit")  # fmt: skip
     if config.precision == "auto" and not chosen.has_bf16 and device != "cpu":
         notes.append(f"{device} has no bf16, so precision=auto computes in float32; precision=fp16 is faster")
     if num_devices > 1:
         notes.append("every device holds all weights (DDP); FSDP shards those of latent training")
-    vae = [] if config.vae.pretrained else [planner.train_vae()]
-    encode = [planner.encode(dataset_size or 1000)] if config.train_latent.cache else []
-    return Plan(chosen, num_devices, mfu, (*vae, *encode, planner.train_latent(), planner.sample()), tuple(notes))
+    return planner.plan(number or ASSUMED_PICTURES, notes)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,21 @@ class _Planner:
     num_devices: int
     mfu: float
     models: Models
+
+    def plan(self, number: int, notes: Sequence[str]) -> Plan:
+        """Plan a run on a number of training pictures."""
+        config = self.config
+        vae = None if config.vae.pretrained else self.train_vae()
+        encode = self.encode(number) if config.train_latent.cache else None
+        latent, sample = self.train_latent(), self.sample()
+        finishing, kept = self.finishing(number) if vae else (0.0, 0.0)
+        encoding = encode.seconds - kept if encode else 0.0
+        if config.budget:
+            vae, latent = spend(config, vae, latent, sample, set_size=number, finishing=finishing, encoding=encoding)
+        seconds = (vae.seconds if vae else 0.0) + finishing + encoding + latent.seconds
+        stages = tuple(stage for stage in (vae, encode, latent, sample) if stage)
+        return Plan(self.device, self.num_devices, self.mfu, stages, tuple(notes),
+                    latent.purchase.end if latent.purchase else seconds)  # fmt: skip
 
     @property
     def precision(self) -> str:
@@ -110,7 +134,7 @@ class _Planner:
                 autocast.backward(losses.discriminate(pixels, reconstruction))
 
         adversarial = section.adversarial_weight > 0
-        vae_steps = max(0, min(section.steps, section.adversarial_start - 1)) if adversarial else section.steps
+        vae_steps = steps_without_discriminator(section, section.steps, has_budget=False)
         modules = [inner, perceptual, discriminator] if adversarial else [inner, perceptual]
         parameters = {"vae": count(inner), "discriminator": adversarial * count(discriminator),
                       "lpips": count(perceptual)}  # fmt: skip
@@ -119,7 +143,7 @@ class _Planner:
                                lambda autocast, batch: step(autocast, batch, vae_steps < section.steps))  # fmt: skip
         shorter = self._run(lambda autocast, batch: step(autocast, batch, False), 1).flops
         total = section.batch_size * (vae_steps * shorter + (section.steps - vae_steps) * stage.step_flops)
-        return replace(stage, total_flops=total, seconds=self._seconds(total, self.precision))
+        return replace(stage, total_flops=total, seconds=self._seconds(total, self.precision), early_flops=shorter)
 
     def train_latent(self) -> Stage:
         section, models, trains_text = self.config.train_latent, self.models, self.config.text_encoder.train
@@ -161,6 +185,18 @@ class _Planner:
         parameters = {"vae": count(models.vae), "text encoder": count(models.text_encoder)}
         name = f"encode {number:,} pictures{', plain and mirrored' if flips == 2 else ''}"
         return self._untrained(name, parameters, 4 * sum(parameters.values()), run, batch, number, "fp32", disk)
+
+    def finishing(self, number: int) -> tuple[float, float]:
+        """Return the seconds to finish a VAE, and how many of them the cache is spared, as it keeps the encodings."""
+        vae, stride = self.models.vae, math.ceil(number / MAX_STATISTICS_IMAGES)
+        kept = stride == 1 and self.config.train_latent.cache
+        encoded = math.ceil(number / stride)
+        decoded = math.ceil(encoded / math.ceil(encoded / MAX_ERROR_PICTURES))
+        with torch.no_grad():
+            encode = self._run(lambda *_: vae.latent_posterior(to_pixels(self.models.images(1))), 1, "fp32").flops
+            decode = self._run(lambda *_: vae.decode(self.models.noise(1)), 1, "fp32").flops
+        encoding = encoded * encode * (1 + (kept and self.config.data.flip))
+        return self._seconds(encoding + decoded * decode, "fp32"), kept * self._seconds(encoding, "fp32")
 
     def sample(self) -> Stage:
         """Plan sampling one picture with `LatentPipeline`; identical UNet passes are counted from a single one."""
@@ -213,7 +249,7 @@ class _Planner:
         forward_flops = self._run(forward, 1, "fp32").flops
         stage = Stage(name, parameters, number, batch, forward_flops, flops, pictures, pictures * flops,
                       self.precision, memory, self._fits(memory.total), largest,
-                      self._seconds(pictures * flops, self.precision), disk)  # fmt: skip
+                      self._seconds(pictures * flops, self.precision), disk, early_flops=flops)  # fmt: skip
         return replace(stage, advice=self._advice(stage, section, share))
 
     def _advice(self, stage: Stage, section: TrainSection, share: BatchPlan) -> tuple[str, ...]:
