@@ -126,6 +126,15 @@ class Pacer:
             self.timetable.decisions.append(Decision(self.timetable.stage, step, start, last - start, self.budget))
         return Due(StopReason(values[0]), bool(values[1]), bool(values[2]))
 
+    def has_time_to_validate(self) -> bool:
+        """Whether the last validation still fits; all processes call this after the last step."""
+        fits = torch.tensor(1)
+        if self.limit is not None and self.is_last:
+            fits = torch.tensor(int(self.run.clock.elapsed() + self._after() + LEAVING <= self.limit))
+        if self.run.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN, group=self.run.cpu_group)
+        return bool(fits)
+
     def settle(self) -> None:
         """Close the list of decisions after the last step, so that it is known to be complete."""
         if self.run.is_main and self.limit is not None and not self.timetable.is_settled:
@@ -187,10 +196,13 @@ class Pacer:
         return pace * (1 + min(OVERHEAD, share))
 
     def _tail(self) -> float:
-        """Seconds to keep free after the last step; writing a model takes about as long as a checkpoint."""
+        """Seconds to keep free after the last step."""
+        return RESERVE * self._after() + LEAVING if self.is_last else self._after()
+
+    def _after(self) -> float:
+        """Seconds from the last step to the end; writing a model takes about as long as a checkpoint."""
         pace = self.speed.per_step()
-        seconds = self.validation.at(pace) + 3 * self.checkpoint.seconds + self.finishing.at(pace)
-        return RESERVE * seconds + LEAVING if self.is_last else seconds
+        return self.validation.at(pace) + 3 * self.checkpoint.seconds + self.finishing.at(pace)
 
     def _too_short(self, needed: float) -> LatentDiffError:
         share = 1.0 if self.is_last else self.run.config.budget_share

@@ -130,8 +130,7 @@ def run_training(
                 _write_broken(broken, folder, run)
             with log.untimed():
                 if (validation_is_due or finished) and not reason:
-                    with pacer.timing(pacer.validation):
-                        log.write(step, training.validate(step))
+                    validate(training, log, pacer, step)
                 if save_is_due or finished or reason:
                     with pacer.timing(pacer.checkpoint):
                         save(training, run, folder, step, skipped)
@@ -139,6 +138,15 @@ def run_training(
                 raise Stopped(stop_message(training, run, folder, step, reason, why), reason)
     pacer.settle()
     log.close()
+
+
+def validate(training: Training, log: MetricLogger, pacer: Pacer, step: int) -> None:
+    """Validate and log, unless it is the last step and the budget would not be kept."""
+    if step == training.timetable.steps and not pacer.has_time_to_validate():
+        pacer.run.report(f"{training.name} {step}: no time is left in the budget for the last validation")
+        return
+    with pacer.timing(pacer.validation):
+        log.write(step, training.validate(step))
 
 
 def rehearse(training: Training, finishing: Callable[[], float], log: MetricLogger) -> tuple[float, float]:
