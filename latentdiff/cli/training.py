@@ -23,7 +23,7 @@ def stage(function: str, summary: str, recipe: str = DEFAULT) -> Callable[..., I
         from ..training.launch import launch, process_start
         from ..training.stopped import stops_between_steps
 
-        loaded = load_config(config, [*(overrides or ()), *([f"budget={budget}"] if budget else ())])
+        loaded = load_config(config, _settings(overrides, budget))
         with stops_between_steps(loaded.output):
             result = getattr(stages, function)(loaded, launch(loaded, process_start()))
         if isinstance(result, Path) and os.environ.get("RANK", "0") == "0":  # rank 0 prints for all processes
@@ -32,6 +32,10 @@ def stage(function: str, summary: str, recipe: str = DEFAULT) -> Callable[..., I
     example = f"latentdiff {function.replace('_', '-')} --config emoji-64 data.source=my-pictures output=runs/mine"
     command.__doc__ = f"{summary}\n\nExample: {example}"
     return command
+
+
+def _settings(overrides: list[str] | None, budget: str | None) -> list[str]:
+    return [*(overrides or ()), *([f"budget={budget}"] if budget else ())]
 
 
 def plan(
@@ -50,7 +54,7 @@ def plan(
     from ..config import load_config
     from ..plan import plan
 
-    loaded = load_config(config, [*(overrides or ()), *([f"budget={budget}"] if budget else ())])
+    loaded = load_config(config, _settings(overrides, budget))
     yield from plan(loaded, device=device, num_devices=num_devices, dataset_size=dataset_size, mfu=mfu).lines()
 
 

@@ -1,6 +1,8 @@
 """The decisions of a run with a budget, on disk.
 
-<stage>/checkpoints/decisions/00000.json   one each, synced to disk before the first step that it governs
+    <stage>/checkpoints/decisions/00000.json   one each, synced to disk before the first step that it governs
+
+A list that ends with a decision made at the last step is complete: it is followed, and nothing is added to it.
 """
 
 import json

@@ -87,12 +87,13 @@ class SkippedSteps:
 
 
 def run_training(
-    training: Training, run: Launch, folder: Path, limit: float | None, finishing: Callable[[], float] = lambda: 0.0
-) -> None:
+    training: Training, run: Launch, folder: Path, limit: float | None, *,
+    begin: Callable[[], None] = lambda: None, finishing: Callable[[], float] = lambda: 0.0,
+) -> None:  # fmt: skip
     """Train from the newest intact checkpoint in `folder`, or from scratch, to the last step.
 
-    With a budget, there are as many steps as let the stage be finished `limit` seconds after the launch, where what
-    follows the last step takes as long as `finishing` estimates.
+    `begin` is called once it is clear that the run may go on. With a budget, there are as many steps as let the stage
+    be finished `limit` seconds after the launch; `finishing` estimates what follows the last step.
 
     Raises `Stopped`, with a checkpoint saved, after a signal, too many non-finite steps or too many broken images, and
     LatentDiffError if the budget is too short.
@@ -100,6 +101,7 @@ def run_training(
     section, timetable = training.section, training.timetable
     skipped, decisions = SkippedSteps(run.device), Decisions(folder / "checkpoints", training.fingerprint)
     step = restore(training, run, folder, skipped, decisions)
+    begin()
     pacer = Pacer(run, timetable, decisions, limit, checkpoint_bytes(training))
     broken = _read_broken(folder, run)
     log = MetricLogger(run, folder, training.name, step, timetable.steps, section.batch_size)
@@ -240,7 +242,6 @@ def _check_same_run(checkpoint: Checkpoint, training: Training) -> None:
             f"{checkpoint.path}: this run started with {name}={previous!r}, but it is now {new!r}; "
             "choose another `output`, or delete the checkpoints to start over"
         )
-
     if _decisions_before(checkpoint.step, training) != checkpoint.metadata.get("decisions", []):
         raise LatentDiffError(
             f"{checkpoint.path.parent / 'decisions'}: are not the decisions that led to {checkpoint.path.name}; put "

@@ -30,9 +30,8 @@ from ..files.export import begin_model, save_model
 from ..files.open import read_json
 from ..files.scheduler import read_scheduler, scheduler_config
 from ..files.unfinished import find_part
-from .checkpoint import newest_checkpoint
 from .done import find_done, mark_done
-from .fingerprint import fingerprint, first_difference
+from .fingerprint import fingerprint
 from .latent import LatentTraining
 from .launch import Launch, launch
 from .loop import run_training
@@ -71,7 +70,7 @@ def train_vae(config: Config, run: Launch | None = None, share: float | None = N
     begin, limit = run.clock.elapsed(), run.budget
     if limit is not None and share:
         limit = begin + share * max(0.0, limit - begin)
-    run_training(task, run, run.folder / "train_vae", limit, partial(finish_seconds, task, run))
+    run_training(task, run, run.folder / "train_vae", limit, finishing=partial(finish_seconds, task, run))
     finish_vae(task, run, folder)
     mark_done(folder, settings, task.timetable.steps, run, shared=share is not None)
     return folder
@@ -109,8 +108,7 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
         run.report(f"warning: unet.pretrained={config.unet.pretrained}: {line}")
     caches = make_caches(run, sources, vae, text_encoder)
     task = LatentTraining(run, run.folder / "train_latent", sources, vae, unet, text_encoder, caches)
-    _begin_model(task, run, folder)
-    run_training(task, run, run.folder / "train_latent", run.budget)
+    run_training(task, run, run.folder / "train_latent", run.budget, begin=partial(_begin_model, task, run, folder))
     _save_average(task, run, folder)
     best = task.best.tensors() if config.train_latent.keep_best else None
     if best is not None:
@@ -141,11 +139,8 @@ def _begin_model(task: LatentTraining, run: Launch, folder: Path) -> None:
     encoder = task.text_encoder
     frozen = {name: gather_full(p) for name, p in encoder.model.named_parameters() if not p.requires_grad}
     if run.is_main:
-        checkpoint = newest_checkpoint(task.folder / "checkpoints", lambda damage: None)
-        # If its settings differ, training will refuse to go on, and what is there must still fit the checkpoint.
-        if checkpoint is None or first_difference(checkpoint.metadata, task.fingerprint) is None:
-            begin_model(folder, vae=task.frozen.vae, unet=task.inner.unet.config, text_encoder=encoder, frozen=frozen,
-                        process=run.config.diffusion.process())  # fmt: skip
+        begin_model(folder, vae=task.frozen.vae, unet=task.inner.unet.config, text_encoder=encoder, frozen=frozen,
+                    process=run.config.diffusion.process())  # fmt: skip
     run.accelerator.wait_for_everyone()
 
 

@@ -45,15 +45,24 @@ def draw(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
+def _drawn(once, name, count, held_out):
+    def fill(folder):
+        draw(folder / "train", count)
+        draw(folder / "validation", held_out)
+
+    return once(name, fill)
+
+
 @pytest.fixture(scope="session")
 def pictures(once):
     """24 training pictures, 6 held out."""
+    return _drawn(once, "pictures", 24, 6)
 
-    def fill(folder):
-        draw(folder / "train", 24)
-        draw(folder / "validation", 6)
 
-    return once("pictures", fill)
+@pytest.fixture(scope="session")
+def sixty(once):
+    """54 training pictures, 6 held out."""
+    return _drawn(once, "sixty", 54, 6)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import torch
-from conftest import draw
+from equality import same
 
 from latentdiff import LatentPipeline
 
@@ -12,15 +11,6 @@ from latentdiff import LatentPipeline
 SETTINGS = ("train_latent.steps=40", "train_latent.validate_every=4", "train_latent.checkpoint_every=6",
             "train_latent.log_every=40", "train_latent.learning_rate=1e-2", "train_latent.warmup_steps=10",
             "validation.num_steps=1")  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def sixty(once):
-    def fill(folder):
-        draw(folder / "train", 54)
-        draw(folder / "validation", 6)
-
-    return once("sixty", fill)
 
 
 @pytest.fixture
@@ -39,10 +29,6 @@ def model(weights, tmp_path):
                 for key, tensor in weights(tmp_path / name / folder / f"{part}.safetensors").items()}  # fmt: skip
 
     return read
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_best_average_is_kept_beside_the_last(latent, model, log, said, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from equality import same
 from PIL import Image
 
 from latentdiff import LatentPipeline
@@ -15,11 +16,6 @@ from latentdiff.evaluation.grid import labeled_grid
 STAGES = ("train_vae", "train_latent")
 EVERY_STEP = ("train_vae.log_every=1", "train_latent.log_every=1", "train_vae.micro_batch_size=null",
               "train_latent.micro_batch_size=null")  # fmt: skip
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def expected(uninterrupted, precision, stage):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from equality import same
 from typer.testing import CliRunner
 
 from latentdiff.cli import app
@@ -22,18 +23,14 @@ def tensors(name):
     """Every tensor of a model."""
     opened = open_model(name, device=torch.device("cpu"), dtype=torch.float32)
     parts = {"vae": opened.vae, "unet": opened.unet, "text_encoder": opened.text_encoder}
-    return {f"{part}.{key}": tensor for part, model in parts.items() for key, tensor in model.state_dict().items()}
+    found = {f"{part}.{key}": tensor for part, model in parts.items() for key, tensor in model.state_dict().items()}
+    assert any("pooler" in name for name in found)  # which is not trained
+    return found
 
 
 def unfinished(name, step):
     with pytest.warns(UnfinishedModelWarning, match=f"of {step}"):
         return tensors(name)
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    assert any("pooler" in name for name in one)  # which is not trained
-    return [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 @plain
