@@ -32,6 +32,10 @@ OUTLIER = 10.0  # times the average: the most that one step counts as
 PAUSE = 0.02  # of the stage: least time between decisions
 
 
+class OutOfTime(Exception):
+    """A validation takes longer than the budget has left for it."""
+
+
 class Due(NamedTuple):
     """What follows a step, the same for all processes."""
 
@@ -45,6 +49,7 @@ class Cost:
     """What validating, saving a checkpoint or finishing a stage takes."""
 
     last: float = 0.0  # when it ended last
+    start: float = 0.0  # when it began last
     seconds: float = 0.0  # of the last one, or an estimate
     pace: float = 0.0  # seconds per step at that time; 0 if they have nothing to do with each other
 
@@ -97,13 +102,15 @@ class Pacer:
     @contextmanager
     def timing(self, cost: Cost) -> Iterator[None]:
         """Count the time inside as that of a validation or checkpoint, not of a step."""
-        start = self.run.clock.elapsed()
-        yield
-        cost.last = self.mark = self.run.clock.elapsed()
-        cost.seconds = cost.last - start
-        # The average lags behind when the machine has just become busy.
-        cost.pace = max(self.speed.per_step(), self.speed.newest) if cost is self.validation else 0.0
-        self.overhead += cost.seconds
+        cost.start = self.mark = self.run.clock.elapsed()
+        try:
+            yield
+        finally:
+            cost.last = self.mark = self.run.clock.elapsed()
+            cost.seconds = cost.last - cost.start
+            # The average lags behind when the machine has just become busy.
+            cost.pace = max(self.speed.per_step(), self.speed.newest) if cost is self.validation else 0.0
+            self.overhead += cost.seconds
 
     def after(self, step: int, reason: StopReason, rehearse: Callable[[], tuple[float, float]]) -> Due:
         """Say what follows a step; all processes call this at every step.
@@ -126,14 +133,29 @@ class Pacer:
             self.timetable.decisions.append(Decision(self.timetable.stage, step, start, last - start, self.budget))
         return Due(StopReason(values[0]), bool(values[1]), bool(values[2]))
 
-    def has_time_to_validate(self) -> bool:
-        """Whether the last validation still fits; all processes call this after the last step."""
-        fits = torch.tensor(1)
-        if self.limit is not None and self.is_last:
-            fits = torch.tensor(int(self.run.clock.elapsed() + self._after() + LEAVING <= self.limit))
+    def check_time(self) -> None:
+        """Raise `OutOfTime` if there is no time left to go on with a validation; all processes call this along the way.
+
+        Where it takes longer than expected, because the machine has just become busy, so does what follows.
+        """
+        now = self.run.clock.elapsed()
+        slower = max(1.0, (now - self.validation.start) / max(1e-9, self.validation.at(self.speed.per_step())))
+        self._check_time(now - self.mark + (slower - 1) * self._finish())  # as long as since the last check
+        self.mark = now
+
+    def check_time_to_validate(self) -> None:
+        """Raise `OutOfTime` if the last validation no longer fits; all processes call this."""
+        self._check_time(self.validation.at(self.speed.per_step()))
+
+    def _check_time(self, needed: float) -> None:
+        if self.limit is None or not self.is_last:
+            return
+        left = self.limit - self.run.clock.elapsed() - RESERVE * self._finish() - LEAVING
+        late = torch.tensor(int(needed > left))
         if self.run.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN, group=self.run.cpu_group)
-        return bool(fits)
+            torch.distributed.all_reduce(late, torch.distributed.ReduceOp.MAX, group=self.run.cpu_group)
+        if late:
+            raise OutOfTime
 
     def settle(self) -> None:
         """Close the list of decisions after the last step, so that it is known to be complete."""
@@ -200,9 +222,12 @@ class Pacer:
         return RESERVE * self._after() + LEAVING if self.is_last else self._after()
 
     def _after(self) -> float:
-        """Seconds from the last step to the end; writing a model takes about as long as a checkpoint."""
-        pace = self.speed.per_step()
-        return self.validation.at(pace) + 3 * self.checkpoint.seconds + self.finishing.at(pace)
+        """Seconds from the last step to the end."""
+        return self.validation.at(self.speed.per_step()) + self._finish()
+
+    def _finish(self) -> float:
+        """Seconds from the last validation to the end; writing a model takes about as long as a checkpoint."""
+        return 3 * self.checkpoint.seconds + self.finishing.at(self.speed.per_step())
 
     def _too_short(self, needed: float) -> LatentDiffError:
         share = 1.0 if self.is_last else self.run.config.budget_share
@@ -231,6 +256,10 @@ class Pacer:
 
     def _affordable(self, cost: Cost) -> bool:
         return self.overhead + cost.at(self.speed.per_step()) <= OVERHEAD * (self.run.clock.elapsed() - self.begin)
+
+
+def no_limit() -> None:
+    """Check no time: what is measured or comes first may take as long as it does."""
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -25,12 +25,12 @@ from ..diffusion.process import add_noise, diffusion_loss
 from ..sampling.loop import Network
 from ..sampling.settings import SamplingSettings
 from .best import Best
-from .budget import seconds_of
+from .budget import no_limit, seconds_of
 from .fingerprint import fingerprint
 from .launch import Launch, wants_fsdp
 from .logging import MetricLogger
 from .optimizer import TrainState
-from .parallel import gather_full, no_sync, sharded
+from .parallel import evaluation_mode, gather_full, no_sync, sharded
 from .preview import sample_preview
 from .timetable import Timetable
 
@@ -180,17 +180,17 @@ class LatentTraining:
             self.state.update(step, norm, step_is_finite)
         return {"loss": total, "norm": norm}, step_is_finite
 
-    @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int, check_time: Callable[[], None]) -> dict[str, float]:
         """Compute the unweighted loss on held-out images per timestep band, with EMA and raw weights; save samples."""
-        self.inner.eval()
-        values = {f"validation_loss_raw{name}": value for name, value in self._held_out_loss(self.captioned).items()}
-        with self.state.ema.swapped([tensor.detach() for tensor in self.state.local.values()]):
-            values |= {f"validation_loss{name}": value for name, value in self._held_out_loss(self.captioned).items()}
-            if self.section.keep_best:
-                values["validation_loss_unconditional"] = self._held_out_loss(self.uncaptioned)[""]
-            images = self._preview(self.run.config.validation.sampling())
-        self.inner.train()
+        with evaluation_mode(self.inner):
+            losses = self._held_out_loss(self.captioned, check_time)
+            values = {f"validation_loss_raw{name}": value for name, value in losses.items()}
+            with self.state.ema.swapped([tensor.detach() for tensor in self.state.local.values()]):
+                losses = self._held_out_loss(self.captioned, check_time)
+                values |= {f"validation_loss{name}": value for name, value in losses.items()}
+                if self.section.keep_best:
+                    values["validation_loss_unconditional"] = self._held_out_loss(self.uncaptioned, check_time)[""]
+                images = self._preview(self.run.config.validation.sampling(), check_time)
         if self.section.keep_best:
             self.best.offer(step, values["validation_loss_unconditional"], self.state)
         if self.run.is_main:
@@ -201,16 +201,14 @@ class LatentTraining:
         self.run.report(f"{self.name} {step}: {shown}; samples in {self.folder / 'samples'}")
         return values
 
-    @torch.no_grad()
     def rehearse(self) -> float:
         """Estimate the seconds of `validate` from one batch and two steps of sampling."""
         settings = self.run.config.validation.sampling()
         few = settings.model_copy(update={"num_steps": min(2, settings.num_steps)})
-        self.inner.eval()
-        self._held_out_loss(self.captioned, rounds=1)  # the first pass prepares
-        batch = seconds_of(lambda: self._held_out_loss(self.captioned, rounds=1))
-        preview = seconds_of(lambda: self._preview(few))
-        self.inner.train()
+        with evaluation_mode(self.inner):
+            self._held_out_loss(self.captioned, rounds=1)  # the first pass prepares
+            batch = seconds_of(lambda: self._held_out_loss(self.captioned, rounds=1))
+            preview = seconds_of(lambda: self._preview(few))
         rounds = math.ceil(len(self.captioned) / self.run.accelerator.num_processes) * (2 + self.section.keep_best)
         pictures = len(self.prompts) * (1 if settings.guidance_scale == 1 else 2) * (settings.num_steps - few.num_steps)
         return batch * (rounds + pictures / min(self.captioned.batch_size, len(self.captioned.pictures))) + preview
@@ -232,11 +230,11 @@ class LatentTraining:
                                   use_attention_mask=encoder.use_attention_mask)  # fmt: skip
         return unet.eval(), encoder.cpu().eval()
 
-    def _preview(self, settings: SamplingSettings) -> Image.Image:
+    def _preview(self, settings: SamplingSettings, check_time: Callable[[], None] = no_limit) -> Image.Image:
         """Sample the validation prompts with the present weights."""
         network: Network = FullModelNetwork(self.inner) if wants_fsdp(self.run.accelerator) else self.inner.unet
         return sample_preview(self.run, settings, self.prompts, network, self.text_encoder, self._encode,
-                              self.frozen.vae, self.latent_shape)  # fmt: skip
+                              self.frozen.vae, self.latent_shape, check_time)  # fmt: skip
 
     def _train_state(self) -> TrainState:
         section, rate = self.section, self.section.learning_rate
@@ -262,11 +260,14 @@ class LatentTraining:
         trained = self.inner.text_encoder is not None
         return (self.inner(None, None, given) if trained else self.text_encoder.encode(*given)).float()
 
-    def _held_out_loss(self, batches: ValidationBatches, rounds: int | None = None) -> dict[str, float]:
+    def _held_out_loss(
+        self, batches: ValidationBatches, check_time: Callable[[], None] = no_limit, rounds: int | None = None
+    ) -> dict[str, float]:
         """Mean loss over all timesteps and per band; in each round every process takes one of the batches."""
         accelerator, prediction = self.run.accelerator, self.run.config.diffusion.prediction
         sums = torch.zeros(batches.num_bands, 2, device=self.run.device, dtype=torch.float64)
         for start in range(0, len(batches), accelerator.num_processes)[:rounds]:
+            check_time()
             number = min(start + accelerator.process_index, len(batches) - 1)
             batch = batches[number]
             x0, noise, t = self.frozen.prepare(batch)

@@ -15,7 +15,7 @@ from ..data.shards import digest
 from ..errors import LatentDiffError
 from ..sections import TrainSection
 from .best import Best
-from .budget import Pacer
+from .budget import OutOfTime, Pacer, no_limit
 from .checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from .decisions import Decisions, read_decisions
 from .fingerprint import first_difference
@@ -58,8 +58,8 @@ class Training(Protocol):
     def train_step(self, batches: list[Any], step: int, log: MetricLogger) -> tuple[dict[str, Tensor], Tensor]:
         """Take one step, counted from 1, without waiting; return metrics, and 1 if it was finite, 0 if skipped."""
 
-    def validate(self, step: int) -> dict[str, float]:
-        """Compute metrics on held-out images and save some images for inspection."""
+    def validate(self, step: int, check_time: Callable[[], None]) -> dict[str, float]:
+        """Compute metrics on held-out images and save some images for inspection; call `check_time` along the way."""
 
     def rehearse(self) -> float:
         """Return how many seconds `validate` takes, estimated from a part of it."""
@@ -107,7 +107,7 @@ def run_training(
     log = MetricLogger(run, folder, training.name, step, timetable.steps, section.batch_size)
     if step == 0 and section.validate_first:
         with log.untimed(), pacer.timing(pacer.validation):
-            log.write(0, training.validate(0))
+            log.write(0, training.validate(0, no_limit))
     batches = training.batches(step, ENDLESS if limit is not None else section.steps)
     with StopFlag(run.parent) as flag:
         while timetable.steps is None or step < timetable.steps:
@@ -143,12 +143,14 @@ def run_training(
 
 
 def validate(training: Training, log: MetricLogger, pacer: Pacer, step: int) -> None:
-    """Validate and log, unless it is the last step and the budget would not be kept."""
-    if step == training.timetable.steps and not pacer.has_time_to_validate():
-        pacer.run.report(f"{training.name} {step}: no time is left in the budget for the last validation")
-        return
-    with pacer.timing(pacer.validation):
-        log.write(step, training.validate(step))
+    """Validate and log, unless the budget would not be kept."""
+    try:
+        if step == training.timetable.steps:
+            pacer.check_time_to_validate()
+        with pacer.timing(pacer.validation):
+            log.write(step, training.validate(step, pacer.check_time))
+    except OutOfTime:
+        pacer.run.report(f"{training.name} {step}: no time is left in the budget for a validation")
 
 
 def rehearse(training: Training, finishing: Callable[[], float], log: MetricLogger) -> tuple[float, float]:

@@ -1,7 +1,8 @@
-"""Data parallelism: wrapping modules in DDP or FSDP, and access to full and local parameters."""
+"""Data parallelism: wrapping modules in DDP or FSDP, and access to full and local parameters; evaluation mode."""
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +74,14 @@ def gather_full(parameter: nn.Parameter, part: Tensor | None = None) -> Tensor:
         part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
     )
     return sharded.full_tensor().cpu()
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module that is being trained in evaluation mode inside the `with` block, without gradients."""
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train()

@@ -13,7 +13,7 @@ from vae import VAE
 from ..data.order import random_stream
 from ..data.pictures import to_images
 from ..evaluation.grid import labeled_grid
-from ..sampling.loop import Features, Network, last, sample_latents
+from ..sampling.loop import Features, Network, sample_latents
 from ..sampling.prompts import text_features
 from ..sampling.settings import SamplingSettings
 from .launch import Launch
@@ -29,17 +29,21 @@ def sample_preview(
     encode: Callable[[list[str]], Tensor],
     vae: VAE,
     latent_shape: tuple[int, ...],
+    check_time: Callable[[], None],
 ) -> Image.Image:
     """Sample an image for each prompt, weighted or not, and return a captioned grid.
 
-    `encode` maps prompts to features on the device. It is collective under FSDP, and so is this function.
+    `encode` maps prompts to features on the device. It is collective under FSDP, and so is this function; `check_time`
+    is called after every step.
     """
     with run.autocast():
         cond = text_features(text_encoder, prompts, encode)
         uncond = None if settings.guidance_scale == 1 else text_features(text_encoder, [""] * len(prompts), encode)
         noise = PreviewNoise(run.config.seed, len(prompts), latent_shape, run.device)
-        steps = sample_latents(network, run.config.diffusion.process(), Features(cond, uncond), settings, noise)
-        pixels = vae.decode(last(steps).x).float().cpu()
+        for step in sample_latents(network, run.config.diffusion.process(), Features(cond, uncond), settings, noise):
+            x = step.x
+            check_time()
+        pixels = vae.decode(x).float().cpu()
     return labeled_grid(to_images(pixels), list(prompts), columns=min(8, max(1, round(len(prompts) ** 0.5))))
 
 

@@ -21,13 +21,13 @@ from ..evaluation.grid import comparison_grid
 from ..evaluation.metrics import psnr, ssim
 from ..sections import DataConfig, TrainVAESection
 from .best import Best
-from .budget import seconds_of
+from .budget import no_limit, seconds_of
 from .discriminator import Discriminator, discriminator_loss, generator_loss
 from .fingerprint import fingerprint
 from .launch import Launch
 from .logging import MetricLogger
 from .optimizer import TrainState
-from .parallel import distributed, no_sync
+from .parallel import distributed, evaluation_mode, no_sync
 from .perceptual import PerceptualLoss
 from .timetable import Timetable
 from .vae_losses import adaptive_weight, load_perceptual, reconstruction_nll
@@ -180,15 +180,13 @@ class VAETraining:
                 state.update(step, norm, step_is_finite)
         return {**metrics, "norm": norms[0]}, step_is_finite
 
-    @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int, check_time: Callable[[], None]) -> dict[str, float]:
         """Compute PSNR, SSIM and perceptual loss of held-out reconstructions, with EMA and raw weights; save a grid."""
         state = self.states["vae"]
-        self.inner.eval()
-        raw = self._evaluate()[0]
-        with state.ema.swapped([tensor.detach() for tensor in state.local.values()]):
-            averaged, shown = self._evaluate()
-        self.inner.train()
+        with evaluation_mode(self.inner):
+            raw = self._evaluate(check_time)[0]
+            with state.ema.swapped([tensor.detach() for tensor in state.local.values()]):
+                averaged, shown = self._evaluate(check_time)
         values = {f"validation_{name}": value for name, value in averaged.items()}
         values |= {f"validation_{name}_raw": value for name, value in raw.items()}
         if self.run.is_main and shown:
@@ -199,13 +197,11 @@ class VAETraining:
         self.run.report(f"{self.name} {step}: {line}; reconstructions in {self.folder / 'reconstructions'}")
         return values
 
-    @torch.no_grad()
     def rehearse(self) -> float:
         """Estimate the seconds of `validate` from one batch."""
-        self.inner.eval()
-        self._evaluate(rounds=1)  # the first pass prepares
-        batch = seconds_of(lambda: self._evaluate(rounds=1))
-        self.inner.train()
+        with evaluation_mode(self.inner):
+            self._evaluate(rounds=1)  # the first pass prepares
+            batch = seconds_of(lambda: self._evaluate(rounds=1))
         settings = self.run.config.validation
         count = min(settings.num_pictures, len(self.held_out))
         return 2 * batch * math.ceil(count / settings.batch_size / self.run.accelerator.num_processes)
@@ -217,7 +213,9 @@ class VAETraining:
         self.inner.vae.enable_gradient_checkpointing(False)
         return self.inner.vae.eval(), float(self.inner.log_variance.detach())
 
-    def _evaluate(self, rounds: int | None = None) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
+    def _evaluate(
+        self, check_time: Callable[[], None] = no_limit, rounds: int | None = None
+    ) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
         """Mean metrics over held-out images, split across processes, and up to 16 image-reconstruction pairs.
 
         In each round every process takes one batch.
@@ -228,6 +226,7 @@ class VAETraining:
         shown: list[tuple[Tensor, Tensor]] = []
         most = None if rounds is None else rounds * accelerator.num_processes
         for number, start in enumerate(range(0, count, settings.batch_size)[:most]):
+            check_time()
             if number % accelerator.num_processes != accelerator.process_index:
                 continue
             chosen = range(start, min(start + settings.batch_size, count))

@@ -9,7 +9,7 @@ import torch
 from latentdiff.config import load_config
 from latentdiff.errors import LatentDiffError
 from latentdiff.sections import duration
-from latentdiff.training.budget import Pacer, format_duration
+from latentdiff.training.budget import OutOfTime, Pacer, format_duration
 from latentdiff.training.decisions import Decisions
 from latentdiff.training.signals import StopReason
 from latentdiff.training.timetable import Decision, Timetable
@@ -27,7 +27,6 @@ class Stage:
     """A stage that begins `start` seconds after the launch and shall have ended at `limit`."""
 
     def __init__(self, folder, limit, start=10.0, validation=0.5, saving=0.2, finishing=1.0, budget=None, **settings):
-        overrides = [f"train_latent.{name}={value}" for name, value in settings.items()]
         overrides = [f"train_latent.{name}={value}" for name, value in settings.items()]
         budget = "null" if limit is None else budget or format_duration(limit)
         config = load_config("demo", [f"budget={budget}", *overrides])
@@ -48,7 +47,10 @@ class Stage:
 
     def spend(self, kind):
         with self.pacer.timing(getattr(self.pacer, kind)):
-            self.clock.now += self.costs[kind] * self.slower(self.clock.now)
+            for _ in range(20):
+                self.clock.now += self.costs[kind] / 20 * self.slower(self.clock.now)
+                if kind == "validation":
+                    self.pacer.check_time()
 
     def run(self, seconds):
         """Train; `seconds` gives the time of a step that begins at some time. Return when all is finished."""
@@ -58,11 +60,14 @@ class Stage:
             self.clock.now += seconds(self.clock.now)
             due = self.pacer.after(step, StopReason.NONE, self.rehearse)
             last = step == self.timetable.steps
-            if last and not self.pacer.has_time_to_validate():
+            try:
+                if last:
+                    self.pacer.check_time_to_validate()
+                if due.validate or last:
+                    self.spend("validation")
+                    self.validated.append(step)
+            except OutOfTime:
                 self.out_of_time = True
-            elif due.validate or last:
-                self.validated.append(step)
-                self.spend("validation")
             if due.save or last:
                 self.saved.append(step)
                 self.spend("checkpoint")
@@ -111,6 +116,16 @@ def test_the_last_validation_is_left_out_rather_than_late(tmp_path):
     """A pause of 34 seconds just before the end takes the time that was kept free for it."""
     stage = Stage(tmp_path, 300.0, validation=12.0)
     assert stage.run(lambda now: 34.0 if 255 < now < 255.2 else 0.1) <= 300
+    assert stage.out_of_time
+    assert stage.validated[-1] < stage.timetable.steps == stage.saved[-1]
+
+
+@pytest.mark.parametrize("begins", [250.0, 262.0, 264.0])
+def test_a_validation_that_becomes_slow_is_given_up(tmp_path, begins):
+    """Another program makes everything six times slower, shortly before the last validation or in the middle of it."""
+    stage = Stage(tmp_path, 300.0, validation=12.0, saving=0.1, finishing=0.2)
+    stage.slower = lambda now: 1.0 if now < begins else 6.0
+    assert 0.85 * 300 <= stage.run(lambda now: 0.1 * stage.slower(now)) <= 300
     assert stage.out_of_time
     assert stage.validated[-1] < stage.timetable.steps == stage.saved[-1]
 
