@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.docs-installed
 
-.PHONY: install test test-slow lint typecheck docs bench demo clean
+.PHONY: install test test-slow test-gpu lint typecheck docs bench demo clean
 
 install: $(STAMP)
 
@@ -21,6 +21,10 @@ test: $(STAMP)
 
 test-slow: $(DOCS)
 	$(BIN)/python -m pytest -m slow
+
+# One process, as the GPU is one: parity, norms, xformers, no waiting. Skipped, with the reason, where there is none.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

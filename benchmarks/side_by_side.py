@@ -28,6 +28,7 @@ from stopwatch import peak_in_new_process, peak_on_cuda, ratio_of_medians, time_
 from torch import Tensor, nn
 
 SIDES = ("diffusers", "tuned", "ours")
+AUTOCAST = "autocast"  # float32 weights and bfloat16 arithmetic
 TRAINING = "forward + backward"  # the task with gradients: loss = output.square().mean()
 OUTPUT_LIMIT = 1e-5  # relative error in float32
 GRADIENT_LIMIT = 1e-4  # for the gradient of the first layer, which passes through every layer twice
@@ -68,29 +69,31 @@ class Contest:
     def open(self, side: str, folder: Path, dtype: str, device: str) -> Any:
         """Open the model of one side with the weights in the folder."""
         if side == "ours":
-            return self.ours.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
-        model = self.theirs.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
+            return self.ours.from_pretrained(folder, device=device, dtype=weights(dtype))
+        model = self.theirs.from_pretrained(folder, torch_dtype=weights(dtype)).to(device)
         if side == "tuned":
             model.to(memory_format=torch.channels_last)
             if device == "cuda":
                 model.fuse_qkv_projections()
         return model
 
-    def step(self, side: str, task: str, model: nn.Module, settings: Settings) -> Step:
+    def step(self, side: str, task: str, model: nn.Module, settings: Settings, dtype: str) -> Step:
         """Return what is timed: a forward pass, or forward and backward, which returns the first layer's gradient."""
         parameter = next(model.parameters())  # of the first convolution: its gradient passes through every layer
         inputs = self.inputs(settings.size, settings.batch)
         for name, tensor in inputs.items():
-            dtype = parameter.dtype if tensor.is_floating_point() else tensor.dtype
+            kind = parameter.dtype if tensor.is_floating_point() else tensor.dtype
             layout = torch.channels_last if side == "tuned" and tensor.dim() == 4 else torch.preserve_format
-            inputs[name] = tensor.to(parameter.device, dtype, memory_format=layout)
+            inputs[name] = tensor.to(parameter.device, kind, memory_format=layout)
         model.train(task == TRAINING)
         forward = self.forward(side, task, model, inputs)
+        if dtype == AUTOCAST:
+            forward = torch.autocast(parameter.device.type, torch.bfloat16)(forward)
         if settings.compile:
             forward = torch.compile(forward, mode=settings.compile, fullgraph=True)
 
         def forward_and_backward() -> Tensor:
-            forward().square().mean().backward()
+            forward().float().square().mean().backward()
             gradient = parameter.grad
             model.zero_grad(set_to_none=True)
             assert gradient is not None
@@ -131,10 +134,16 @@ class Row:
     seconds: list[float]  # every timed call
 
 
+def weights(dtype: str) -> torch.dtype:
+    """Return the dtype of the weights."""
+    kind: torch.dtype = torch.float32 if dtype == AUTOCAST else getattr(torch, dtype)
+    return kind
+
+
 def outputs(contest: Contest, side: str, folder: Path, dtype: str, settings: Settings) -> Inputs:
     """Return the output of every task, in float64 on the CPU."""
     model = contest.open(side, folder, dtype, settings.device)
-    return {task: contest.step(side, task, model, settings)().double().cpu() for task in contest.tasks}
+    return {task: contest.step(side, task, model, settings, dtype)().double().cpu() for task in contest.tasks}
 
 
 def check_equality(contest: Contest, folder: Path, settings: Settings) -> list[Check]:
@@ -164,7 +173,7 @@ def measure(contest: Contest, folder: Path, settings: Settings) -> list[Row]:
     for dtype in settings.dtypes:
         models = {side: contest.open(side, folder, dtype, settings.device) for side in SIDES}
         for task in contest.tasks:
-            steps = {side: contest.step(side, task, models[side], settings) for side in SIDES}
+            steps = {side: contest.step(side, task, models[side], settings, dtype) for side in SIDES}
             seconds = time_in_turns(steps, settings.rounds, settings.device)
             for side in SIDES:
                 if settings.device == "cuda":
@@ -180,7 +189,7 @@ def measure(contest: Contest, folder: Path, settings: Settings) -> list[Row]:
 def prepare(contest: Contest, side: str, task: str, folder: Path, dtype: str, settings: Settings) -> Step:
     """Prepare a step in a separate process."""
     torch.set_num_threads(settings.threads)
-    return contest.step(side, task, contest.open(side, folder, dtype, settings.device), settings)
+    return contest.step(side, task, contest.open(side, folder, dtype, settings.device), settings, dtype)
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -226,7 +235,8 @@ def parse(description: str, sizes: tuple[str, ...], batch: int) -> Settings:
     parser.add_argument("--size", choices=sizes, default=sizes[0])
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", AUTOCAST),
+                        default=["float32", "bfloat16"], help="autocast: float32 weights, as in training")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=10, help="timed calls per side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     modes = ("default", "reduce-overhead", "max-autotune")

@@ -143,13 +143,13 @@ class Peer:
         pictures = self.pictures()
 
         def step() -> float:
-            pixels, tokens = next(pictures)
+            pixels, tokens = (part.to(self.run.device) for part in next(pictures))
             with self.run.autocast():
                 with torch.no_grad():
                     latents = self.vae.encode(pixels).latent_dist.sample() * self.vae.config.scaling_factor
                     context = self.text_encoder(tokens, return_dict=False)[0]
                 noise = torch.randn_like(latents)
-                t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),))
+                t = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
                 loss = self.loss(latents, noise, t, context)
             average = loss.repeat(self.batch_size).mean()  # the example gathers this in every step
             loss.backward()
@@ -174,7 +174,7 @@ def check_equal(task: LatentTraining, peer: Peer) -> None:
     settings = task.run.config.diffusion
     losses = diffusion_loss(output, x0, noise, t, settings.prediction, task.schedule, weighting=settings.weighting)
     ours = losses.mean()
-    theirs = peer.loss(batch.x0, batch.noise, batch.t, batch.text.float())
+    theirs = peer.loss(x0, noise, t, batch.text.float().to(x0.device))
     torch.autograd.backward([ours, theirs])
     gradients = dict(task.inner.unet.named_parameters())
     worst = max(float((parameter.grad - gradients[name].grad).norm() / parameter.grad.norm())
@@ -196,7 +196,7 @@ def peak_memory(arguments: argparse.Namespace) -> int:
 
 
 def alone(arguments: argparse.Namespace) -> None:
-    """Take three steps of one contestant, and print the peak resident memory."""
+    """Take three steps of one contestant, and print the peak memory: resident, or on a GPU what PyTorch allocated."""
     with tempfile.TemporaryDirectory() as name:
         config, run = prepare(arguments, Path(name))
         if arguments.alone in OURS:
@@ -209,6 +209,9 @@ def alone(arguments: argparse.Namespace) -> None:
             step = peer.steps()
         for _ in range(3):
             step()
+    if run.device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() // 2**20)
+        return
     status = Path("/proc/self/status").read_text()  # getrusage would return the parent's peak if that is larger
     print(int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) // 1024)
 
@@ -236,6 +239,8 @@ def main() -> None:
                 start = time.perf_counter()
                 for _ in range(arguments.steps):
                     step()
+                if run.device.type == "cuda":
+                    torch.cuda.synchronize()
                 if number:  # the first round warms up
                     times[label].append((time.perf_counter() - start) / arguments.steps)
     reference = median(times["diffusers' example"])

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("latentdiff", "unet", "vae", "text_encoder")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-LEAVES = {"torch", "safetensors", "latentdiff.errors", "latentdiff.files.tensors"}
+LEAVES = {"torch", "safetensors", "latentdiff.errors", "latentdiff.files.tensors", "latentdiff.norms"}
 LOOP = {"torch", "latentdiff.errors", "latentdiff.diffusion", "latentdiff.files.scheduler", "latentdiff.sampling.loop",
         "latentdiff.sampling.settings"}  # fmt: skip
 
@@ -22,6 +22,7 @@ ALLOWED = {
     "text_encoder": LEAVES | {"text_encoder", "transformers", "tokenizers", "huggingface_hub"},
     "latentdiff.files.tensors": {"torch", "safetensors", "latentdiff.errors"},
     "latentdiff.errors": set(),
+    "latentdiff.norms": {"torch", "triton", "latentdiff.norms"},
     "latentdiff.diffusion": {"torch", "latentdiff.errors", "latentdiff.diffusion"},
     "latentdiff.sampling.loop": LOOP,
     "latentdiff.sampling.inversion": LOOP,
@@ -31,6 +32,7 @@ RESERVED = {
     "accelerate": ("latentdiff.training", "latentdiff.data"),
     "diffusers": ("latentdiff.files",),
     "xformers": ("unet.attention",),
+    "triton": ("latentdiff.norms.triton_kernels",),
     "pickle": (),
     "dill": (),
     "joblib": (),

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentdiff.norms import GroupNorm
+
 from .errors import UNetError
 
 UNFUSED = 256 * 256  # query-key pairs up to which plain matmuls are faster, see `sdpa`
@@ -154,7 +156,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         projection = nn.Linear if linear else PixelLinear
-        self.norm = nn.GroupNorm(norm_groups, width, eps=1e-6)
+        self.norm = GroupNorm(norm_groups, width, eps=1e-6)
         self.proj_in = projection(width, width)
         blocks = [TransformerBlock(width, num_heads, context_dim, upcast=upcast) for _ in range(num_blocks)]
         self.transformer_blocks = nn.ModuleList(blocks)

@@ -9,6 +9,8 @@ from itertools import zip_longest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentdiff.norms import GroupNorm
+
 from .attention import KeyValue, SpatialTransformer
 
 Time = Tensor | Sequence[Tensor]  # embedding (B or 1, E), or its projection for each ResBlock, (B or 1, C)
@@ -16,15 +18,15 @@ Context = Tensor | Sequence[KeyValue]  # features (B, L, D), or the keys and val
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the timestep added in between (LDM's variant of arXiv 2105.05233)."""
+    """Two 3x3 convolutions after GroupNorm and SiLU, the timestep added in between (arXiv 2105.05233, as in LDM)."""
 
     def __init__(self, in_width: int, width: int, time_dim: int, *, norm_groups: int, norm_eps: float) -> None:
         super().__init__()
         self.index = 0  # position among the UNet's ResBlocks, set by UNet
-        self.norm1 = nn.GroupNorm(norm_groups, in_width, eps=norm_eps)
+        self.norm1 = GroupNorm(norm_groups, in_width, eps=norm_eps, silu=True)
         self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, width)
-        self.norm2 = nn.GroupNorm(norm_groups, width, eps=norm_eps)
+        self.norm2 = GroupNorm(norm_groups, width, eps=norm_eps, silu=True)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
@@ -34,9 +36,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Time) -> Tensor:
         shift = self.project(time) if isinstance(time, Tensor) else time[self.index]
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         h = h + shift[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h))
         return self.conv_shortcut(x) + h
 
 

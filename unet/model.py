@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latentdiff.files.tensors import Pretrained
+from latentdiff.norms import GroupNorm
 
 from .attention import Attention, KeyValue, SpatialTransformer, load_attention_backend
 from .blocks import Context, Downsample, Level, ResBlock, Time, Upsample
@@ -124,7 +125,7 @@ class UNet(Pretrained):
         self.down_blocks = nn.ModuleList(down_blocks)  # type: ignore[assignment]
         self.mid_block = Level(middle, [make_transformer(config, len(widths) - 1)])
         self.up_blocks = nn.ModuleList(make_up_blocks(config, skips))  # type: ignore[assignment]
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], eps=config.norm_eps, silu=True)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         for index, res in enumerate(self.resnets()):
             res.index = index
@@ -166,7 +167,7 @@ class UNet(Pretrained):
                 x = self._layer(resnet, transformer, torch.cat([x, skips.pop()], dim=1), time, context)
             for upsample in block.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
         """Compute every cross-attention's keys and values of text features (B, L, D), once per prompt, not per step.

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from latentdiff.norms import GroupNorm
+
 NORM_EPS = 1e-6  # epsilon of every GroupNorm in the KL autoencoder
 
 
@@ -16,15 +18,15 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_width: int, width: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups, in_width, eps=NORM_EPS)
+        self.norm1 = GroupNorm(norm_groups, in_width, eps=NORM_EPS, silu=True)
         self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(norm_groups, width, eps=NORM_EPS)
+        self.norm2 = GroupNorm(norm_groups, width, eps=NORM_EPS, silu=True)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return self.conv_shortcut(x) + h
 
 
@@ -33,7 +35,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, norm_groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(norm_groups, width, eps=NORM_EPS)
+        self.group_norm = GroupNorm(norm_groups, width, eps=NORM_EPS)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdiff.files.tensors import Pretrained
+from latentdiff.norms import GroupNorm
 
 from .blocks import NORM_EPS, Attention, Downsample, Level, ResBlock, Upsample
 from .config import FILES, VAEConfig
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
                 block.downsamplers.append(Downsample(width))
             self.down_blocks.append(block)
         self.mid_block = make_middle(config)
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = GroupNorm(config.norm_groups, widths[-1], eps=NORM_EPS, silu=True)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
             if level > 0:
                 block.upsamplers.append(Upsample(widths[level]))
             self.up_blocks.append(block)
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=NORM_EPS)
+        self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], eps=NORM_EPS, silu=True)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class VAE(Pretrained):
