@@ -49,9 +49,9 @@ class Cost:
     """What validating, saving a checkpoint or finishing a stage takes."""
 
     last: float = 0.0  # when it ended last
-    start: float = 0.0  # when it began last
     seconds: float = 0.0  # of the last one, or an estimate
     pace: float = 0.0  # seconds per step at that time; 0 if they have nothing to do with each other
+    start: float = 0.0  # when it began last
 
     def at(self, pace: float) -> float:
         """Return the seconds it takes now, as a busy machine slows down steps and validations alike."""
