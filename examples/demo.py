@@ -51,7 +51,7 @@ def sample(folder: Path) -> Path:
 
 def train(folder: Path) -> tuple[dict[int, float], Path]:
     """Train the recipe `demo`; returns validation losses by step, and the path of a before-and-after picture."""
-    run(*LAUNCH, "--config", "demo", f"output={json.dumps(str(folder))}")
+    run(*LAUNCH, "--config", "demo", f"output={folder}")
     lines = map(json.loads, (folder / "train_latent/log.jsonl").read_text(encoding="utf-8").splitlines())
     losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     samples = folder / "train_latent/samples"

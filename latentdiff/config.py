@@ -3,10 +3,13 @@
 A file holds only what differs from the defaults. `section.key=value` on the command line overrides it.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -23,13 +26,14 @@ from .errors import LatentDiffError, nearest
 # train_configs/ in a checkout is latentdiff/recipes/ in an installed package (see setup.cfg).
 PACKAGE = Path(__file__).parent
 RECIPES = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "train_configs"
+MAX_DEPTH, MAX_VALUES = 20, 100_000  # of a YAML file
 SECTION_OF = {VAEError: "vae", TextEncoderError: "text_encoder", UNetError: "unet"}
 
 
 class Config(sections.Section):
     """The configuration of a run."""
 
-    output: str = "runs/unnamed"
+    output: sections.PathText = "runs/unnamed"
     """Output folder; everything that the run writes goes there."""
     seed: sections.Count = 0
     """Determines everything random: weights at the start, the order of pictures, noise, timesteps."""
@@ -100,7 +104,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Args:
         path: file or name of a recipe; None: `emoji-64`. A recipe's validation prompts describe its own pictures, so
             they are dropped if an override sets `data.source`.
-        overrides: `section.key=value`, the value as YAML.
+        overrides: `section.key=value`, the value as YAML; text and paths as typed, `null` unsets them.
 
     Raises:
         LatentDiffError: if the file is missing or not valid YAML, or a key or value is unknown, wrong or inconsistent.
@@ -121,7 +125,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply overrides `section.key=value`, the value as YAML, to nested dictionaries in place, and return them."""
+    """Apply overrides `section.key=value` to nested dictionaries in place, and return them."""
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path.strip():
@@ -134,8 +138,27 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
             inner = inner[parent]
             if not isinstance(inner, dict):
                 raise LatentDiffError(f"{override!r}: {parent} is {inner!r}, not a section")
-        inner[key] = _from_yaml(text, repr(override))
+        inner[key] = text if _is_text([*parents, key], text) else _from_yaml(text, repr(override))
     return values
+
+
+def _is_text(path: Sequence[str], value: str) -> bool:
+    """Whether a value on the command line is taken as typed: `photos #2` is a folder, and so is `2024-05-01`."""
+    fields: Any = Config.model_fields
+    for parent in path[:-1]:
+        section = fields[parent].annotation if parent in fields else None
+        fields = getattr(section, "model_fields", {})
+    return value not in ("", "null") and path[-1] in fields and _takes_text(fields[path[-1]].annotation)
+
+
+def _takes_text(annotation: Any) -> bool:
+    """Whether a type has texts only, and None."""
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _takes_text(members[0])
+    if origin in (Union, UnionType):
+        return all(_takes_text(member) for member in members if member is not type(None))
+    return annotation is str or (origin is Literal and all(isinstance(member, str) for member in members))
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
@@ -166,9 +189,27 @@ def _read(name: str) -> tuple[str, bool]:
 
 def _from_yaml(text: str, where: str) -> Any:
     try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise LatentDiffError(f"{where}: lists and sections are nested more than {MAX_DEPTH} deep")
+        if _num_values(yaml.compose(text, yaml.SafeLoader), {}) > MAX_VALUES:
+            raise LatentDiffError(f"{where}: has more than {MAX_VALUES:,} values, aliases (*name) spelled out")
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise LatentDiffError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def _num_values(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Count the values of a document with each alias replaced by what it stands for; infinite if one is in itself."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inside = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_num_values(inner, known) for inner in inside)
+    return known[id(node)]
 
 
 def _to_tuples(value: Any) -> Any:

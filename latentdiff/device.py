@@ -40,7 +40,7 @@ def as_device(device: torch.device | str | None) -> torch.device:
     """Return the device, `best_device()` for None; raise LatentDiffError if it is not available."""
     try:
         return best_device() if device is None else torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise LatentDiffError(f"device={str(device)!r}: not available ({str(error).splitlines()[0]})") from None
 
 

@@ -1,9 +1,11 @@
 """The sections of a run's configuration: every setting with its default, meaning and unit."""
 
+import os
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,7 +45,13 @@ def _duration(text: object) -> object:
     return text
 
 
+def _expanded(path: str) -> str:
+    """Replace a leading `~` by the home folder, in the only place where settings with paths are read."""
+    return os.path.expanduser(path)
+
+
 SAMPLING = SamplingSettings()  # the defaults
+PathText = Annotated[str, AfterValidator(_expanded)]
 Duration = Annotated[str, BeforeValidator(_duration)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -64,7 +72,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the pictures are and how they are turned into pixels."""
 
-    source: str = "builtin:emoji-mini"
+    source: PathText = "builtin:emoji-mini"
     """Folder, Parquet or tar files (one or a glob), a dataset on the Hugging Face Hub, or `builtin:emoji-mini`."""
     train_split: str = "train"
     """Split to train on."""
@@ -86,7 +94,7 @@ class DataConfig(Section):
     """Background of transparent pictures: red, green, blue."""
     flip: bool = True
     """Flip pictures horizontally with probability 0.5."""
-    quarantine: str | None = None
+    quarantine: PathText | None = None
     """File with names of pictures to exclude, as written by `latentdiff data check`."""
     max_broken: Fraction = 0.01
     """Fraction of broken pictures above which the run stops."""
@@ -95,7 +103,7 @@ class DataConfig(Section):
 class ModelSection(Section):
     """A new model, or a pretrained one, whose sizes are its own and are therefore not recorded."""
 
-    pretrained: str | None = None
+    pretrained: PathText | None = None
     also_used: ClassVar[tuple[str, ...]] = ()  # settings other than sizes, which apply to a pretrained model too
 
     def sizes(self) -> dict[str, Any]:
@@ -112,7 +120,7 @@ class ModelSection(Section):
 class VAESection(ModelSection):
     """Shape of the autoencoder (see vae/config.py); f = 2 ** (levels - 1)."""
 
-    pretrained: str | None = None
+    pretrained: PathText | None = None
     """Folder of a trained VAE to use as is, or `builtin:emoji-64`; train_vae and the sizes are then ignored."""
     block_out_channels: tuple[Positive, ...] = (128, 256, 512, 512)
     layers_per_block: Positive = 2
@@ -129,7 +137,7 @@ class VAESection(ModelSection):
 class TextEncoderSection(ModelSection):
     """The text encoder: a new BERT with a vocabulary learned from the captions, or a pretrained one."""
 
-    pretrained: str | None = None
+    pretrained: PathText | None = None
     """Folder or Hugging Face Hub name of a BERT, or `builtin:emoji-64`; only `train` and `max_length` then apply."""
     also_used: ClassVar[tuple[str, ...]] = ("train", "max_length")
     train: bool = True
@@ -150,7 +158,7 @@ class TextEncoderSection(ModelSection):
 class UNetSection(ModelSection):
     """Shape of the UNet (see unet/config.py); its channels and context width follow from the VAE and text encoder."""
 
-    pretrained: str | None = None
+    pretrained: PathText | None = None
     """Folder of a trained UNet to start from, or `builtin:emoji-64`; the sizes below are then ignored."""
     also_used: ClassVar[tuple[str, ...]] = ("attention",)
     block_out_channels: tuple[Positive, ...] = (320, 640, 1280, 1280)
@@ -232,6 +240,8 @@ class TrainSection(Section):
     """Gradients are clipped to this norm."""
     max_skipped: Positive = 20
     """The run saves and stops after this many consecutive steps with a loss that is not finite."""
+    max_spike: Annotated[float, BeforeValidator(_number), Field(gt=1)] | None = None
+    """Skip steps whose loss is more than this many times its running mean; None: only note those beyond 1,000 times."""
     ema_sigma_rel: Annotated[float, BeforeValidator(_number), Field(gt=0, le=0.28)] = 0.1
     """Width of the EMA of the weights: its standard deviation relative to the training so far (arXiv 2312.02696)."""
     gradient_checkpointing: bool = False
@@ -259,7 +269,7 @@ class TrainVAESection(TrainSection):
     """Weight of the KL divergence, which is summed over the latents and divided by the number of pixel values."""
     perceptual_weight: NonNegative = 1.0
     """Weight of the perceptual term; 0 leaves it out."""
-    perceptual_weights: str | None = None
+    perceptual_weights: PathText | None = None
     """LPIPS weights as a safetensors file; without them, a multi-scale structural loss takes its place."""
     learn_variance: bool = True
     """Learn the decoder's variance, a single number for all pixels."""

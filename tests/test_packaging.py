@@ -94,7 +94,7 @@ def test_imports_without_network_torchvision_and_xformers(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     modules = [name[:-3].replace("/", ".").removesuffix(".__init__") for name in zipfile.ZipFile(wheel).namelist()
-               if name.endswith(".py")]  # fmt: skip
+               if name.endswith(".py") and name != "latentdiff/norms/triton_kernels.py"]  # needs Triton  # fmt: skip
     run = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", IMPORT_EVERYTHING, site, *modules],
         cwd=tmp_path,

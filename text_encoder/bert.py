@@ -5,6 +5,8 @@ Shapes: B prompts, L tokens, D feature width.
 
 from __future__ import annotations
 
+import threading
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from .errors import TextEncoderError, TokenOverflowWarning
 from .tokenizer import check_text
 
 MAX_TOKENS = 4096  # of a prompt
+TOKENIZING = threading.Lock()  # padding and truncation are settings of a tokenizer that all its callers share
 
 
 @dataclass(frozen=True)
@@ -171,15 +174,22 @@ class TextEncoder(nn.Module):
             raise TextEncoderError(f"prompts={prompts!r}: expected a list of at least one string")
         for prompt in prompts:
             check_text("prompt", prompt)
-        prompts = list(prompts)
-        lengths = [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
-        lost = [max(0, length - self.max_length) for length in lengths]
+        prompts = [unicodedata.normalize("NFC", prompt) for prompt in prompts]
+        with TOKENIZING:
+            lengths = [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
+            lost = [max(0, length - self.max_length) for length in lengths]
+            batch = self.tokenizer(
+                prompts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
         if any(lost):
             self._warn_of_overflow(prompts, lost)
-        batch = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
         return TokenizedPrompts(batch["input_ids"], batch["attention_mask"].bool(), lost)
+
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        """Return the characters, `start` to `stop`, that each token of a prompt in NFC stands for."""
+        with TOKENIZING:
+            batch = self.tokenizer(prompt, truncation=True, max_length=self.max_length, return_offsets_mapping=True)
+        return list(batch["offset_mapping"])
 
     def encode(self, tokens: Tensor, context_mask: Tensor) -> Tensor:
         """Encode tokens (B, L) and their mask (B, L), on any device, as features (B, L, D)."""
@@ -206,7 +216,8 @@ class TextEncoder(nn.Module):
 
     def _warn_of_overflow(self, prompts: Sequence[str], lost: Sequence[int]) -> None:
         index = max(range(len(lost)), key=lost.__getitem__)
-        ids = self.tokenizer(prompts[index], verbose=False, add_special_tokens=False)["input_ids"]
+        with TOKENIZING:
+            ids = self.tokenizer(prompts[index], verbose=False, add_special_tokens=False)["input_ids"]
         tail = self.tokenizer.decode(ids[-lost[index] :])
         warnings.warn(
             f"{sum(map(bool, lost))} of {len(lost)} prompts are longer than {self.max_length} tokens and are cut off; "

@@ -99,7 +99,7 @@ def new_model(values: Mapping[str, Any], max_layers: int, where: object, model_c
     model_class = model_class or MODELS[kind]
     inner = values.get("text_config")  # in the config of a complete CLIP
     text = inner if kind == "clip" and isinstance(inner, dict) else values
-    if blocked := [key for key in BLOCKED if values.get(key) or text.get(key)]:
+    if blocked := [key for key in BLOCKED if any(inner.get(key) for inner in (values, text, *_nested(values)))]:
         raise TextEncoderError(f"{where}: has {blocked[0]!r}, which is not allowed: it can load code or change models")
     for key in ("num_hidden_layers", "encoder_layers"):  # every layer is built, so a huge number would hang
         if not isinstance(layers := text.get(key, 0), int) or layers > max_layers:
@@ -108,6 +108,17 @@ def new_model(values: Mapping[str, Any], max_layers: int, where: object, model_c
         config = model_class.config_class.from_dict(dict(text))
         config.update(dict.fromkeys(DROPOUTS & vars(config).keys(), 0.0))
         return model_class(config)
+
+
+def _nested(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield all objects within a config, at any depth."""
+    waiting = list(values.values())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            yield value
+        if isinstance(value, Mapping | list | tuple):
+            waiting += value.values() if isinstance(value, Mapping) else value
 
 
 def fill_model(model: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, dict[str, set[str]]]:

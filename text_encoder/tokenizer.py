@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import TextEncoderError
 
@@ -27,7 +27,7 @@ def check_text(what: str, text: object) -> None:
 def train_tokenizer(
     captions: Iterable[str], *, vocab_size: int = 8192, max_length: int = 77, min_frequency: int = 2
 ) -> BertTokenizerFast:
-    """Learn a lowercase WordPiece vocabulary; the same captions in any order give the same one.
+    """Learn a lowercase WordPiece vocabulary with accents; the same captions in any order give the same one.
 
     Args:
         captions: the training captions.
@@ -48,24 +48,22 @@ def train_tokenizer(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise TextEncoderError(f"{name}={value!r}: expected an integer of at least {least}")
-    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    words: Counter[str] = Counter()
-    if isinstance(captions, str):
-        raise TextEncoderError(f"captions={captions!r}: expected an iterable of strings, not a string")
-    for caption in captions:
-        check_text("caption", caption)
-        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)))
-    if not words:
-        raise TextEncoderError("the captions contain no words to learn a vocabulary from")
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # Accents and voicing marks tell words apart. NFC: with them, composed and decomposed letters would differ.
+    normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.BertNormalizer(lowercase=True, strip_accents=False)]
+    )
+    words = _count_words(captions, normalizer, pre_tokenizer)
     # The trainer breaks ties by token id, and gives ids to word-internal characters in an order that changes between
     # runs. Listing them up front, sorted, fixes their ids and makes the vocabulary reproducible.
     characters = {character for word in words for character in word}
-    if len(SPECIAL_TOKENS) + 2 * len(characters) > vocab_size:
+    inner_characters = sorted({f"##{character}" for word in words for character in word[1:]})
+    if len(SPECIAL_TOKENS) + len(characters) + len(inner_characters) > vocab_size:
         raise TextEncoderError(
             f"vocab_size={vocab_size} is too small: the captions have {len(characters)} distinct characters, which "
-            f"need two entries each, and there are {len(SPECIAL_TOKENS)} special tokens"
+            f"need an entry each, {len(inner_characters)} of them another within words, and there are "
+            f"{len(SPECIAL_TOKENS)} special tokens"
         )
-    inner_characters = sorted({f"##{character}" for word in words for character in word[1:]})
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
@@ -77,4 +75,20 @@ def train_tokenizer(
     wordpiece.train_from_iterator((word for word in sorted(words) for _ in range(words[word])), trainer)
     pieces = sorted(set(wordpiece.get_vocab()) - set(SPECIAL_TOKENS))
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *pieces])}
-    return BertTokenizerFast(vocab=vocabulary, do_lower_case=True, model_max_length=max_length)
+    tokenizer = BertTokenizerFast(
+        vocab=vocabulary, do_lower_case=True, strip_accents=False, model_max_length=max_length
+    )
+    tokenizer.backend_tokenizer.normalizer = normalizer  # transformers drops NFC on loading: TextEncoder does it, too
+    return tokenizer
+
+
+def _count_words(captions: Iterable[str], normalizer: Any, pre_tokenizer: Any) -> Counter[str]:
+    words: Counter[str] = Counter()
+    if isinstance(captions, str):
+        raise TextEncoderError(f"captions={captions!r}: expected an iterable of strings, not a string")
+    for caption in captions:
+        check_text("caption", caption)
+        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)))
+    if not words:
+        raise TextEncoderError("the captions contain no words to learn a vocabulary from")
+    return words

@@ -16,8 +16,6 @@ from ..errors import LatentDiffError
 from ..sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..sampling.pipeline import LatentPipeline
     from ..sections import DataConfig
 
@@ -77,16 +75,19 @@ def sample(
     output.mkdir(parents=True, exist_ok=True)
     from ..evaluation.grid import labeled_grid
 
-    images = open_pipeline(model, device, precision)(
+    pictures = open_pipeline(model, device, precision).draw(
         requested, negative_prompt=negative_prompt, num_steps=num_steps, guidance_scale=guidance_scale, sampler=sampler,
         seed=seed, num_images=num_images, height=height, width=width,
     )  # fmt: skip
-    captions = [prompt for prompt in requested for _ in range(num_images)]
-    for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1):
+    captions, images = [prompt for prompt in requested for _ in range(num_images)], []
+    for number, (image, caption) in enumerate(zip(pictures, captions, strict=True), start=1):
         name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "picture"
-        yield save_picture(image, output / f"{number:04d}-{name}.png")
+        image.save(path := output / f"{number:04d}-{name}.png")  # at once: an interrupted command keeps what is done
+        images.append(image)
+        yield path
     grid = labeled_grid(images, captions, columns=min(8, round(len(images) ** 0.5)))
-    yield save_picture(grid, output / "grid.png")
+    grid.save(path := output / "grid.png")
+    yield path
 
 
 def evaluate(
@@ -121,7 +122,7 @@ def evaluate(
 def inspect(
     name: Annotated[str, Argument(help="Model folder, training output or .safetensors file.")],
 ) -> Iterator[str]:
-    """Show what a model or file contains, without loading any weights.
+    """Show what a model or file contains, and whether all weights are finite.
 
     Example: latentdiff inspect runs/mine
     """
@@ -162,25 +163,16 @@ def export(
         yield push_folder(written, push)
 
 
-def save_picture(image: Image.Image, path: Path) -> Path:
-    """Save a PNG with the image's settings in its metadata."""
-    from PIL.PngImagePlugin import PngInfo
-
-    metadata = PngInfo()
-    for key, value in image.info.items():
-        metadata.add_text(str(key), value)
-    image.save(path, pnginfo=metadata)
-    return path
-
-
 def _prompts(given: list[str] | None, file: str | None) -> list[str]:
     prompts = list(given or ())
     if file is not None:
+        from ..data.texts import decode, lines_of
+
         try:
-            text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = decode(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
+        except (OSError, UnicodeError) as error:
             raise LatentDiffError(f"--file {file}: cannot be read ({error})") from None
-        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+        prompts += [line.strip() for line in lines_of(text) if line.strip()]
     if not prompts:
         raise LatentDiffError('no prompts: give some, as in latentdiff sample "a red apple", or use --file')
     return prompts

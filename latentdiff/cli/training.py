@@ -70,11 +70,13 @@ def data_check(
     """
     from ..config import load_config
     from ..data.check import check_source
+    from ..data.left_out import LeftOut
     from ..data.sources import open_source
     from ..training.stages import open_text_encoder
 
-    loaded = load_config(config, [*(overrides or ()), f"data.source={json.dumps(source)}"])
-    tokenizer = open_text_encoder(loaded, open_source(loaded.data)[0]).tokenizer  # the one that training would use
+    loaded = load_config(config, [*(overrides or ()), f"data.source={source}"])
+    train = open_source(loaded.data, LeftOut())[0]  # what is left out is part of the report
+    tokenizer = open_text_encoder(loaded, train).tokenizer  # the one that training would use
     tokenizer.model_max_length = loaded.text_encoder.max_length
     yield from check_source(loaded.data, output, tokenizer).lines()
 

@@ -1,6 +1,7 @@
 """Datasets of micro-batches for VAE and latent training; everything random is keyed by (seed, step, position)."""
 
 import math
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, NamedTuple
@@ -117,6 +118,7 @@ class LatentBatches(Dataset[LatentBatch]):
         captions = columns.pop("caption", None)
         parts: dict[str, Any] = {name: torch.from_numpy(np.stack(column)) for name, column in columns.items()}
         if captions is not None:
+            captions = [unicodedata.normalize("NFC", caption) for caption in captions]  # as TextEncoder does
             ids = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_length,
                                  return_tensors="pt")  # fmt: skip
             parts["text"] = Tokens(ids["input_ids"], ids["attention_mask"].bool())

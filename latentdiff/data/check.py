@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..evaluation.grid import CELL, labeled_grid
 from ..sections import DataConfig
+from .left_out import LeftOut, lines_about
 from .pictures import PictureError, fit, open_picture
 from .sources import Source, open_source
 
@@ -82,6 +83,8 @@ class CheckReport:
     shared: int  # of those, validation pictures whose original is in train
     duplicate_names: tuple[tuple[str, str], ...]  # (duplicate, original), the first NAMED_DUPLICATES
     quarantined: int
+    left_out: dict[str, list[str]]  # names of what is not used, by reason
+    remarks: dict[str, list[str]]
     output: str
 
     def lines(self) -> list[str]:
@@ -92,8 +95,9 @@ class CheckReport:
             *self.validation.lines("validation", self.max_tokens),
             f"duplicates: {self.duplicates} (same pixels after cropping and resizing); "
             f"{self.shared} of them are validation pictures that are also in train",
+            *lines_about(self.left_out, self.remarks),
             f"quarantined: {self.quarantined}",
-            f"written to {self.output}: report.json, contact_sheet.png, and quarantine.txt with the broken pictures; "
+            f"written to {self.output}: report.json (all names), contact_sheet.png, quarantine.txt (broken pictures); "
             f"to train without them, set data.quarantine={self.output}/quarantine.txt",
         ]
 
@@ -112,7 +116,8 @@ def check_source(config: DataConfig, output: Path, tokenizer: Any = None) -> Che
         LatentDiffError: the source cannot be opened.
         OSError: `output` cannot be written.
     """
-    train, validation = open_source(config.model_copy(update={"quarantine": None}))
+    left_out = LeftOut()
+    train, validation = open_source(config.model_copy(update={"quarantine": None}), left_out)
     output.mkdir(parents=True, exist_ok=True)
     with (output / "quarantine.txt").open("w", encoding="utf-8") as quarantine:
         scan = _Scan(config, tokenizer, quarantine, len(train) + len(validation))
@@ -135,6 +140,8 @@ def check_source(config: DataConfig, output: Path, tokenizer: Any = None) -> Che
         shared=int(np.sum((duplicates >= len(train)) & (first_of[duplicates] < len(train)))),
         duplicate_names=tuple((name(index), name(first_of[index])) for index in duplicates[:NAMED_DUPLICATES]),
         quarantined=sum(sum(split.broken.values()) for split in splits),
+        left_out=left_out.names,
+        remarks=left_out.remarks,
         output=str(output),
     )
     (output / "report.json").write_text(json.dumps(asdict(result), indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,56 +1,63 @@
-"""Folders with one file per picture, captioned by a metadata table or by a .txt file next to each picture.
+"""Folders with one file per picture, captioned by metadata tables or by a .txt file next to each picture.
 
 Also derives splits from the names of folders and of files with many pictures.
 """
 
-import logging
 import os
+import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
 
-from ..errors import LatentDiffError, check_choice, reraise_as
+from ..errors import LatentDiffError, check_choice
 from ..sections import DataConfig
-from .pictures import EXTENSIONS
-from .readers import FileReader, Source, stamp_of
-from .tables import find_caption_columns, load_table
+from .left_out import LeftOut
+from .listing import Listing
+from .metadata import table_columns, table_rows
+from .readers import FileReader, Source, clean_captions, stamp_of
+from .tables import find_caption_columns
+from .texts import decode, encoding_of, lines_of
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-FEATURES = Features({"file_name": Value("string"), "captions": List(Value("string"))})
-SURROGATES = re.compile("[\ud800-\udfff]")  # how Python decodes bytes of a file name that are not UTF-8
+TEXT = Value("string")
+# `problem`: why the row is not used; `remark`: what is unusual about its captions; "" if nothing is.
+FEATURES = Features(file_name=TEXT, captions=List(TEXT), problem=TEXT, remark=TEXT)
 # The names of each split, as in Hugging Face datasets.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+Entry = TypeVar("Entry", int, Path)
 
-logger = logging.getLogger(__name__)
 
-
-def open_metadata(root: Path, config: DataConfig) -> dict[str, Source] | None:
-    """Open the folder's metadata table, or else those of its split folders, as sources by split; None if none.
+def open_metadata(listing: Listing, config: DataConfig, left_out: LeftOut) -> dict[str, Source]:
+    """Open the tables of a folder: the one at its top, or else all that lie in no other's folder.
 
     Column `file_name` is relative to the table's folder; without it or a caption column, raises LatentDiffError.
     """
-    if table := _metadata_in(root):
-        return _split_by_folder(_open_table(root, table, config), config)
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    tables = {split_of_folder(folder.name, config): table for folder in folders if (table := _metadata_in(folder))}
-    return {split: _open_table(root, table, config) for split, table in tables.items() if split} or None
+    root, tables = listing.root, _outermost(listing.tables)
+    left_out.add("tables below the folder of another", sorted(set(listing.tables) - set(tables)))
+    columns = [_columns(root / table, config) for table in tables]
+    stamp = stamp_of(root, chain((root / table for table in tables), _files_named(root, tables)))
+    source = _generate(_metadata_rows, {"tables": tables, "columns": columns}, root, stamp, left_out)
+    named = {posixpath.normpath(name) for name in source.table["file_name"]}
+    left_out.add("pictures that no table names", (name for name in listing.pictures if name not in named))
+    left_out.add("texts beside pictures that a table names", listing.caption_files)
+    left_out.add("Parquet and tar files beside a table with names of pictures", listing.shards)
+    return _split_by_folder(source, config, left_out)
 
 
-def open_text_folder(root: Path, config: DataConfig) -> dict[str, Source]:
-    """Open all pictures below a folder as sources by split; each line of the .txt file next to one is a caption."""
-    if not (names := list(_pictures(root))):
-        raise LatentDiffError(f"{root}: contains neither pictures ({', '.join(EXTENSIONS)}) nor Parquet or tar files")
-    stamp = stamp_of(root, (file for name in names for file in (root / name, (root / name).with_suffix(".txt"))))
-    table = Dataset.from_generator(_text_rows, features=FEATURES, gen_kwargs={"root": str(root), "stamp": stamp})
-    return _split_by_folder(Source(table, FileReader(root), ("captions",), stamp), config)
+def open_text_folder(listing: Listing, config: DataConfig, left_out: LeftOut) -> dict[str, Source]:
+    """Open all pictures of a folder as sources by split; each line of the .txt file next to one is a caption."""
+    root, pairs = listing.root, list(listing.pictures.items())
+    stamp = stamp_of(root, (root / file for pair in pairs for file in pair if file is not None))
+    left_out.add("Parquet and tar files beside pictures with captions", listing.shards)
+    source = _generate(_text_rows, {"pairs": pairs}, root, stamp, left_out)
+    return _split_by_folder(source, config, left_out)
 
 
 def split_of_folder(name: str, config: DataConfig) -> str:
@@ -66,54 +73,90 @@ def split_of_file(name: str, config: DataConfig) -> str:
     return ""
 
 
+def settle_splits(found: dict[str, list[Entry]], config: DataConfig, left_out: LeftOut) -> dict[str, list[Entry]]:
+    """Return the pictures or files by split, where a lone `train` beside others is no split: it may be a vehicle."""
+    if set(found) != {"", config.train_split}:
+        return found
+    left_out.remark("folder or file is called like a split, but used with all that is beside it", [config.train_split])
+    return {"": sorted(found[""] + found[config.train_split])}
+
+
 def _split_words(config: DataConfig) -> dict[str, tuple[str, ...]]:
     names = (config.train_split, config.validation_split, *SPLITS)
     return {name: SPLITS.get(name, (name.lower(),)) for name in names}
 
 
-def _split_by_folder(source: Source, config: DataConfig) -> dict[str, Source]:
+def _split_by_folder(source: Source, config: DataConfig, left_out: LeftOut) -> dict[str, Source]:
     """Group pictures by the split that the first folder of their path is named after."""
     splits: dict[str, list[int]] = {}
     for index, name in enumerate(source.names()):
         splits.setdefault(split_of_folder(name.partition("/")[0], config), []).append(index)
-    return {split: source.select(indices) for split, indices in splits.items()}
+    return {split: source.select(indices) for split, indices in settle_splits(splits, config, left_out).items()}
 
 
-def _metadata_in(folder: Path) -> Path | None:
-    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+def _outermost(tables: Sequence[str]) -> list[str]:
+    """Return the tables that lie in no folder with another table above them."""
+    folders = {posixpath.dirname(table) for table in tables}
+    return [table for table in tables if not any(_is_above(folder, posixpath.dirname(table)) for folder in folders)]
 
 
-def _open_table(root: Path, path: Path, config: DataConfig) -> Source:
-    table = load_table([path])
-    check_choice(f"column of {path}", "file_name", table.column_names)
-    captions = find_caption_columns(table, "file_name", config, str(path))
-    table = table.select_columns(["file_name", *captions])
-    folder = path.parent
-    prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
-    names = map(str, table.data.column("file_name"))  # read lazily from the memory-mapped table
-    files = chain([path], (folder / name for name in names if not os.path.isabs(name)))
-    return Source(table, FileReader(folder, prefix), captions, stamp_of(root, files))
+def _is_above(folder: str, other: str) -> bool:
+    return folder != other and (not folder or other.startswith(f"{folder}/"))
 
 
-def _pictures(root: Path) -> Iterator[str]:
-    """Yield the sorted paths of all pictures below a folder, relative to it; hidden files and folders are skipped."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")):
-            path = (Path(folder) / name).relative_to(root).as_posix()
-            if SURROGATES.search(path):
-                logger.warning("%s: skipped %a, whose name is not valid UTF-8", root, path)
-            else:
-                yield path
+def _columns(path: Path, config: DataConfig) -> tuple[str, ...]:
+    columns = table_columns(path)
+    check_choice(f"column of {path}", "file_name", columns)
+    return find_caption_columns(columns, "file_name", config, str(path))
 
 
-def _text_rows(root: str, stamp: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the table; `stamp` only serves to give changed files another key in the cache of `datasets`."""
-    for name in _pictures(Path(root)):
-        yield {"file_name": name, "captions": _lines((Path(root) / name).with_suffix(".txt"))}
+def _files_named(root: Path, tables: Sequence[str]) -> Iterator[Path]:
+    """Yield the pictures that tables name, for the stamp."""
+    for table in tables:
+        folder = (root / table).parent
+        for row in table_rows(root / table, ["file_name"]):
+            if not os.path.isabs(name := str(row.get("file_name"))):
+                yield folder / name
 
 
-def _lines(path: Path) -> list[str]:
-    with reraise_as(LatentDiffError, f"{path}: cannot be read as UTF-8", OSError, UnicodeDecodeError):
-        text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
-    return text.splitlines()
+def _metadata_rows(root: str, tables: Sequence[str], columns: Sequence[Sequence[str]], stamp: str) -> Iterator[Any]:
+    """Yield the rows of tables; `stamp` only serves to give changed files another key in the cache of `datasets`."""
+    for table, captions in zip(tables, columns, strict=True):
+        folder = posixpath.dirname(table)
+        for row in table_rows(Path(root) / table, ["file_name", *captions]):
+            if not isinstance(name := row.get("file_name"), str) or not name:
+                raise LatentDiffError(
+                    f"{Path(root) / table}: file_name={name!r} in a row; expected the path of a picture"
+                )
+            if "\\" in name and not (Path(root) / folder / name).exists():
+                name = name.replace("\\", "/")  # written on Windows
+            try:
+                texts = clean_captions(row.get(column) for column in captions)
+            except LatentDiffError as error:
+                raise LatentDiffError(f"{Path(root) / table}: {name}: {error}") from None
+            yield {"file_name": name if os.path.isabs(name) else posixpath.join(folder, name), "captions": texts,
+                   "problem": "", "remark": ""}  # fmt: skip
+
+
+def _text_rows(root: str, pairs: Sequence[tuple[str, str | None]], stamp: str) -> Iterator[Any]:
+    """Yield the rows of pictures and their caption files; `stamp` as above."""
+    for picture, text in pairs:
+        row: dict[str, Any] = {"file_name": picture, "captions": [], "problem": "", "remark": ""}
+        if text is not None:
+            try:
+                data = (Path(root) / text).read_bytes()
+                row["captions"] = lines_of(decode(data))
+                if (encoding := encoding_of(data)).startswith(("utf-16", "utf-32")):
+                    row["remark"] = f"caption files in {encoding.upper()}\t{text}"
+            except OSError as error:
+                row["problem"] = f"pictures whose caption cannot be read ({error.strerror})\t{picture} ({text})"
+            except UnicodeError:
+                row["problem"] = f"pictures whose caption is not UTF-8\t{picture} ({text})"
+        yield row
+
+
+def _generate(rows: Any, arguments: dict[str, Any], root: Path, stamp: str, left_out: LeftOut) -> Source:
+    """Make a source of the rows of a generator, and note which of them are not used, and remarks on those that are."""
+    table = Dataset.from_generator(rows, features=FEATURES, gen_kwargs={"root": str(root), "stamp": stamp, **arguments})
+    chosen = left_out.take(table["problem"][:], table["remark"][:])
+    return Source(table, FileReader(root), ("captions",), stamp, chosen)

@@ -4,10 +4,12 @@ Color profiles are not applied. Whatever is wrong with a file, the only exceptio
 """
 
 import io
+import os
 import threading
 import warnings
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # Pillow converts these to RGB by itself
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+BYTES_PER_PIXEL, EXTRA_BYTES = 16, 32 << 20  # most bytes of a file: 16 bits for each of 4 channels, twice, and metadata
+PNG_SIGNATURE, PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 _warnings_lock = threading.Lock()
@@ -49,20 +53,93 @@ def open_picture(data: bytes, *, max_pixels: int, background: tuple[int, int, in
         PictureError: unreadable, truncated, too large, or in another format.
     """
     try:
-        # Where Pillow's warnings about odd files matter, an error is raised below. Warning filters are shared by all
-        # threads, hence the lock: to decode in parallel, use processes.
-        with _warnings_lock, warnings.catch_warnings(action="ignore"):
-            image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
-            if image.width * image.height > max_pixels:
-                raise PictureError("too large", f"{image.width} x {image.height} exceeds {max_pixels} pixels")
-            image.load()
-            with suppress(Exception):  # broken metadata does not make the pixels unusable
-                ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image, background)
+        return _decode(data, max_pixels, background)
     except PictureError:
         raise
     except Exception as error:  # on broken files, decoders raise almost any exception
-        raise PictureError(*_diagnose(data, error)) from None
+        if (bare := without_texts(data)) is None:
+            raise PictureError(*_diagnose(data, error)) from None
+    return open_picture(bare, max_pixels=max_pixels, background=background)
+
+
+def upright_rgb(image: Image.Image, *, max_pixels: int, background: tuple[int, int, int]) -> Image.Image:
+    """Convert an opened picture, which may not have been decoded yet and is turned in place, to an upright RGB one.
+
+    Raises PictureError as `open_picture` does, and whatever Pillow raises on broken pixels.
+    """
+    if image.width * image.height > max_pixels:
+        raise PictureError("too large", f"{image.width} x {image.height} exceeds {max_pixels} pixels")
+    image.load()
+    with suppress(Exception):  # broken metadata does not make the pixels unusable
+        ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image, background)
+
+
+def read_bounded(path: Path, offset: int = 0, size: int | None = None) -> bytes:
+    """Read a picture file, or the part of a file that is one.
+
+    Raises OSError, and PictureError if it has far more bytes than its header has pixels: a file is not read to memory
+    just because its name ends in .png.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size - offset if size is None else size
+        if size > EXTRA_BYTES:
+            try:
+                with _warnings_lock, warnings.catch_warnings(action="ignore"):
+                    image = Image.open(io.BufferedReader(_Part(file, offset, size)), formats=FORMATS)
+            except Exception as error:
+                raise PictureError(*_diagnose(b"?", error)) from None
+            if size > (limit := BYTES_PER_PIXEL * image.width * image.height + EXTRA_BYTES):
+                raise PictureError(
+                    "too large", f"{size:,} bytes for {image.width} x {image.height} pixels; at most {limit:,}"
+                )
+        file.seek(offset)
+        return file.read(size)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self.file, self.offset, self.size, self.place = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = io.SEEK_SET, /) -> int:
+        self.place = place + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        return self.place
+
+    def readinto(self, buffer: Any, /) -> int:
+        self.file.seek(self.offset + self.place)
+        data = self.file.read(max(0, min(len(buffer), self.size - self.place)))
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+
+def without_texts(data: bytes) -> bytes | None:
+    """Return a PNG without texts and color profile, which Pillow refuses beyond 1 MB; None if there is none of them."""
+    if not data.startswith(PNG_SIGNATURE):
+        return None
+    kept, place = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while place + 12 <= len(data):  # length, type, data, checksum
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] not in PNG_TEXTS:
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept) if sum(map(len, kept)) < len(data) else None
+
+
+def _decode(data: bytes, max_pixels: int, background: tuple[int, int, int]) -> Image.Image:
+    # Where Pillow's warnings about odd files matter, it raises an error as well. Warning filters are shared by all
+    # threads, hence the lock: to decode in parallel, use processes.
+    with _warnings_lock, warnings.catch_warnings(action="ignore"):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
+        return upright_rgb(image, max_pixels=max_pixels, background=background)
 
 
 def fit(image: Image.Image, image_size: int, *, min_size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -98,7 +175,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Convert any mode to 8-bit RGB over `background`; raises PictureError for modes without a fixed value range."""
     if image.mode in DEEP_MODES:
-        return _from_16_bit(image).convert("RGB")
+        return _from_16_bit(image, background)
     if image.mode not in PLAIN_MODES + ALPHA_MODES:
         raise PictureError("format", f"mode {image.mode} has no fixed value range or no conversion to RGB")
     if image.mode in ALPHA_MODES or "transparency" in image.info:
@@ -108,12 +185,18 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Scale gray values 0 ... 65535 to 0 ... 255, rounded; Pillow's own conversion would clip everything above 255."""
+def _from_16_bit(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Scale gray values 0 ... 65535 to 0 ... 255, rounded; Pillow's own conversion would clip everything above 255.
+
+    The background shows where the gray value is the one that a PNG declares transparent.
+    """
     values = np.asarray(image.convert("I"))
     if values.min() < 0 or values.max() > 65535:
         raise PictureError("format", f"gray values {values.min()} to {values.max()}; expected 16 bits, 0 to 65535")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    pixels = np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        pixels[values == transparent] = background
+    return Image.fromarray(pixels)
 
 
 def _diagnose(data: bytes, error: Exception) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from ..errors import LatentDiffError
-from .pictures import PictureError
+from .pictures import PictureError, read_bounded
 
 ROWS_PER_READ = 1000
 Indices = NDArray[np.int64]
@@ -104,11 +104,10 @@ class FileReader(NamedTuple):
     """One file per picture; the table holds its path relative to `root`, with forward slashes."""
 
     root: Path
-    prefix: str = ""  # for names: path of `root` within the source
 
     def name(self, row: int, cells: Mapping[str, Any]) -> str:
         """Return the path of the file within the source."""
-        return self.prefix + str(cells["file_name"])
+        return str(cells["file_name"])
 
     def read(self, cells: Mapping[str, Any]) -> bytes:
         """Read the file."""
@@ -161,7 +160,7 @@ def clean_captions(cells: Iterable[Any]) -> list[str]:
     found: dict[str, None] = {}
     for cell in cells:
         for value in cell if isinstance(cell, list | tuple) else [cell]:
-            # The CSV reader turns a column of numerals into numbers.
+            # A table may have a column of numbers as captions.
             if value is not None and not isinstance(value, str | int | float):
                 kind = type(value).__name__
                 raise LatentDiffError(f"caption {str(value)[:80]!r}: expected a string or list of strings, not {kind}")
@@ -182,17 +181,15 @@ def stamp_of(root: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _read(root: Path, path: str, offset: int = 0, size: int = -1) -> bytes:
-    """Read `size` bytes (-1: to the end) at `offset`; raises PictureError, also if `path` leaves `root`."""
+def _read(root: Path, path: str, offset: int = 0, size: int | None = None) -> bytes:
+    """Read `size` bytes (None: to the end) at `offset`; raises PictureError, also if `path` leaves `root`."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts:
         raise PictureError("unreadable", f"{path} is outside {root}")
     try:
-        with (root / path).open("rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+        data = read_bounded(root / path, offset, size)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise PictureError("unreadable", str(error)) from None
-    if len(data) < size:
+    if size is not None and len(data) < size:
         raise PictureError("truncated", f"{root / path} ends before byte {offset + size}")
     return data

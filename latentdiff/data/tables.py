@@ -20,6 +20,13 @@ PICTURE_NAMES = ("image", "picture", "img", "jpg", "jpeg", "png", "webp")
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".csv": "csv"}
 
 
+def holds_pictures(file: Path, config: DataConfig) -> bool:
+    """Whether a Parquet file has a column of pictures, by its schema alone."""
+    with reraise_as(LatentDiffError, f"{file}: not a valid Parquet file", OSError, ValueError):
+        features = Features.from_arrow_schema(pq.read_schema(file))
+    return config.image_column in features if config.image_column else bool(_picture_columns(features))
+
+
 def open_parquet(root: Path, files: Sequence[Path], config: DataConfig) -> Source:
     """Open Parquet files with the same columns, in order, as one source."""
     counts = []
@@ -41,16 +48,14 @@ def open_remote(config: DataConfig) -> dict[str, Source]:
 
 
 def load_table(files: Sequence[Path]) -> Dataset:
-    """Load local files of one kind, in order, as one table."""
-    loader = LOADERS[files[0].suffix]
-    settings = {"keep_default_na": False} if loader == "csv" else {}  # or a caption "None" would be read as missing
+    """Load Parquet files, in order, as one table."""
     escaped = [glob.escape(str(file)) for file in files]  # `datasets` expands [ ] * ? in paths
-    return load_dataset(loader, data_files={"train": escaped}, **settings)["train"]
+    return load_dataset("parquet", data_files={"train": escaped})["train"]
 
 
-def find_caption_columns(table: Dataset, picture_column: str, config: DataConfig, where: str) -> tuple[str, ...]:
+def find_caption_columns(names: Sequence[str], picture_column: str, config: DataConfig, where: str) -> tuple[str, ...]:
     """Return the caption columns named in the config, or else the first with a usual name; raises if there is none."""
-    columns = [name for name in table.column_names if name != picture_column]
+    columns = [name for name in names if name != picture_column]
     for name in config.caption_columns:
         check_choice(f"caption column of {where}", name, columns)
     found = config.caption_columns or tuple(name for name in CAPTION_NAMES if name in columns)[:1]
@@ -68,7 +73,7 @@ def _open(
     """Turn a loaded table into a source; `files` and `ends` are those of `ColumnReader`."""
     where = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     column = _find_image_column(table.features, config.image_column, where)
-    captions = find_caption_columns(table, column, config, where)
+    captions = find_caption_columns(table.column_names, column, config, where)
     # Not decoded: a broken picture must not raise inside `datasets`.
     table = table.select_columns([column, *captions]).cast_column(column, Image(decode=False))
     return Source(table, ColumnReader(column, files, ends, root), captions, stamp)
@@ -78,12 +83,15 @@ def _find_image_column(features: Features, requested: str | None, where: str) ->
     if requested is not None:
         check_choice(f"image column of {where}", requested, features)
         return requested
-    pictures: list[str] = [name for name, feature in features.items() if isinstance(feature, Image)]
-    candidates = pictures or [name for name in PICTURE_NAMES if name in features and _holds_bytes(features[name])]
-    if len(candidates) != 1:
+    if len(candidates := _picture_columns(features)) != 1:
         found = f"several picture columns ({', '.join(candidates)})" if candidates else "no picture column"
         raise LatentDiffError(f"{where}: {found} among {', '.join(features)}; set data.image_column")
     return candidates[0]
+
+
+def _picture_columns(features: Features) -> list[str]:
+    pictures: list[str] = [name for name, feature in features.items() if isinstance(feature, Image)]
+    return pictures or [name for name in PICTURE_NAMES if name in features and _holds_bytes(features[name])]
 
 
 def _holds_bytes(feature: object) -> bool:

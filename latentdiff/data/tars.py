@@ -1,26 +1,26 @@
 """WebDataset shards: tar files in which consecutive members with the same stem form a sample.
 
 Members are indexed once by their offset in the file, and nothing is ever unpacked. A damaged shard yields the samples
-before the damage; what was lost is recorded in an extra row and reported every time the shard is opened.
+before the damage; what is left out is recorded in extra rows and reported every time the shard is opened.
 """
 
 import json
-import logging
 import os
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import numpy as np
 from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
 
-from ..errors import LatentDiffError, one_line
+from ..errors import LatentDiffError, one_line, several
 from ..sections import DataConfig
+from .left_out import LeftOut
+from .listing import HIDDEN
 from .pictures import EXTENSIONS
 from .readers import Source, TarReader, clean_captions, stamp_of
 from .tables import CAPTION_NAMES
+from .texts import decode, lines_of
 
 MAX_TEXT = 1 << 20  # bytes of a caption file
 BLOCK = 512
@@ -28,10 +28,8 @@ TEXT, NUMBER = Value("string"), Value("int64")
 FEATURES = Features(shard=TEXT, name=TEXT, offset=NUMBER, size=NUMBER, captions=List(TEXT), problem=TEXT)
 Row = dict[str, Any]
 
-logger = logging.getLogger(__name__)
 
-
-def open_tars(root: Path, shards: Sequence[Path], config: DataConfig) -> Source:
+def open_tars(root: Path, shards: Sequence[Path], config: DataConfig, left_out: LeftOut) -> Source:
     """Open uncompressed tar files below `root` as one source; raises LatentDiffError if they contain no pictures.
 
     `config.caption_columns` are the extensions and JSON keys that hold captions; empty: `CAPTION_NAMES`.
@@ -40,35 +38,32 @@ def open_tars(root: Path, shards: Sequence[Path], config: DataConfig) -> Source:
     caption_keys, stamp = config.caption_columns or CAPTION_NAMES, stamp_of(root, shards)
     arguments = {"root": str(root), "names": names, "caption_keys": caption_keys, "stamp": stamp}
     table = Dataset.from_generator(_index_shards, features=FEATURES, gen_kwargs=arguments)
-    problems = table["problem"][:]
-    for index, problem in enumerate(problems):
-        if problem:
-            logger.warning("%s: %s", root / table[index]["shard"], one_line(problem))
-    rows = np.flatnonzero([not problem for problem in problems]).astype(np.int64)
+    rows = left_out.take(table["problem"][:])
     if not len(rows):
-        raise LatentDiffError(f"{root}: no pictures in {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+        raise LatentDiffError("; ".join([f"{root}: no pictures in {several(names)}", *left_out.lines()]))
     return Source(table, TarReader(root), ("captions",), stamp, rows)
 
 
 def _index_shards(root: str, names: Sequence[str], caption_keys: Sequence[str], stamp: str) -> Iterator[Row]:
-    """Yield one row per sample, and for each shard with problems another row that describes them.
+    """Yield one row per sample, and one for each member that is not used, with the reason.
 
     `stamp` only serves to give changed shards another key in the cache of `datasets`.
     """
     for name in names:
-        shard, problems = _Shard(name, caption_keys), []
+        shard, damage = _Shard(name, caption_keys), ""
         try:
             with (Path(root) / name).open("rb") as file:
                 for member in _members(file):
                     shard.add(member, file)
         except (tarfile.TarError, OSError) as error:
-            problems.append(f"damaged, and only read up to the damage ({error})")
-        yield from shard.rows(damaged=bool(problems))
-        if not shard.samples:
-            problems.append("contains no samples")
-        problems += [f"skipped {count} {what}" for what, count in sorted(shard.skipped.items())]
-        if problems:
-            yield {"shard": name, "name": "", "offset": 0, "size": 0, "captions": [], "problem": "; ".join(problems)}
+            damage = f"tar files that are damaged, and only read up to the damage ({error})"
+        yield from shard.rows(damaged=bool(damage))
+        if damage:
+            shard.skip(damage, "")
+        elif not shard.samples:
+            shard.skip("tar files without samples", "")
+        for problem in shard.skipped:
+            yield {"shard": name, "name": "", "offset": 0, "size": 0, "captions": [], "problem": problem}
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -98,24 +93,34 @@ class _Shard:
     def __init__(self, name: str, caption_keys: Sequence[str]) -> None:
         self.name, self.caption_keys = name, caption_keys
         self.samples: dict[str, Row] = {}
-        self.skipped: Counter[str] = Counter()
+        self.skipped: list[str] = []  # reason<TAB>name of what is left out
+
+    def skip(self, reason: str, member: str) -> None:
+        """Note that a member, or with "" the shard, is left out."""
+        self.skipped.append(f"{one_line(reason)}\t{self.name}{'/' if member else ''}{one_line(member)}")
 
     def add(self, member: tarfile.TarInfo, file: BinaryIO) -> None:
-        """Index a member; folders and irrelevant files are ignored."""
+        """Index a member; folders are ignored, and what is neither picture nor caption is noted."""
         path = PurePosixPath(member.name)
         if member.isdir():
             return
         if not member.isreg() or member.issparse() or path.is_absolute() or ".." in path.parts:
-            self.skipped["links, devices or paths outside the shard"] += 1
+            self.skip("links, devices or paths outside the shard", member.name)
+            return
+        if any(part.startswith(".") for part in path.parts):
+            self.skip(HIDDEN, member.name)
             return
         stem, dot, extension = path.name.partition(".")
         suffix = (dot + extension).lower()
+        if suffix not in EXTENSIONS and suffix != ".json" and suffix[1:] not in self.caption_keys:
+            self.skip("members that are neither pictures nor captions", member.name)
+            return
         sample = self.samples.setdefault(str(path.parent / stem), {"captions": []})
         if suffix in EXTENSIONS and "name" in sample:
-            self.skipped["surplus pictures of a sample"] += 1
+            self.skip("surplus pictures of a sample", member.name)
         elif suffix in EXTENSIONS:
             sample.update(name=f"{self.name}/{path}", offset=member.offset_data, size=member.size)
-        elif suffix == ".json" or suffix[1:] in self.caption_keys:
+        else:
             sample["captions"] += self._captions(suffix, member, file)
 
     def rows(self, damaged: bool) -> Iterator[Row]:
@@ -123,7 +128,7 @@ class _Shard:
         last = next(reversed(self.samples), None)
         for key, sample in self.samples.items():
             if "name" not in sample or (damaged and key == last and not sample["captions"]):
-                self.skipped["samples without a picture or truncated"] += 1
+                self.skip("samples without a picture or truncated", key)
             else:
                 yield {**sample, "shard": self.name, "captions": clean_captions(sample["captions"]), "problem": ""}
 
@@ -133,13 +138,15 @@ class _Shard:
             if member.size > MAX_TEXT:
                 raise ValueError("too long")
             file.seek(member.offset_data)
-            text = file.read(member.size).decode("utf-8-sig")
+            text = decode(file.read(member.size))
             if suffix != ".json":
-                return text.splitlines()
-            values = json.loads(text)
+                return lines_of(text)
+            values = json.loads(text, parse_float=str, parse_int=str, parse_constant=str)
         except (ValueError, RecursionError):
-            self.skipped["caption files that are too long, not UTF-8 or not JSON"] += 1
+            self.skip("caption files that are too long, not UTF-8 or not JSON", member.name)
             return []
         found = [values[key] for key in self.caption_keys if key in values] if isinstance(values, dict) else []
         texts = [text for value in found for text in (value if isinstance(value, list) else [value])]
+        if not all(isinstance(text, str | None) for text in texts):
+            self.skip("captions that are not text", member.name)
         return [text for text in texts if isinstance(text, str)]

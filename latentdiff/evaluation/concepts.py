@@ -96,7 +96,7 @@ def sample_concepts(
     """
     context = pipe.text_encoder(captions).repeat_interleave(settings.num_images, 0)
     null_context = None if settings.guidance_scale == 1 else pipe.text_encoder.null_context(len(context))
-    return pipe.sample_images(Features(context, null_context), seeds, settings)
+    return list(pipe.sample_images(Features(context, null_context), seeds, settings))
 
 
 def ranks(queries: Tensor, gallery: Tensor, requested: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`latentdiff inspect`: what a model or file contains, read from configs and headers without loading weights."""
+"""`latentdiff inspect`: what a model or file contains, read from configs and headers, and one tensor at a time."""
 
 import json
 import math
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..assets import INDEX
-from ..errors import LatentDiffError, one_line
+from ..errors import LatentDiffError, one_line, several
+from .foreign import kind_of
 from .open import find_model, read_json
 from .single_file import MAX_HEADER
-from .tensors import open_file
+from .tensors import FLOATS, Stored, open_file
 from .unfinished import newest_average, unfinished_run
 
 SHOWN_KEYS = (
@@ -26,7 +27,7 @@ def describe(name: str | Path) -> list[str]:
     """Describe a model folder, a training output or a `.safetensors` file, line by line."""
     path = Path(name)
     if path.suffix == ".safetensors" and path.is_file():
-        return [str(path), *describe_file(path)]
+        return [str(path), *describe_file(path, alone=True)]
     folder = find_model(name)
     if (run := unfinished_run(folder)) is not None:
         return [f"{run}: its model is not finished", *_describe_unfinished(run)]
@@ -40,8 +41,11 @@ def describe(name: str | Path) -> list[str]:
     return lines
 
 
-def describe_file(path: Path) -> list[str]:
-    """Describe the tensors, parameter counts, dtypes and metadata of one safetensors file."""
+def describe_file(path: Path, *, alone: bool = False) -> list[str]:
+    """Describe the tensors, parameter counts, dtypes and metadata of one safetensors file, part of a folder or alone.
+
+    Its tensors are read one at a time, to name those with values that are not finite.
+    """
     tensors, header = open_file(path, limit=MAX_HEADER)
     counts: Counter[str] = Counter()
     for tensor in tensors.values():
@@ -49,10 +53,18 @@ def describe_file(path: Path) -> list[str]:
     totals = ", ".join(f"{count:,} {dtype}" for dtype, count in counts.most_common())
     mib = path.stat().st_size / 2**20
     lines = [f"  {path.name}: {len(tensors)} tensors, {totals or 'empty'}, {mib:,.1f} MiB"]
+    if alone and (kind := kind_of(tensors)) is not None:
+        lines.append(f"    this is {kind}")
+    if wrong := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
+        lines.append(f"    not finite: {len(wrong)} of the tensors: {several(wrong)}")
     for key, value in sorted(header.items()):
         shown = value if len(value) <= LIMIT else f"{value[:LIMIT]}… ({len(value):,} characters)"
         lines.append(f"    {one_line(key)}: {one_line(shown)}")
     return lines
+
+
+def _is_finite(tensor: Stored) -> bool:
+    return tensor.dtype not in FLOATS or bool(tensor.file.get_tensor(tensor.name).isfinite().all())
 
 
 def _describe_unfinished(run: Path) -> Iterator[str]:

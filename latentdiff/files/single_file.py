@@ -22,6 +22,7 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 from ..errors import LatentDiffError
+from .foreign import kind_of, usual_names
 from .names import IGNORED, NO_PICKLES, PICKLES, Layout, Plan, infer_plan, make_layout
 from .scheduler import read_scheduler
 from .tensors import Stored, check_dtype, check_tensors, open_file, staged
@@ -90,6 +91,9 @@ def read_single_file(
         if f"{PREFIX}unet" in header:
             plan = _plan_from_header(header)
         else:
+            if (kind := kind_of(stored)) is not None:
+                raise LatentDiffError(f"{path}: this is {kind}")
+            stored = usual_names(stored)
             shapes = {name: tensor.shape for name, tensor in stored.items()}
             is_stored = shapes.get("scale_factor") == []  # LDM stores it; Stable Diffusion has it in a config
             scale = float(stored["scale_factor"].read(torch.float64)) if is_stored else 0.18215

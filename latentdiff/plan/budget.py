@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..assets import BUILTIN, pictures_folder
 from ..config import Config
-from ..data.sources import SHARDS, open_source
+from ..data.listing import SHARDS
+from ..data.sources import open_source
 from ..sections import TrainSection, TrainVAESection, duration
 from ..training.budget import AIM, DISK_SPEED, LEAVING, MIN_STEPS, OVERHEAD, PARTS, RESERVE, format_duration
 from ..training.timetable import DECAY, Decision, Timetable
@@ -50,7 +51,7 @@ class Part:
 def count_pictures(config: Config) -> int | None:
     """Return the number of training pictures of a shipped set or a folder, or None if counting them takes long."""
     source = config.data.source
-    folder = Path(pictures_folder(source)).expanduser()
+    folder = Path(pictures_folder(source))
     if not folder.is_dir():
         return None
     if not source.startswith(BUILTIN) and any(path.suffix in SHARDS for path in folder.rglob("*")):

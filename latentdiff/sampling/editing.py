@@ -87,7 +87,7 @@ def interpolate(parts: ModelParts, a: Any, b: Any, n: int, options: SamplingOpti
     )
     assert cond is not None
     settings = SamplingSettings.of({**options, "latents": start})
-    return parts.sample_images(Features(cond, uncond), [seeds[0]] * n, settings)
+    return list(parts.sample_images(Features(cond, uncond), [seeds[0]] * n, settings))
 
 
 def exaggerate(
@@ -117,7 +117,7 @@ def exaggerate(
     with torch.set_grad_enabled(settings.enable_grad):
         more, less = torch.split(text_features(parts.text_encoder, [with_feature, without]), 1)
     features = features._replace(direction=Direction(more, less, amount))
-    return parts.sample_images(features, settings.seeds(len(features.cond)), settings)
+    return list(parts.sample_images(features, settings.seeds(len(features.cond)), settings))
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:

@@ -1,18 +1,20 @@
 """Images and masks from users, as tensors."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from ..data.pictures import open_picture, to_images, to_pixels, to_rgb
+from ..data.pictures import open_picture, read_bounded, to_images, to_pixels, upright_rgb
 from ..errors import LatentDiffError
 
 MAX_PIXELS = 200_000_000  # per image file
-WHITE = (255, 255, 255)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 Picture = Image.Image | str | Path
 
@@ -25,14 +27,17 @@ def load_images(images: Sequence[Picture], size: tuple[int, int]) -> Tensor:
     return to_pixels(torch.from_numpy(np.stack(arrays)))
 
 
-def load_mask(mask: Picture, image: Picture, size: tuple[int, int]) -> Tensor:
+def load_mask(mask: Picture | np.ndarray[Any, Any], image: Picture, size: tuple[int, int]) -> Tensor:
     """Load a mask (1, 1, height, width) in [0, 1], cropped and resized like the image, whose size it must have."""
-    gray = isinstance(mask, Image.Image) and mask.mode in ("1", "L", "I", "F")  # 0 to 255, even in 32 bits
-    opened, picture = mask.convert("L") if gray and isinstance(mask, Image.Image) else _open(mask), _open(image)
+    opened, picture = _open_mask(mask), _open(image)
     if opened.size != picture.size:
         found, expected = ("{} x {}".format(*each.size) for each in (opened, picture))
         raise LatentDiffError(f"the mask is {found} pixels, but the image is {expected}: expected the same size")
-    return torch.from_numpy(np.array(_crop(opened, size).convert("L"))).float()[None, None] / 255.0
+    levels = np.array(_crop(opened, size).convert("L"))
+    for level, what in ((0, "black: nothing is drawn"), (255, "white: everything is drawn, and nothing kept")):
+        if (levels == level).all():
+            warnings.warn(f"the mask is all {what}", stacklevel=4)
+    return torch.from_numpy(levels).float()[None, None] / 255.0
 
 
 def paste(sampled: Image.Image, pixels: Tensor, mask: Tensor) -> Image.Image:
@@ -41,22 +46,40 @@ def paste(sampled: Image.Image, pixels: Tensor, mask: Tensor) -> Image.Image:
     mask_image = Image.fromarray((mask[0, 0] * 255).round().to(torch.uint8).numpy())
     result = Image.composite(sampled, kept, mask_image)
     result.info.update(sampled.info)
+    result.encoderinfo = sampled.encoderinfo  # with the settings
     return result
 
 
-def _open(image: Picture) -> Image.Image:
-    if isinstance(image, Image.Image):
-        if not image.width or not image.height:
-            raise LatentDiffError("the image has no pixels")
-        return to_rgb(ImageOps.exif_transpose(image), WHITE)
-    if not isinstance(image, str | Path):
+def _open(image: Picture, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Open a picture, given as a file or as a Pillow image of it, with the same result."""
+    if not isinstance(image, Image.Image | str | Path):
         raise LatentDiffError(f"image is a {type(image).__name__}: expected a Pillow image or a file name")
+    name = "the image" if isinstance(image, Image.Image) else str(image)
+    if isinstance(image, Image.Image) and not (image.width and image.height):
+        raise LatentDiffError("the image has no pixels")
     try:
-        return open_picture(Path(image).read_bytes(), max_pixels=MAX_PIXELS, background=WHITE)
-    except (OSError, ValueError) as error:
-        if isinstance(error, LatentDiffError):
-            raise LatentDiffError(f"{image}: {error}") from None
-        raise LatentDiffError(f"{image}: cannot be read ({error})") from None
+        if isinstance(image, Image.Image):
+            return upright_rgb(image.copy(), max_pixels=MAX_PIXELS, background=background)
+        return open_picture(read_bounded(Path(image)), max_pixels=MAX_PIXELS, background=background)
+    except LatentDiffError as error:
+        raise LatentDiffError(f"{name}: {error}") from None
+    except Exception as error:  # whatever Pillow raises on broken pixels
+        raise LatentDiffError(f"{name}: cannot be read ({error})") from None
+
+
+def _open_mask(mask: Picture | np.ndarray[Any, Any]) -> Image.Image:
+    """Open a mask as gray values 0 to 255; 0 and 1, or booleans, are understood, and transparent parts are kept."""
+    if isinstance(mask, np.ndarray):
+        if mask.ndim != 2:
+            raise LatentDiffError(f"the mask has shape {mask.shape}: expected (height, width)")
+        values = mask.astype(np.float32)
+    elif isinstance(mask, Image.Image) and mask.mode in ("I", "F"):
+        values = np.asarray(mask, np.float32)  # 0 to 255 in 32 bits, which no picture has
+    else:
+        values = np.asarray(_open(mask, BLACK).convert("L"), np.float32)
+    if values.size and values.max() <= 1:
+        values = values * 255
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

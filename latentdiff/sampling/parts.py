@@ -114,16 +114,20 @@ class ModelParts:
 
     def sample_images(
         self, features: Features, seeds: Sequence[int], settings: SamplingSettings, init: InitImage | None = None
-    ) -> list[Image.Image]:
-        """Sample any number of images, `settings.batch_size` at a time; see `steps` for the arguments."""
-        images: list[Image.Image] = []
+    ) -> Iterator[Image.Image]:
+        """Sample any number of images, `settings.batch_size` at a time, yielding each; see `steps` for the arguments.
+
+        Raises LatentDiffError if the latents are not finite.
+        """
         with tqdm(total=len(seeds), unit=" pictures", disable=None if settings.progress else True) as bar:
             for first in range(0, len(seeds), settings.batch_size):
                 part = slice(first, first + settings.batch_size)
                 steps = self.steps(features.part(part), seeds[part], settings, init, first=first)
-                images += self.decode(last(steps).x)
+                latents = last(steps).x
+                if not bool(latents.isfinite().all()):
+                    raise LatentDiffError(self.not_finite("the sampled latents"))
+                yield from self.decode(latents)
                 bar.update(len(seeds[part]))
-        return images
 
     @torch.no_grad()
     def encode(self, image: Picture | Sequence[Picture], *, size: tuple[int, int] | None = None) -> Tensor:
@@ -148,5 +152,15 @@ class ModelParts:
         """Decode latents (B, c, h, w) to pixels (B, 3, H, W), roughly in [-1, 1], float32; differentiable."""
         pixels = self.vae.decode(latents.to(self.vae.decoder.conv_in.weight.dtype)).float()
         if not bool(pixels.detach().isfinite().all()):
-            warnings.warn("pixels are not finite: try dtype=torch.float32 for the VAE", RuntimeWarning, stacklevel=3)
+            warnings.warn(self.not_finite("the decoded pixels"), RuntimeWarning, stacklevel=3)
         return pixels
+
+    def not_finite(self, what: str) -> str:
+        """Say that something is not finite, and what may help."""
+        for name, part in (("UNet", self.unet), ("VAE", self.vae), ("text encoder", self.text_encoder)):
+            for key, parameter in part.named_parameters():
+                if not bool(parameter.detach().isfinite().all()):
+                    return f"{what} are not finite, as the weights of the {name} are not ({key})"
+        if self.unet.conv_in.weight.dtype == self.vae.decoder.conv_in.weight.dtype == torch.float32:
+            return f"{what} are not finite, though all weights are: a training that diverged, or extreme settings"
+        return f"{what} are not finite: try dtype=torch.float32 (--precision fp32)"

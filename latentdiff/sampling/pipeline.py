@@ -8,12 +8,14 @@ from typing import Any, Self, Unpack, cast
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from unet.attention import load_attention_backend
 
 from ..device import as_device, check_attention, computes_in_bf16
 from ..diffusion.samplers import Step
+from ..errors import LatentDiffError
 from ..files.export import save_model
 from ..files.open import open_model
 from ..files.scheduler import scheduler_config
@@ -78,9 +80,15 @@ class LatentPipeline(ModelParts):
         return scheduler_config(self.process)
 
     def to(self, *args: torch.device | str | torch.dtype, device: Any = None, dtype: Any = None) -> Self:
-        """Move or cast all parts in place: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
+        """Move or cast all parts in place: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`.
+
+        Raises LatentDiffError if the device is not available, or the dtype is not a floating-point one.
+        """
         for arg in args:
             device, dtype = (device, arg) if isinstance(arg, torch.dtype) else (arg, dtype)
+        device = None if device is None else as_device(device)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise LatentDiffError(f"dtype={dtype!r}: expected torch.float32, torch.bfloat16 or torch.float16")
         for part in (self.vae, self.unet, self.text_encoder):
             part.to(device=device, dtype=dtype)
         if dtype == torch.float16 and self.vae.config.force_upcast:
@@ -103,6 +111,10 @@ class LatentPipeline(ModelParts):
         Returns:
             The images, grouped by prompt. `image.info["latentdiff"]` holds the settings as JSON.
         """
+        return list(self.draw(prompt, **options))
+
+    def draw(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Iterator[Image.Image]:
+        """Generate the same images one after the other, `batch_size` at a time: each can be used when it is there."""
         return self._sample(as_list(prompt), SamplingSettings.of(options))
 
     def stream(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Iterator[Step]:
@@ -127,7 +139,7 @@ class LatentPipeline(ModelParts):
             strength: above 0 and at most 1: how much noise to add, and what fraction of the steps to run.
         """
         settings = SamplingSettings.of(options)
-        return self._sample(as_list(prompt), settings, editing.init_image(self, image, strength, settings))
+        return list(self._sample(as_list(prompt), settings, editing.init_image(self, image, strength, settings)))
 
     def inpaint(
         self, prompt: Prompt, image: Picture, mask: Picture, strength: float = 1.0, **options: Unpack[SamplingOptions]
@@ -137,7 +149,8 @@ class LatentPipeline(ModelParts):
         Args:
             prompt: one prompt or several.
             image: the image to edit.
-            mask: an image of the same size: white is regenerated, black is kept, gray is blended.
+            mask: an image of the same size: white is regenerated, black and transparent parts are kept, gray is
+                blended. Or an array (height, width) of 0 to 255, 0 and 1, or booleans.
             strength: above 0 and at most 1, which regenerates the masked part from pure noise.
         """
         settings = SamplingSettings.of(options)
@@ -190,13 +203,27 @@ class LatentPipeline(ModelParts):
 
     def _sample(
         self, prompts: list[str], settings: SamplingSettings, init: InitImage | None = None
-    ) -> list[Image.Image]:
+    ) -> Iterator[Image.Image]:
         seeds = settings.seeds(len(prompts) * settings.num_images)
-        images = self.sample_images(self.features(prompts, settings), seeds, settings, init)
+        return self._with_metadata(self.sample_images(self.features(prompts, settings), seeds, settings, init),
+                                   prompts, seeds, settings, init)  # fmt: skip
+
+    def _with_metadata(
+        self, images: Iterator[Image.Image], prompts: list[str], seeds: list[int], settings: SamplingSettings,
+        init: InitImage | None,
+    ) -> Iterator[Image.Image]:  # fmt: skip
         for index, image in enumerate(images):
             metadata = settings.metadata(prompts, index, seeds[index])
-            image.info[METADATA] = json.dumps(metadata if init is None else {**metadata, "strength": init.strength})
-        return images
+            remember(image, json.dumps(metadata if init is None else {**metadata, "strength": init.strength}))
+            yield image
+
+
+def remember(image: Image.Image, settings: str) -> None:
+    """Keep the settings in `image.info` and in every PNG that `image.save` writes."""
+    info = PngInfo()
+    info.add_text(METADATA, settings)
+    image.info[METADATA] = settings
+    image.encoderinfo = {"pnginfo": info}  # Pillow's defaults for `save`
 
 
 def _signature() -> inspect.Signature:

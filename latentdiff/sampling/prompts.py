@@ -1,6 +1,10 @@
-"""Prompts to text features, with weights: "a (red:1.4) apple" gives the word red a weight of 1.4."""
+"""Prompts to text features, with weights: "a (red:1.4) apple" gives the word red a weight of 1.4.
+
+Other parentheses are text, and so are a time or a ratio such as (10:30) and whatever is written as \\( and \\).
+"""
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,8 +14,10 @@ from torch import Tensor
 from text_encoder import TextEncoder
 
 from ..errors import LatentDiffError
+from .settings import MAX_CHARACTERS
 
-WEIGHTED = re.compile(r"\(([^()]+):\s*(-?\d+(?:\.\d+)?)\)")  # other parentheses are plain text
+SYNTAX = re.compile(r"\\([()])|\(((?:[^()\\]|\\.)+):\s*(-?\d+(?:\.\d+)?)\)")  # an escape, or words and their weight
+NUMBER = re.compile(r"\s*\d+(?:[.:]\d+)*\s*")
 MAX_WEIGHT = 10.0
 
 
@@ -25,9 +31,13 @@ class Span(NamedTuple):
 
 def parse(prompt: str) -> tuple[str, list[Span]]:
     """Return the prompt without its weights, and the spans to which they apply."""
-    text, spans, done = "", [], 0
-    for match in WEIGHTED.finditer(prompt):
-        words, weight = match[1], float(match[2])
+    prompt, text, spans, done = unicodedata.normalize("NFC", prompt), "", list[Span](), 0
+    for match in SYNTAX.finditer(prompt):
+        if match[1] or NUMBER.fullmatch(match[2]):
+            text += prompt[done : match.start()] + (match[1] or match[0])
+            done = match.end()
+            continue
+        words, weight = re.sub(r"\\([()])", r"\1", match[2]), float(match[3])
         if abs(weight) > MAX_WEIGHT:
             raise LatentDiffError(f"prompt weight {match[0]}: expected a number from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
         text += prompt[done : match.start()]
@@ -41,6 +51,10 @@ def as_list(prompt: str | Sequence[str]) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
     if not prompts or not all(isinstance(entry, str) for entry in prompts):
         raise LatentDiffError(f"prompt={prompt!r:.200}: expected a string or a list of at least one string")
+    for entry in prompts:
+        if len(entry) > MAX_CHARACTERS:
+            raise LatentDiffError(f"prompt {entry[:40]!r}… has {len(entry):,} characters: expected at most "
+                                  f"{MAX_CHARACTERS:,}")  # fmt: skip
     return prompts
 
 
@@ -68,8 +82,7 @@ def token_weights(encoder: TextEncoder, text: str, spans: Sequence[Span]) -> Ten
     """Return the weight of each token, (L,)."""
     weights = torch.ones(encoder.max_length)
     if spans:
-        batch = encoder.tokenizer(text, truncation=True, max_length=encoder.max_length, return_offsets_mapping=True)
-        for index, (start, stop) in enumerate(batch["offset_mapping"]):
+        for index, (start, stop) in enumerate(encoder.spans(text)):
             for span in spans:
                 if start < span.stop and stop > span.start:
                     weights[index] = span.weight

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SEED = 2**63 - 1
+MAX_CHARACTERS = 10_000  # of a prompt; a tokenizer would spend minutes and gigabytes on millions
 MAX_SIDE = 16384  # pixels
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -134,6 +135,11 @@ class SamplingSettings(BaseModel):
     def negatives(self, count: int) -> list[str]:
         """Return one negative prompt for each of `count` prompts."""
         given = self.negative_prompt
+        for text in [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []:
+            if isinstance(text, str) and len(text) > MAX_CHARACTERS:
+                raise LatentDiffError(
+                    f"negative_prompt has {len(text):,} characters: expected at most {MAX_CHARACTERS:,}"
+                )
         if isinstance(given, str):
             return [given] * count
         if isinstance(given, list | tuple) and len(given) == count and all(isinstance(text, str) for text in given):

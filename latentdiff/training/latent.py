@@ -32,6 +32,7 @@ from .logging import MetricLogger
 from .optimizer import TrainState
 from .parallel import evaluation_mode, gather_full, no_sync, sharded
 from .preview import sample_preview
+from .spikes import Spikes
 from .timetable import Timetable
 
 Caches = tuple[LatentCache | None, TextCache | None]
@@ -118,7 +119,7 @@ class LatentTraining:
         config, section = run.config, run.config.train_latent
         self.run, self.folder, self.section = run, folder, section
         self.timetable = Timetable(section, self.name, has_budget=config.budget is not None)
-        self.best = Best(run, folder)
+        self.best, self.spikes = Best(run, folder), Spikes(run, section.max_spike)
         self.num_pictures = len(sources[0])
         self.schedule = config.diffusion.build().to(run.device)
         self.text_encoder, trains_text = text_encoder.to(run.device), config.text_encoder.train
@@ -151,6 +152,11 @@ class LatentTraining:
         if not trains_text:
             self.fingerprint["text_weights"] = weights_digest(text_encoder.model)
 
+    def names(self, step: int) -> list[str]:
+        """Return the names of the pictures of a step, counted from 1."""
+        items = BatchPlan(self.plan.batch_size).items(step - 1, len(self.data.source), self.run.config.seed, self.name)
+        return [self.data.source.name(index) for _, index, _ in items]
+
     def batches(self, start: int, stop: int) -> Iterator[list[LatentBatch]]:
         """Yield the list of micro-batches of each step from `start` to `stop` - 1, counted from 0."""
         pin = self.run.device.type == "cuda"
@@ -176,7 +182,7 @@ class LatentTraining:
                 total += loss.detach()
         with log.phase("optimizer"):
             norm = self.state.gradient_norm()
-            step_is_finite = norm.isfinite().float()
+            step_is_finite = self.spikes.accept(step, total, norm.isfinite().float())
             self.state.update(step, norm, step_is_finite)
         return {"loss": total, "norm": norm}, step_is_finite
 

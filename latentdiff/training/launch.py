@@ -8,8 +8,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
@@ -76,6 +76,7 @@ class Launch:
     parent: int  # PID of the process that started this one
     cpu_group: torch.distributed.ProcessGroup | None = None  # for stop flags; None with a single process
     clock: Clock = field(default_factory=Clock)
+    said: set[str] = field(default_factory=set)  # by `say_once`
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +92,12 @@ class Launch:
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return bool(self.accelerator.is_main_process)
+
+    def say_once(self, line: str) -> None:
+        """Report a line unless an earlier stage has."""
+        if line not in self.said:
+            self.said.add(line)
+            self.report(line)
 
     def batch_plan(self, section: TrainSection) -> BatchPlan:
         """Return this process's share of every batch; raise unless it divides evenly among the processes."""
@@ -143,6 +150,19 @@ def launch(config: Config, began: float | None = None) -> Launch:
         _write_record(run, threads)
     accelerator.wait_for_everyone()
     return run
+
+
+@contextmanager
+def launched(config: Config, run: Launch | None) -> Iterator[Launch]:
+    """Give the run, or launch one and unlock its folder at the end: a notebook that idles blocks nobody."""
+    if run is not None:
+        yield run
+        return
+    run = launch(config)
+    try:
+        yield run
+    finally:
+        _unlock_folder(run.folder)
 
 
 def check_device(config: Config, accelerator: Accelerator) -> None:
@@ -216,7 +236,7 @@ def _num_local_processes(accelerator: Accelerator) -> int:
 
 
 def _lock_folder(folder: Path) -> None:
-    """Lock the folder for the lifetime of this process, so that no second run writes into it."""
+    """Lock the folder until it is unlocked or this process ends, so that no second run writes into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = (folder / ".lock").resolve()
@@ -233,6 +253,11 @@ def _lock_folder(folder: Path) -> None:
     except OSError:  # the file system does not support locks
         pass
     LOCKS[path] = lock
+
+
+def _unlock_folder(folder: Path) -> None:
+    if (lock := LOCKS.pop((folder / ".lock").resolve(), None)) is not None:
+        os.close(lock)
 
 
 def _write_record(run: Launch, threads: int) -> None:

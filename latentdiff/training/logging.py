@@ -68,10 +68,14 @@ class MetricLogger:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write values to log.jsonl and to the trackers."""
+        self.note(step, values)
+        self.run.accelerator.log({f"{self.name}/{name}": value for name, value in values.items()}, step=step)
+
+    def note(self, step: int, values: Mapping[str, object]) -> None:
+        """Write a line of any values to log.jsonl alone."""
         if self.run.is_main:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-        self.run.accelerator.log({f"{self.name}/{name}": value for name, value in values.items()}, step=step)
 
     def _left(self, step: int, seconds_per_step: float) -> str:
         """Say what is left of the budget or, without one, of the stage."""

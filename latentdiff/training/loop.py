@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,17 +13,20 @@ from torch import Tensor
 
 from ..data.cache import check_broken
 from ..data.shards import digest
-from ..errors import LatentDiffError
+from ..data.workers import WorkersDiedError
+from ..errors import LatentDiffError, several
 from ..sections import TrainSection
 from .best import Best
 from .budget import OutOfTime, Pacer, no_limit
 from .checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from .decisions import Decisions, read_decisions
 from .fingerprint import first_difference
+from .heartbeat import Heartbeat
 from .launch import Launch
 from .logging import MetricLogger
 from .optimizer import TrainState
 from .signals import StopFlag, StopReason
+from .spikes import Spikes
 from .stopped import Stopped
 from .timetable import Timetable
 
@@ -35,6 +39,7 @@ class Training(Protocol):
     name: str  # train_vae or train_latent
     num_pictures: int  # in the training set
     timetable: Timetable
+    spikes: Spikes
 
     @property
     def section(self) -> TrainSection:
@@ -51,6 +56,9 @@ class Training(Protocol):
     @property
     def fingerprint(self) -> Mapping[str, Any]:
         """Settings that must stay the same when the run is resumed."""
+
+    def names(self, step: int) -> list[str]:
+        """Return the names of the pictures of a step, counted from 1."""
 
     def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
         """Yield the list of micro-batches of each step from `start` to `stop` - 1, counted from 0."""
@@ -109,13 +117,15 @@ def run_training(
         with log.untimed(), pacer.timing(pacer.validation):
             log.write(0, training.validate(0, no_limit))
     batches = training.batches(step, ENDLESS if limit is not None else section.steps)
+    heartbeat = Heartbeat(run, folder)
     with StopFlag(run.parent) as flag:
         while timetable.steps is None or step < timetable.steps:
             step += 1
-            with log.phase("data"):
+            with log.phase("data"), saving_if_workers_die(training, run, folder, step - 1, skipped):
                 parts = next(batches)
             broken.update(entry for part in parts for entry in part.broken)
-            metrics, step_is_finite = training.train_step(parts, step, log)
+            with heartbeat.step(step):
+                metrics, step_is_finite = training.train_step(parts, step, log)
             skipped.add(step_is_finite)
             log.add(metrics, step_is_finite)
             why = too_many_broken(broken, training, run)
@@ -127,6 +137,7 @@ def run_training(
             if step % section.log_every == 0 or finished or reason:
                 total, longest = skipped.read()
                 log.log(step, {"skipped": total, "broken": len(broken)} if total or broken else {})
+                report_spikes(training, run, log)
                 if longest >= section.max_skipped:
                     reason, why = StopReason.NOT_FINITE, f"the loss was not finite in {longest} steps in a row"
                 _write_broken(broken, folder, run)
@@ -140,6 +151,31 @@ def run_training(
                 raise Stopped(stop_message(training, run, folder, step, reason, why), reason)
     pacer.settle()
     log.close()
+
+
+@contextmanager
+def saving_if_workers_die(
+    training: Training, run: Launch, folder: Path, step: int, skipped: SkippedSteps
+) -> Iterator[None]:  # fmt: skip
+    """Save a checkpoint if the processes that read pictures cannot be kept alive; others wait for none of this."""
+    try:
+        yield
+    except WorkersDiedError as error:
+        if run.accelerator.num_processes > 1:  # the others are in the next step already
+            raise
+        if step:
+            save(training, run, folder, step, skipped)
+        raise LatentDiffError(f"stopped at step {step}: {error}; saved in {folder / 'checkpoints'}") from None
+
+
+def report_spikes(training: Training, run: Launch, log: MetricLogger) -> None:
+    """Note the spikes since the last log line, with the names of their pictures."""
+    for step, ratio in training.spikes.read():
+        names = training.names(step)
+        log.note(step, {"spike": ratio, "pictures": names})
+        skipped = "" if training.section.max_spike is None else ", so this step was skipped"
+        run.report(f"{training.name} {step}: the loss was {ratio:,.0f} times its running mean{skipped}; pictures: "
+                   f"{several(names)} (all in {log.folder / 'log.jsonl'})")  # fmt: skip
 
 
 def validate(training: Training, log: MetricLogger, pacer: Pacer, step: int) -> None:
@@ -177,7 +213,7 @@ def save(training: Training, run: Launch, folder: Path, step: int, skips: Skippe
     """Save a checkpoint: all processes gather the tensors, the main one writes them."""
     tensors = {f"{name}-{what}": values for name, state in training.states.items()
                for what, values in state.tensors(keep=run.is_main).items()}  # fmt: skip
-    tensors["skips"] = {"counts": skips.counts}
+    tensors["skips"] = {"counts": skips.counts, "spikes": training.spikes.state}
     if run.is_main:
         current = [decision for decision in training.timetable.decisions if decision.step <= step][-1:]
         metadata = {"key": digest(training.fingerprint), **training.fingerprint, "steps": training.timetable.steps,
@@ -206,7 +242,9 @@ def restore(
         if not kinds:
             raise LatentDiffError(f"{checkpoint.path}: has no {name}-weights; delete the checkpoints to start over")
         state.load({kind: checkpoint.tensors(f"{name}-{kind}") for kind in kinds})
-    skips.counts = checkpoint.tensors("skips")["counts"].to(run.device)
+    counters = checkpoint.tensors("skips")
+    skips.counts = counters["counts"].to(run.device)
+    training.spikes.state = counters.get("spikes", training.spikes.state).to(run.device)
     run.clock.go_on_from(checkpoint.metadata.get("seconds", 0.0))
     if training.best:
         training.best.record = checkpoint.metadata.get("best")

@@ -22,6 +22,7 @@ from vae import VAE
 
 from ..config import Config
 from ..data.cache import LatentCache, TextCache, pictures_digest
+from ..data.left_out import LeftOut
 from ..data.shards import changed_inputs, remove_others
 from ..data.sources import Source, open_source
 from ..diffusion.process import Process
@@ -33,7 +34,7 @@ from ..files.unfinished import find_part
 from .done import find_done, mark_done
 from .fingerprint import fingerprint
 from .latent import LatentTraining
-from .launch import Launch, launch
+from .launch import Launch, launched
 from .loop import run_training
 from .parallel import gather_full
 from .vae import VAETraining
@@ -50,39 +51,39 @@ def train_vae(config: Config, run: Launch | None = None, share: float | None = N
     Raises:
         LatentDiffError: the config or data cannot be used, or training stopped early (`Stopped`).
     """
-    run = run or launch(config)
-    folder = run.folder / "vae"
-    settings = fingerprint(run, "vae", "train_vae")
-    if config.vae.pretrained:
-        raise LatentDiffError(
-            f"vae.pretrained={config.vae.pretrained}: this VAE is already trained; remove the setting to train one"
-        )
-    # A larger budget for all stages is for those after the VAE, as latents of another VAE would not fit the UNet.
-    enough = 0.0 if run.budget is not None and share else run.budget
-    if (done := find_done(folder, settings, run, steps=config.train_vae.steps, budget=enough)) is not None:
-        run.report(f"{folder}: already done")
-        run.clock.go_on_from(done.get("seconds", 0.0) if share else 0.0)
+    with launched(config, run) as run:
+        folder = run.folder / "vae"
+        settings = fingerprint(run, "vae", "train_vae")
+        if config.vae.pretrained:
+            raise LatentDiffError(
+                f"vae.pretrained={config.vae.pretrained}: this VAE is already trained; remove the setting to train one"
+            )
+        # A larger budget for all stages is for those after the VAE, as latents of another VAE would not fit the UNet.
+        enough = 0.0 if run.budget is not None and share else run.budget
+        if (done := find_done(folder, settings, run, steps=config.train_vae.steps, budget=enough)) is not None:
+            run.report(f"{folder}: already done")
+            run.clock.go_on_from(done.get("seconds", 0.0) if share else 0.0)
+            return folder
+        check_batches(run)
+        sources = open_pictures(run)
+        torch.manual_seed(config.seed)  # torch's global generator is used only for the initial weights
+        task = VAETraining(run, run.folder / "train_vae", sources, VAE(config.vae.build(config.data.image_size)))
+        begin, limit = run.clock.elapsed(), run.budget
+        if limit is not None and share:
+            limit = begin + share * max(0.0, limit - begin)
+        run_training(task, run, run.folder / "train_vae", limit, finishing=partial(finish_seconds, task, run))
+        finish_vae(task, run, folder)
+        mark_done(folder, settings, task.timetable.steps, run, shared=share is not None)
         return folder
-    check_batches(run)
-    sources = open_source(config.data)
-    torch.manual_seed(config.seed)  # torch's global generator is used only for the initial weights
-    task = VAETraining(run, run.folder / "train_vae", sources, VAE(config.vae.build(config.data.image_size)))
-    begin, limit = run.clock.elapsed(), run.budget
-    if limit is not None and share:
-        limit = begin + share * max(0.0, limit - begin)
-    run_training(task, run, run.folder / "train_vae", limit, finishing=partial(finish_seconds, task, run))
-    finish_vae(task, run, folder)
-    mark_done(folder, settings, task.timetable.steps, run, shared=share is not None)
-    return folder
 
 
 def encode(config: Config, run: Launch | None = None) -> tuple[Caches, Caches]:
     """Fill and return the training and validation caches: latents, and text features if the text encoder is frozen."""
-    run = run or launch(config)
-    vae = open_vae(run)
-    sources = open_source(config.data)
-    torch.manual_seed(config.seed)
-    return make_caches(run, sources, vae, open_text_encoder(config, sources[0]).to(run.device))
+    with launched(config, run) as run:
+        vae = open_vae(run)
+        sources = open_pictures(run)
+        torch.manual_seed(config.seed)
+        return make_caches(run, sources, vae, open_text_encoder(config, sources[0]).to(run.device))
 
 
 def train_latent(config: Config, run: Launch | None = None) -> Path:
@@ -91,31 +92,31 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
     Raises:
         LatentDiffError: the config or data cannot be used, there is no VAE yet, or training stopped early (`Stopped`).
     """
-    run = run or launch(config)
-    folder = run.folder / "model"
-    vae = open_vae(run)
-    settings = fingerprint(run, "vae", "text_encoder", "unet", "diffusion", "train_latent")
-    if find_done(folder, settings, run, steps=config.train_latent.steps, budget=run.budget) is not None:
-        run.report(f"{folder}: already done")
+    with launched(config, run) as run:
+        folder = run.folder / "model"
+        vae = open_vae(run)
+        settings = fingerprint(run, "vae", "text_encoder", "unet", "diffusion", "train_latent")
+        if find_done(folder, settings, run, steps=config.train_latent.steps, budget=run.budget) is not None:
+            run.report(f"{folder}: already done")
+            return folder
+        check_batches(run)
+        scheduler_config(config.diffusion.process())  # raises now if the scheduler could not be saved at the end
+        sources = open_pictures(run)
+        torch.manual_seed(config.seed)
+        text_encoder = open_text_encoder(config, sources[0]).to(run.device)
+        unet = new_unet(config, vae, text_encoder)
+        for line in _pretrained_warnings(config):
+            run.report(f"warning: unet.pretrained={config.unet.pretrained}: {line}")
+        caches = make_caches(run, sources, vae, text_encoder)
+        task = LatentTraining(run, run.folder / "train_latent", sources, vae, unet, text_encoder, caches)
+        run_training(task, run, run.folder / "train_latent", run.budget, begin=partial(_begin_model, task, run, folder))
+        _save_average(task, run, folder)
+        best = task.best.tensors() if config.train_latent.keep_best else None
+        if best is not None:
+            _save_average(task, run, run.folder / "model-best", best)
+        mark_done(folder, settings, task.timetable.steps, run)
+        run.report(f"model saved to {folder}" + (f"; {_best_sentence(task, run)}" if best is not None else ""))
         return folder
-    check_batches(run)
-    scheduler_config(config.diffusion.process())  # raises now if the scheduler could not be saved at the end
-    sources = open_source(config.data)
-    torch.manual_seed(config.seed)
-    text_encoder = open_text_encoder(config, sources[0]).to(run.device)
-    unet = new_unet(config, vae, text_encoder)
-    for line in _pretrained_warnings(config):
-        run.report(f"warning: unet.pretrained={config.unet.pretrained}: {line}")
-    caches = make_caches(run, sources, vae, text_encoder)
-    task = LatentTraining(run, run.folder / "train_latent", sources, vae, unet, text_encoder, caches)
-    run_training(task, run, run.folder / "train_latent", run.budget, begin=partial(_begin_model, task, run, folder))
-    _save_average(task, run, folder)
-    best = task.best.tensors() if config.train_latent.keep_best else None
-    if best is not None:
-        _save_average(task, run, run.folder / "model-best", best)
-    mark_done(folder, settings, task.timetable.steps, run)
-    run.report(f"model saved to {folder}" + (f"; {_best_sentence(task, run)}" if best is not None else ""))
-    return folder
 
 
 def _save_average(task: LatentTraining, run: Launch, folder: Path, average: Mapping[str, Tensor] | None = None) -> None:
@@ -146,11 +147,11 @@ def _begin_model(task: LatentTraining, run: Launch, folder: Path) -> None:
 
 def train(config: Config, run: Launch | None = None) -> Path:
     """Run all unfinished stages and return the folder of the model; raises as `train_latent` does."""
-    run = run or launch(config)
-    preflight(run)
-    if not config.vae.pretrained:
-        train_vae(config, run, config.budget_share)
-    return train_latent(config, run)
+    with launched(config, run) as run:
+        preflight(run)
+        if not config.vae.pretrained:
+            train_vae(config, run, config.budget_share)
+        return train_latent(config, run)
 
 
 def preflight(run: Launch) -> None:
@@ -158,11 +159,23 @@ def preflight(run: Launch) -> None:
     config = run.config
     check_batches(run)
     scheduler_config(config.diffusion.process())
-    encoder = open_text_encoder(config, open_source(config.data)[0])
+    encoder = open_text_encoder(config, open_pictures(run)[0])
     pretrained = config.vae.pretrained
     vae = VAE.from_pretrained(find_part(pretrained, "vae")) if pretrained else None
     with torch.device("meta"):
         new_unet(config, vae or VAE(config.vae.build(config.data.image_size)), encoder)
+
+
+def open_pictures(run: Launch) -> tuple[Source, Source]:
+    """Open the training pictures and the held-out ones, and say what is left out and how many lack captions."""
+    left_out = LeftOut()
+    sources = open_source(run.config.data, left_out)
+    for line in left_out.lines():
+        run.say_once(f"{run.config.data.source}: {line}")
+    for name, source in zip(("training", "held-out"), sources, strict=True):
+        if without := sum(not captions for captions in source.all_captions()):
+            run.say_once(f"{run.config.data.source}: {without} of {len(source)} {name} pictures have no caption")
+    return sources
 
 
 def check_batches(run: Launch) -> None:

@@ -15,6 +15,7 @@ from vae import VAE, DiagonalGaussian
 
 from ..data.batches import PixelBatch, PixelBatches, micro_batches
 from ..data.cache import read_pixels
+from ..data.order import BatchPlan
 from ..data.pictures import PictureError, to_pixels
 from ..data.sources import Source
 from ..evaluation.grid import comparison_grid
@@ -29,6 +30,7 @@ from .logging import MetricLogger
 from .optimizer import TrainState
 from .parallel import distributed, evaluation_mode, no_sync
 from .perceptual import PerceptualLoss
+from .spikes import Spikes
 from .timetable import Timetable
 from .vae_losses import adaptive_weight, load_perceptual, reconstruction_nll
 
@@ -113,6 +115,7 @@ class VAETraining:
         self.run, self.folder, self.section = run, folder, section
         self.timetable = Timetable(section, self.name, has_budget=config.budget is not None)
         self.best: Best | None = None
+        self.spikes = Spikes(run, section.max_spike)
         self.train_source, self.held_out = sources
         self.num_pictures = len(self.train_source)
         if section.gradient_checkpointing:
@@ -139,6 +142,11 @@ class VAETraining:
         self.plan = run.batch_plan(section)
         self.fingerprint = {**fingerprint(run, "vae", "train_vae"), "pictures": len(self.train_source),
                             "recipe_steps": section.steps if config.budget is not None else None}  # fmt: skip
+
+    def names(self, step: int) -> list[str]:
+        """Return the names of the pictures of a step, counted from 1."""
+        items = BatchPlan(self.plan.batch_size).items(step - 1, self.num_pictures, self.run.config.seed, self.name)
+        return [self.train_source.name(index) for _, index, _ in items]
 
     def batches(self, start: int, stop: int) -> Iterator[list[PixelBatch]]:
         """Yield the list of micro-batches of each step from `start` to `stop` - 1, counted from 0."""
@@ -176,6 +184,7 @@ class VAETraining:
         with log.phase("optimizer"):
             norms = [state.gradient_norm() for state in states]
             step_is_finite = torch.stack(norms).isfinite().all().float()
+            step_is_finite = self.spikes.accept(step, metrics["l1"], step_is_finite)
             for state, norm in zip(states, norms, strict=True):
                 state.update(step, norm, step_is_finite)
         return {**metrics, "norm": norms[0]}, step_is_finite

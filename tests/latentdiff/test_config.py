@@ -1,6 +1,7 @@
 """The configuration: what is accepted, what is rejected, and with which message."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def test_recipes_load_and_differ_from_the_defaults(name):
 
 
 def test_shipped_recipes():
-    assert {"debug", "emoji-64", "emoji-256", "ldm-text2im-large", "sd1"} <= set(recipes())
+    assert {"debug", "emoji-64", "emoji-256", "emoji-256-large", "ldm-text2im-large", "sd1"} <= set(recipes())
 
 
 def test_the_full_system_has_its_published_size():
@@ -84,7 +85,7 @@ def test_nothing_changes_afterwards():
         ("precision=half", ["precision='half'", "'bf16'"]),
         ("steps", ["'steps'", "section.key=value"]),
         ("seed.more=1", ["seed"]),
-        ("data.source=[", ["not valid YAML"]),
+        ("data.caption_columns=[", ["not valid YAML"]),
     ],
 )
 def test_one_line_says_what_is_wrong(override, words):
@@ -153,3 +154,68 @@ def test_text_encoder_of_a_recipe_builds():
     section = load_config("debug").text_encoder
     tokenizer = train_tokenizer(["a red apple"] * 3, vocab_size=section.vocab_size, max_length=section.max_length)
     assert TextEncoder.new(section.build(), tokenizer)(["a red apple"]).shape == (1, 16, 32)
+
+
+def test_text_and_paths_are_taken_as_typed(monkeypatch):
+    """On the command line: no YAML, so that a folder may be called like a comment, a number, a date or a list."""
+    monkeypatch.setenv("HOME", "/home/me")
+    typed = [
+        "photos #2",
+        "2024-05-01",
+        "001",
+        "1e3",
+        "yes",
+        "[a]*",
+        "a: b",
+        "'quoted'",
+        " x ",
+        "*star",
+        "&and",
+        "{x}",
+        "~x",
+        "!",
+    ]
+    for name in typed:
+        config = load_config("debug", [f"data.source={name}", f"output={name}", f"data.train_split={name}"])
+        assert (config.data.source, config.output, config.data.train_split) == (name,) * 3
+    config = load_config("debug", ["data.source=~/a", "output=~", "data.quarantine=~/q.txt", "unet.pretrained=~/u",
+                                   "train_vae.perceptual_weights=~/lpips", "data.image_column=~/c"])  # fmt: skip
+    assert (config.data.source, config.output, config.data.quarantine) == ("/home/me/a", "/home/me", "/home/me/q.txt")
+    assert (config.unet.pretrained, config.train_vae.perceptual_weights) == ("/home/me/u", "/home/me/lpips")
+    assert config.data.image_column == "~/c"  # no path
+    config = load_config("emoji-64", ["data.quarantine=null", "unet.pretrained=", "precision=fp32", "data.source=./~"])
+    assert (config.data.quarantine, config.unet.pretrained, config.precision) == (None, None, "fp32")
+    assert config.data.source == "./~"
+    config = load_config("debug", ["data.caption_columns=[a, b]", "data.flip=false", "trackers=null"])
+    assert config.data.caption_columns == ("a", "b")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "has more than 100,000 values"),
+        ("a: &a {<<: [*a]}", "has more than|not valid YAML"),
+        ("data: &d [*d]", "has more than 100,000 values"),
+        ("[" * 3000 + "]" * 3000, "nested more than 20 deep"),
+        ("{a: " * 3000 + "}" * 3000, "nested more than 20 deep"),
+        ("data: 2024-13-45", "not valid YAML"),
+        ("seed: " + "9" * 5000, "not valid YAML"),
+        ("? [a]\n: b", "not valid YAML"),
+    ],
+)
+def test_yaml_that_would_hang_or_overflow(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    started = time.monotonic()
+    with pytest.raises(LatentDiffError, match=message) as failure:
+        load_config(path)
+    assert time.monotonic() - started < 2
+    assert "\n" not in str(failure.value)
+    if len(text) < 10_000:
+        with pytest.raises(LatentDiffError):
+            load_config("debug", [f"validation.prompts={text}"])

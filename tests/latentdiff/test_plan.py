@@ -195,10 +195,10 @@ def test_a_small_gpu_is_told_what_would_fit():
     assert not latent.fits
     assert latent.precision == "fp32"
     assert any("FSDP" in advice for advice in latent.advice)
-    found = plan(load_config("emoji-256"), device="rtx-4090")
+    found = plan(load_config("emoji-256-large"), device="rtx-4090")
     assert any("gradient_checkpointing=true" in advice for advice in found.stages[0].advice)
     fitting = found.stages[0].largest_batch
-    again = plan(load_config("emoji-256", [f"train_vae.micro_batch_size={fitting}"]), device="rtx-4090").stages[0]
+    again = plan(load_config("emoji-256-large", [f"train_vae.micro_batch_size={fitting}"]), device="rtx-4090").stages[0]
     assert again.fits
 
 

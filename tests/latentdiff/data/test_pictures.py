@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentdiff.data.pictures import PictureError, fit, open_picture
+from latentdiff.data.pictures import PictureError, fit, open_picture, read_bounded
 from latentdiff.errors import LatentDiffError
 
 GREEN = (0, 200, 0)
@@ -238,3 +238,68 @@ def test_too_small(photo):
 def test_a_strip_needs_little_memory():
     """Resizing all 1 x 100,000 pixels would give 2000 x 200,000,000."""
     assert fit(Image.new("RGB", (1, 100_000), GREEN), 2000, min_size=1).mean((0, 1)).tolist() == list(GREEN)
+
+
+def zeros(kind, name=b"k"):
+    """A chunk of 2 MB of compressed zeros: text, or a color profile."""
+    data = zlib.compress(bytes(2_000_000))
+    body = {b"zTXt": name + b"\0\0" + data, b"iCCP": name + b"\0\0" + data,
+            b"iTXt": name + b"\0\1\0\0\0" + data, b"tEXt": name + b"\0" + b"x" * 2_000_000}[kind]  # fmt: skip
+    return chunk(kind, body)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt", b"tEXt"])
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+def test_a_png_with_megabytes_of_text_has_sound_pixels(photo, kind, before):
+    data = encoded(photo)
+    place = data.index(before) - 4
+    image = opened(data[:place] + zeros(kind) + data[place:])
+    assert np.array_equal(np.asarray(image), np.asarray(photo))
+
+
+def test_such_a_png_is_still_refused_where_its_pixels_are_not_sound(photo):
+    data = encoded(photo)
+    place = data.index(b"IDAT") - 4
+    assert reason(data[:place] + zeros(b"zTXt") + data[place : place + 40]) == "truncated"
+
+
+@pytest.mark.parametrize("value", [0, 7000, 65535])
+def test_a_transparent_gray_value_of_16_bits(value):
+    values = np.full((8, 8), 30000, np.uint16)
+    values[:, :4] = value
+    data = encoded(Image.fromarray(values))
+    place = data.index(b"IDAT") - 4
+    image = np.asarray(opened(data[:place] + chunk(b"tRNS", struct.pack(">H", value)) + data[place:]))
+    assert (image[:, :4] == GREEN).all()
+    assert (image[:, 4:] == 117).all()
+
+
+@pytest.mark.parametrize("name", ["huge.png", "huge.jpg"])
+def test_a_file_is_bounded_before_it_is_read(tmp_path, photo, name):
+    """16 bytes for each pixel of the header and 32 MiB: a sparse file of 2 GiB takes neither time nor memory."""
+    path = tmp_path / name
+    path.write_bytes(encoded(photo, "PNG" if name.endswith("png") else "JPEG"))
+    small = read_bounded(path)
+    with path.open("r+b") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(PictureError, match=r"too large: 2,147,483,648 bytes for 40 x 24 pixels; at most 33,569,792"):
+        read_bounded(path)
+    assert read_bounded(path, 0, len(small)) == small
+    with path.open("r+b") as file:
+        file.truncate(20 << 20)
+    assert len(read_bounded(path)) == 20 << 20
+    path.write_bytes(b"\0" * 8)
+    with path.open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(PictureError, match="format"):
+        read_bounded(path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+def test_a_large_picture_within_another_file_is_read(tmp_path, kind):
+    """The header is found at its place in the file, wherever TIFF puts it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3400, 3400, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels), kind, **({"compress_level": 0} if kind == "PNG" else {}))
+    assert len(data) > 32 << 20
+    (tmp_path / "shard").write_bytes(b"x" * 1000 + data + b"y" * 1000)
+    assert read_bounded(tmp_path / "shard", 1000, len(data)) == data

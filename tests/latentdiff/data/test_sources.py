@@ -325,11 +325,8 @@ def test_no_such_split(tmp_path, config, write):
 
 def test_broken_captions(tmp_path, config, write):
     write(tmp_path, "a.png", "b.png")
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(LatentDiffError, match=r"a\.txt: cannot be read as UTF-8"):
-        open_source(config(tmp_path))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "te')
-    with pytest.raises(LatentDiffError, match="cannot be loaded"):
+    with pytest.raises(LatentDiffError, match=r"metadata\.jsonl line 1: not valid JSON"):
         open_source(config(tmp_path))
     jsonl(tmp_path / "metadata.jsonl", [{"name": "a.png", "text": "x"}])
     with pytest.raises(LatentDiffError, match=r"unknown column .*'file_name': choose one of name, text"):

@@ -34,6 +34,12 @@ def pipe():
 
 
 @pytest.fixture
+def new_pipe():
+    """Make a pipeline that a test may change."""
+    return new_pipeline
+
+
+@pytest.fixture
 def open_stock():
     """Open a folder with stock diffusers, without warnings or progress bars."""
 

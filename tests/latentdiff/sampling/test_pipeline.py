@@ -263,9 +263,9 @@ def test_bad_settings(pipe, prompt, options, message):
         pipe(prompt, **{"num_steps": 2, **options})
 
 
-def test_a_prompt_of_ten_thousand_words_is_truncated_with_a_warning(pipe):
+def test_a_prompt_of_a_thousand_words_is_truncated_with_a_warning(pipe):
     with pytest.warns(TokenOverflowWarning, match="longer than 16 tokens"):
-        assert len(pipe("apple " * 10_000, num_steps=1)) == 1
+        assert len(pipe("apple " * 1_000, num_steps=1)) == 1
 
 
 @pytest.mark.parametrize("strength", [0, -1, 1.5, float("nan"), "much"])

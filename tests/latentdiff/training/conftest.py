@@ -124,6 +124,12 @@ def start(server, pictures, tmp_path):
 
 
 @pytest.fixture
+def short():
+    """The settings of the short recipe."""
+    return SHORT
+
+
+@pytest.fixture
 def train(start, tmp_path):
     """Train to the end or to the simulated accident; returns the exit code, the worst one of several processes."""
 

@@ -5,14 +5,17 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import BertModel, BertTokenizerFast  # noqa: F401 (imported once, before the processes are forked)
 
 from latentdiff.cli import plain_errors
 from latentdiff.config import load_config
-from latentdiff.training import stages
+from latentdiff.data import workers
+from latentdiff.training import heartbeat, stages
 from latentdiff.training.decisions import Decisions
 
 TASKS = (stages.VAETraining, stages.LatentTraining)
@@ -28,7 +31,8 @@ def run(overrides, stage="train", accident=None, at=0, environment=None, recipe=
     if accident:
         {"kill at step": kill_at_step, "kill while saving": kill_while_saving, "kill after deciding":
          kill_after_deciding, "full disk": full_disk, "terminate": terminate, "not finite": not_finite,
-         "float64": float64}[accident](at)  # fmt: skip
+         "float64": float64, "spike": spike, "kill workers": kill_workers, "hang": hang,
+         "terminate while saving": terminate_while_saving}[accident](at)  # fmt: skip
     with plain_errors():
         getattr(stages, stage)(load_config(recipe, overrides))
     sys.stderr.write(f"peak memory in KiB: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\n")
@@ -83,6 +87,54 @@ def not_finite(at):
             return original(self, batches, step, log)
 
         task.train_step = train_step
+
+
+def spike(at):
+    """Make the latents of step `at` a hundred times as large."""
+    for task in TASKS:
+        original = task.train_step
+
+        def train_step(self, batches, step, log, original=original):
+            if step == at:
+                batches = [batch._replace(x0=100 * batch.x0, noise=100 * batch.noise) for batch in batches]
+            return original(self, batches, step, log)
+
+        task.train_step = train_step
+
+
+def kill_workers(at):
+    """Kill the processes that read pictures before step `at`, or before every step from -at on."""
+
+    def kill():
+        for child in psutil.Process().children():
+            child.kill()
+
+    before(TASKS, "train_step", abs(at), kill)
+    if at < 0:
+        workers.DataLoader = DyingLoader
+
+
+class DyingLoader(torch.utils.data.DataLoader):
+    """A loader whose workers are killed before their first item."""
+
+    def __iter__(self):
+        items = super().__iter__()
+        for child in psutil.Process().children():
+            child.kill()
+        return items
+
+
+def hang(at):
+    """The last process stops within step `at`, while the others wait for it; patience is short."""
+    heartbeat.STALL_SECONDS, heartbeat.STALL_FACTOR = 2.0, 0.0
+    if os.environ.get("RANK") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
+        before(TASKS, "train_step", at, lambda: time.sleep(600))
+
+
+def terminate_while_saving(at):
+    """SIGTERM before step 2, and again at call number `at` of fsync, which is within the save that it leads to."""
+    terminate(2)
+    before([os], "fsync", at, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def float64(_):

@@ -1,0 +1,81 @@
+"""Tables of captions that lie beside pictures: JSON Lines, CSV or Parquet, all values as they were written."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from ..errors import LatentDiffError, one_line, reraise_as
+from .texts import encoding_of
+
+MAX_FIELD = 1 << 24  # characters of a CSV value
+Row = dict[str, Any]  # a value is a text, None or a list of them
+
+
+def table_columns(path: Path) -> list[str]:
+    """Return the columns of a JSON Lines, CSV or Parquet table; raises as `table_rows` does."""
+    if path.suffix.lower() == ".parquet":
+        with reraise_as(LatentDiffError, f"{path}: not a valid Parquet file", OSError, ValueError):
+            return list(pq.read_schema(path).names)
+    return list(dict.fromkeys(key for row in table_rows(path) for key in row))
+
+
+def table_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a JSON Lines, CSV or Parquet table by column, all values as texts as they were written.
+
+    Of a Parquet table only `columns` are read.
+
+    Raises LatentDiffError, which names the file and the line, for whatever is not such a table.
+    """
+    with reraise_as(LatentDiffError, f"{path}: cannot be read", OSError, UnicodeError, csv.Error, ValueError):
+        if path.suffix.lower() == ".parquet":
+            for batch in pq.ParquetFile(path).iter_batches(columns=columns):
+                yield from ({key: _text(value, path, 0) for key, value in row.items()} for row in batch.to_pylist())
+            return
+        with path.open("rb") as file:
+            encoding = encoding_of(file.read(4))
+        with path.open(encoding=encoding, newline="" if path.suffix.lower() == ".csv" else None) as file:
+            yield from _csv_rows(path, file) if path.suffix.lower() == ".csv" else _json_rows(path, file)
+
+
+def _csv_rows(path: Path, file: Any) -> Iterator[Row]:
+    csv.field_size_limit(MAX_FIELD)
+    reader = csv.reader(file, strict=True)
+    columns = next(reader, [])
+    for values in reader:
+        if len(values) > len(columns):
+            _refuse(path, reader.line_num, f"{len(values)} values for {len(columns)} columns; "
+                                           "a caption with a comma in it needs quotes around it")  # fmt: skip
+        if values:
+            yield dict(zip(columns, values, strict=False))  # a row that is cut short has no caption
+
+
+def _json_rows(path: Path, file: Any) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_float=str, parse_int=str, parse_constant=str)
+        except (ValueError, RecursionError) as error:
+            _refuse(path, number, f"not valid JSON ({error})")
+        if not isinstance(row, dict):
+            _refuse(
+                path, number, f'expected an object such as {{"file_name": ..., "text": ...}}, not {one_line(line)[:60]}'
+            )
+        yield {key: _text(value, path, number) for key, value in row.items()}
+
+
+def _text(value: Any, path: Path, number: int) -> Any:
+    """Return a value as text, a list of them, or None; anything else, such as a table, as it is."""
+    if isinstance(value, list):
+        return [_text(inner, path, number) for inner in value]
+    if value is None or isinstance(value, str | dict):
+        return value
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _refuse(path: Path, number: int, why: str) -> NoReturn:
+    raise LatentDiffError(f"{path} line {number}: {why}")
