@@ -58,7 +58,7 @@ class SplitReport:
     def lines(self, name: str, max_tokens: int | None) -> Iterator[str]:
         """Yield the report for a terminal, line by line."""
         broken = ", ".join(f"{count} {reason}" for reason, count in self.broken.items())
-        yield f"{name}: {self.pictures} pictures; broken: {broken or 'none'}"
+        yield f"{name}: {self.pictures} pictures, of them broken: {broken or 'none'}"
         if self.shorter_side is not None:
             yield f"  shorter side {self.shorter_side} pixels; aspect ratio (width / height) {self.aspect_ratio}"
         yield f"  {self.captions} captions; {self.without_caption} pictures without one"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
 
@@ -31,7 +31,6 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-Entry = TypeVar("Entry", int, Path)
 
 
 def open_metadata(listing: Listing, config: DataConfig, left_out: LeftOut) -> dict[str, Source]:
@@ -73,12 +72,14 @@ def split_of_file(name: str, config: DataConfig) -> str:
     return ""
 
 
-def settle_splits(found: dict[str, list[Entry]], config: DataConfig, left_out: LeftOut) -> dict[str, list[Entry]]:
-    """Return the pictures or files by split, where a lone `train` beside others is no split: it may be a vehicle."""
-    if set(found) != {"", config.train_split}:
+def settle_splits(found: dict[str, list[Any]], config: DataConfig, left_out: LeftOut) -> dict[str, list[Any]]:
+    """Return pictures or files by split, where a lone `train` or `test` among others is none, but a class of things."""
+    named = [split for split in found if split]
+    may_be_class = {config.train_split, "test"} - {config.validation_split}
+    if "" not in found or len(named) != 1 or named[0] not in may_be_class:
         return found
-    left_out.remark("folder or file is called like a split, but used with all that is beside it", [config.train_split])
-    return {"": sorted(found[""] + found[config.train_split])}
+    left_out.remark("folder or file is called like a split, but used with all that is beside it", named)
+    return {"": sorted(found[""] + found[named[0]])}
 
 
 def _split_words(config: DataConfig) -> dict[str, tuple[str, ...]]:
@@ -91,7 +92,9 @@ def _split_by_folder(source: Source, config: DataConfig, left_out: LeftOut) -> d
     splits: dict[str, list[int]] = {}
     for index, name in enumerate(source.names()):
         splits.setdefault(split_of_folder(name.partition("/")[0], config), []).append(index)
-    return {split: source.select(indices) for split, indices in settle_splits(splits, config, left_out).items()}
+    if all("/" in source.name(index) for index in splits.get("", [])):  # no loose pictures: all are in class folders
+        splits = settle_splits(splits, config, left_out)
+    return {split: source.select(indices) for split, indices in splits.items()}
 
 
 def _outermost(tables: Sequence[str]) -> list[str]:

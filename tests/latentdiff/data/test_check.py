@@ -64,7 +64,7 @@ def test_report(folder, config, tmp_path, tokenizer, picture):
     assert (report.train.caption_characters.least, report.train.caption_characters.largest) == (5, 13)
     assert (report.duplicates, report.shared) == (2, 1)
     assert report.duplicate_names == (("train/copy.png", "train/3.png"), ("validation/copy.png", "train/4.png"))
-    first = "train: 17 pictures; broken: 2 format, 2 too large, 1 too small, 2 truncated, 1 unreadable"
+    first = "train: 17 pictures, of them broken: 2 format, 2 too large, 1 too small, 2 truncated, 1 unreadable"
     assert first in report.lines()
 
 

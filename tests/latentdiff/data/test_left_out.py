@@ -135,8 +135,10 @@ def test_class_folders_called_like_splits(tmp_path, config, pictures):
     assert len(found) == 3
     assert any("called like a split" in line for line in left_out.lines())
     pictures(tmp_path / "b", "glass/1.png", "glass/2.png", "test/1.png")
+    assert len(opened(config(tmp_path / "b"))[0]) == 3
+    pictures(tmp_path / "b", "loose.png")
     found, left_out = opened(config(tmp_path / "b"))
-    assert len(found) == 2
+    assert len(found) == 3
     assert left_out.names == {"pictures in the split 'test', which is not used": ["test/1.png"]}
     pictures(tmp_path / "c", "train/1.png", "val/1.png", "extra/1.png")
     found, left_out = opened(config(tmp_path / "c"))
