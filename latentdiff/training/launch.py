@@ -249,7 +249,7 @@ def _lock_folder(folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise LatentDiffError(f"output={folder}: in use by another run") from None
+        raise LatentDiffError(f"output={folder}: another run is writing there") from None
     except OSError:  # the file system does not support locks
         pass
     LOCKS[path] = lock

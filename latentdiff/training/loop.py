@@ -248,7 +248,7 @@ def restore(
     run.clock.go_on_from(checkpoint.metadata.get("seconds", 0.0))
     if training.best:
         training.best.record = checkpoint.metadata.get("best")
-    run.report(f"{training.name}: resuming from step {checkpoint.step}")
+    run.report(f"{training.name}: going on from step {checkpoint.step}")
     return checkpoint.step
 
 

@@ -85,7 +85,7 @@ def test_a_larger_budget_goes_on_from_the_beginning_of_the_decay(train, state, l
     assert f"{model}: already done" in said("run")
     more = ("budget=20m", "train_vae.steps=24", "train_latent.steps=40")
     assert train("run", *more) == 0
-    assert "train_latent: resuming from step 18" in said("run")
+    assert "train_latent: going on from step 18" in said("run")
     assert {path: path.stat().st_mtime_ns for path in first} == first  # latents of another VAE would not fit
     assert state("run")[0] == 40
     assert sorted(log("run")) == sorted(set(log("run")))
