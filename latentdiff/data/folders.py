@@ -78,7 +78,7 @@ def settle_splits(found: dict[str, list[Any]], config: DataConfig, left_out: Lef
     may_be_class = {config.train_split, "test"} - {config.validation_split}
     if "" not in found or len(named) != 1 or named[0] not in may_be_class:
         return found
-    left_out.remark("folder or file is called like a split, but used with all that is beside it", named)
+    left_out.remark("called like a split, but used with all that is beside it", named)
     return {"": sorted(found[""] + found[named[0]])}
 
 

@@ -41,6 +41,6 @@ class LeftOut:
 def lines_about(names: Mapping[str, Sequence[str]], remarks: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a `LeftOut` with these names and remarks."""
     for reason, several_names in names.items():
-        yield f"left out: {len(several_names)} {reason}: {several(several_names)}"
+        yield f"left out: {reason}: {len(several_names)} ({several(several_names)})"
     for what, several_names in remarks.items():
-        yield f"{len(several_names)} {what}: {several(several_names)}"
+        yield f"{what}: {len(several_names)} ({several(several_names)})"

@@ -172,6 +172,8 @@ def open_pictures(run: Launch) -> tuple[Source, Source]:
     sources = open_source(run.config.data, left_out)
     for line in left_out.lines():
         run.say_once(f"{run.config.data.source}: {line}")
+    if left_out.names:
+        run.say_once(f"{run.config.data.source}: `latentdiff data check` writes down all that is left out")
     for name, source in zip(("training", "held-out"), sources, strict=True):
         if without := sum(not captions for captions in source.all_captions()):
             run.say_once(f"{run.config.data.source}: {without} of {len(source)} {name} pictures have no caption")

@@ -90,7 +90,7 @@ def test_a_truncated_shard_yields_its_intact_samples(tmp_path, config, samples, 
             assert everything(*open_source(config(tmp_path))) == expected
         assert sum("damaged" in message for message in caplog.messages) == 1
         assert "tar files that are damaged, and only read up to the damage" in caplog.text
-        assert ": a.tar" in caplog.text
+        assert "(a.tar)" in caplog.text
 
 
 def test_a_broken_header(tmp_path, config, samples, caplog):
@@ -118,7 +118,7 @@ def test_not_a_tar_file(tmp_path, config, samples, caplog, data):
 
 def test_an_empty_shard(tmp_path, config):
     write_tar(tmp_path / "a.tar", [])
-    with pytest.raises(LatentDiffError, match=r"no pictures in a\.tar; left out: 1 tar files without samples: a\.tar"):
+    with pytest.raises(LatentDiffError, match=r"no pictures in a\.tar; left out: tar files without .* 1 \(a\.tar\)"):
         open_source(config(tmp_path))
 
 
@@ -132,11 +132,11 @@ def test_links_devices_and_surplus_members_are_skipped(tmp_path, config, samples
     with caplog.at_level(logging.WARNING):
         train, validation = open_source(config(tmp_path))
     assert everything(train, validation) == {"a.tar/000.png": ["number 0"], "a.tar/001.png": ["number 1"]}
-    assert "left out: 4 links, devices or paths outside the shard: a.tar/../up.png, " in caplog.text
-    assert "left out: 1 surplus pictures of a sample: a.tar/000.jpg" in caplog.text
-    assert "left out: 1 caption files that are too long, not UTF-8 or not JSON: a.tar/001.json" in caplog.text
-    assert "left out: 1 samples without a picture or truncated: a.tar/only" in caplog.text
-    assert "left out: 1 members that are neither pictures nor captions: a.tar/001.txt.gz" in caplog.text
+    assert "left out: links, devices or paths outside the shard: 4 (a.tar/../up.png, " in caplog.text
+    assert "left out: surplus pictures of a sample: 1 (a.tar/000.jpg)" in caplog.text
+    assert "left out: caption files that are too long, not UTF-8 or not JSON: 1 (a.tar/001.json)" in caplog.text
+    assert "left out: samples without a picture or truncated: 1 (a.tar/only)" in caplog.text
+    assert "left out: members that are neither pictures nor captions: 1 (a.tar/001.txt.gz)" in caplog.text
 
 
 def test_a_shard_truncated_after_opening(tmp_path, config, samples):
