@@ -56,7 +56,8 @@ def test_other_names_for_the_same_tensors():
     text, attention = "cond_stage_model.transformer.", "first_stage_model.decoder.mid.attn_1."
     found = usual_names(dict.fromkeys([
         f"{text}embeddings.token_embedding.weight", f"{text}encoder.layers.0.mlp.fc1.bias",
-        f"{text}final_layer_norm.bias", f"{attention}to_q.weight", f"{attention}to_out.0.bias", f"{attention}norm.weight", UNET,
+        f"{text}final_layer_norm.bias", f"{attention}to_q.weight", f"{attention}to_out.0.bias",
+        f"{attention}norm.weight", UNET,
     ]))  # fmt: skip
     assert list(found) == [
         f"{text}text_model.embeddings.token_embedding.weight", f"{text}text_model.encoder.layers.0.mlp.fc1.bias",
