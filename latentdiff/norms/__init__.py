@@ -111,7 +111,9 @@ def trusted_kernels(index: int) -> ModuleType:
         from . import triton_kernels
     except ImportError:
         return torch_kernels
-    if (reason := failure(triton_kernels, torch.device("cuda", index))) is None:
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller does, gradients are compared, too
+        reason = failure(triton_kernels, torch.device("cuda", index))
+    if reason is None:
         return triton_kernels
     warnings.warn(f"GroupNorm runs in plain torch, as its Triton kernels fail on cuda:{index}: {reason}", stacklevel=2)
     return torch_kernels

@@ -138,8 +138,8 @@ class Pacer:
 
         Where it takes longer than expected, because the machine has just become busy, so does what follows.
         """
-        now = self.run.clock.elapsed()
-        slower = max(1.0, (now - self.validation.start) / max(1e-9, self.validation.at(self.speed.per_step())))
+        now, expected = self.run.clock.elapsed(), self.validation.at(self.speed.per_step())
+        slower = max(1.0, (now - self.validation.start) / expected) if expected else 1.0  # no estimate after a resume
         self._check_time(now - self.mark + (slower - 1) * self._finish())  # as long as since the last check
         self.mark = now
 

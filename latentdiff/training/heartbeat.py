@@ -64,7 +64,7 @@ class Heartbeat:
             self._write(inside=True, **self._place())
             time.sleep(2 * min(10.0, self._limit() / 10))  # so that all have written where they are
             others = self._read()
-            if self.began == began and all(state.get("inside") for state in others.values()):
+            if self.began == began and all(state.get("inside") and "where" in state for state in others.values()):
                 self._give_up(others)
 
     def _place(self) -> dict[str, Any]:
