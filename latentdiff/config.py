@@ -148,7 +148,7 @@ def _is_text(path: Sequence[str], value: str) -> bool:
     for parent in path[:-1]:
         section = fields[parent].annotation if parent in fields else None
         fields = getattr(section, "model_fields", {})
-    return value not in ("", "null") and path[-1] in fields and _takes_text(fields[path[-1]].annotation)
+    return value not in ("", "null", "Null", "NULL") and path[-1] in fields and _takes_text(fields[path[-1]].annotation)
 
 
 def _takes_text(annotation: Any) -> bool:

@@ -249,6 +249,6 @@ def check_broken(broken: int, total: int, allowed: float) -> None:
     if broken > allowed * total:
         raise LatentDiffError(
             f"{broken} of {total} pictures are broken ({broken / total:.1%}), more than data.max_broken={allowed:g} "
-            "allows: raise it and resume, or start over without them: `latentdiff data check` writes a list for "
-            "data.quarantine"
+            "allows: raise it and resume, or start over without them in another output: `latentdiff data check` writes "
+            "a list for data.quarantine"
         )

@@ -3,7 +3,6 @@
 Also derives splits from the names of folders and of files with many pictures.
 """
 
-import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from ..errors import LatentDiffError, check_choice
 from ..sections import DataConfig
 from .left_out import LeftOut
 from .listing import Listing
-from .metadata import table_columns, table_rows
+from .metadata import columns_and_names, table_rows
 from .readers import FileReader, Source, clean_captions, stamp_of
 from .tables import find_caption_columns
 from .texts import decode, encoding_of, lines_of
@@ -40,10 +39,14 @@ def open_metadata(listing: Listing, config: DataConfig, left_out: LeftOut) -> di
     """
     root, tables = listing.root, _outermost(listing.tables)
     left_out.add("tables below the folder of another", sorted(set(listing.tables) - set(tables)))
-    columns = [_columns(root / table, config) for table in tables]
-    stamp = stamp_of(root, chain((root / table for table in tables), _files_named(root, tables)))
+    scanned = {table: columns_and_names(root / table) for table in tables}
+    columns = [_caption_columns(root / table, found, config) for table, (found, _) in scanned.items()]
+    files = (posixpath.normpath(posixpath.join(posixpath.dirname(table), name))
+             for table, (_, names) in scanned.items() for name in names)  # fmt: skip
+    within = (root / file for file in files if not file.startswith(("/", "..")))
+    stamp = stamp_of(root, chain((root / table for table in tables), within))
     source = _generate(_metadata_rows, {"tables": tables, "columns": columns}, root, stamp, left_out)
-    named = {posixpath.normpath(name) for name in source.table["file_name"]}
+    named = set(source.table["file_name"])
     left_out.add("pictures that no table names", (name for name in listing.pictures if name not in named))
     left_out.add("texts beside pictures that a table names", listing.caption_files)
     left_out.add("Parquet and tar files beside a table with names of pictures", listing.shards)
@@ -72,16 +75,6 @@ def split_of_file(name: str, config: DataConfig) -> str:
     return ""
 
 
-def settle_splits(found: dict[str, list[Any]], config: DataConfig, left_out: LeftOut) -> dict[str, list[Any]]:
-    """Return pictures or files by split, where a lone `train` or `test` among others is none, but a class of things."""
-    named = [split for split in found if split]
-    may_be_class = {config.train_split, "test"} - {config.validation_split}
-    if "" not in found or len(named) != 1 or named[0] not in may_be_class:
-        return found
-    left_out.remark("called like a split, but used with all that is beside it", named)
-    return {"": sorted(found[""] + found[named[0]])}
-
-
 def _split_words(config: DataConfig) -> dict[str, tuple[str, ...]]:
     names = (config.train_split, config.validation_split, *SPLITS)
     return {name: SPLITS.get(name, (name.lower(),)) for name in names}
@@ -90,10 +83,17 @@ def _split_words(config: DataConfig) -> dict[str, tuple[str, ...]]:
 def _split_by_folder(source: Source, config: DataConfig, left_out: LeftOut) -> dict[str, Source]:
     """Group pictures by the split that the first folder of their path is named after."""
     splits: dict[str, list[int]] = {}
+    others = set()  # first folders that are no splits; "" stands for loose pictures
     for index, name in enumerate(source.names()):
-        splits.setdefault(split_of_folder(name.partition("/")[0], config), []).append(index)
-    if all("/" in source.name(index) for index in splits.get("", [])):  # no loose pictures: all are in class folders
-        splits = settle_splits(splits, config, left_out)
+        folder = name.rpartition("/")[0].partition("/")[0]
+        splits.setdefault(split := split_of_folder(folder, config), []).append(index)
+        others |= set() if split else {folder}
+    named = [split for split in splits if split]
+    # A lone `train` among class folders is a vehicle, and so is a `test` among several: of two, it may be held back.
+    is_class = named == [config.train_split] or (named == ["test"] != [config.validation_split] and len(others) > 1)
+    if is_class and others and "" not in others:
+        left_out.remark("called like a split, but used with the folders beside it", named)
+        splits = {"": list(range(len(source)))}
     return {split: source.select(indices) for split, indices in splits.items()}
 
 
@@ -107,19 +107,9 @@ def _is_above(folder: str, other: str) -> bool:
     return folder != other and (not folder or other.startswith(f"{folder}/"))
 
 
-def _columns(path: Path, config: DataConfig) -> tuple[str, ...]:
-    columns = table_columns(path)
+def _caption_columns(path: Path, columns: Sequence[str], config: DataConfig) -> tuple[str, ...]:
     check_choice(f"column of {path}", "file_name", columns)
     return find_caption_columns(columns, "file_name", config, str(path))
-
-
-def _files_named(root: Path, tables: Sequence[str]) -> Iterator[Path]:
-    """Yield the pictures that tables name, for the stamp."""
-    for table in tables:
-        folder = (root / table).parent
-        for row in table_rows(root / table, ["file_name"]):
-            if not os.path.isabs(name := str(row.get("file_name"))):
-                yield folder / name
 
 
 def _metadata_rows(root: str, tables: Sequence[str], columns: Sequence[Sequence[str]], stamp: str) -> Iterator[Any]:
@@ -137,8 +127,8 @@ def _metadata_rows(root: str, tables: Sequence[str], columns: Sequence[Sequence[
                 texts = clean_captions(row.get(column) for column in captions)
             except LatentDiffError as error:
                 raise LatentDiffError(f"{Path(root) / table}: {name}: {error}") from None
-            yield {"file_name": name if os.path.isabs(name) else posixpath.join(folder, name), "captions": texts,
-                   "problem": "", "remark": ""}  # fmt: skip
+            yield {"file_name": posixpath.normpath(posixpath.join(folder, name)), "captions": texts, "problem": "",
+                   "remark": ""}  # fmt: skip
 
 
 def _text_rows(root: str, pairs: Sequence[tuple[str, str | None]], stamp: str) -> Iterator[Any]:

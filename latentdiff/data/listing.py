@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .left_out import LeftOut
 from .pictures import EXTENSIONS
+from .texts import SURROGATES
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SHARDS = (".parquet", ".tar")
@@ -15,7 +16,6 @@ UNREAD = (".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".t
           ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw")  # fmt: skip
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SYSTEM = ("$recycle.bin", "system volume information", "__macosx", "@eadir", "lost+found", "thumbs.db", "desktop.ini")
-SURROGATES = re.compile("[\ud800-\udfff]")  # how Python decodes bytes of a file name that are not UTF-8
 # What latentdiff itself writes: a run's folders, and pictures that lie beside a certain file.
 RUN_FILE, RUN_FOLDERS = "run.json", ("train_vae", "train_latent", "vae", "model", "model-best")
 OWN_PICTURES = {"contact_sheet.png": "quarantine.txt", "concepts.png": "evaluation.json"}
@@ -67,16 +67,21 @@ def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
         is_run, files, folders = (root / folder / RUN_FILE).is_file(), list[str](), list[str]()
         for entry in entries:
             path = f"{folder}{entry.name}"
+            try:
+                is_dir, is_file = entry.is_dir(), entry.is_file()
+                is_output = is_dir and ((is_run and entry.name in RUN_FOLDERS) or (root / path / RUN_FILE).is_file())
+            except OSError as error:  # a link to itself, or a folder that may not be entered
+                left_out.add(f"files and folders that cannot be read ({error.strerror})", [ascii(path)[1:-1]])
+                continue
             if SURROGATES.search(entry.name):
                 left_out.add("files and folders whose names are not valid UTF-8", [ascii(path)])
             elif entry.name.startswith(".") or entry.name.lower() in SYSTEM:
                 left_out.add(HIDDEN, [path])
-            elif entry.is_dir():
-                if (is_run and entry.name in RUN_FOLDERS) or (root / path / RUN_FILE).is_file():
-                    left_out.add(OWN, [f"{path}/"])
-                else:
-                    (links if entry.is_symlink() else folders).append(f"{path}/")
-            elif entry.is_file():
+            elif is_output:
+                left_out.add(OWN, [f"{path}/"])
+            elif is_dir:
+                (links if entry.is_symlink() else folders).append(f"{path}/")
+            elif is_file:
                 files.append(entry.name)
             else:
                 left_out.add("links that lead nowhere" if entry.is_symlink() else "special files", [path])

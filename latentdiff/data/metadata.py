@@ -1,7 +1,6 @@
 """Tables of captions that lie beside pictures: JSON Lines, CSV or Parquet, all values as they were written."""
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,18 +8,24 @@ from typing import Any, NoReturn
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..errors import LatentDiffError, one_line, reraise_as
-from .texts import encoding_of
+from .texts import SURROGATES, encoding_of, json_as_written
 
 MAX_FIELD = 1 << 24  # characters of a CSV value
 Row = dict[str, Any]  # a value is a text, None or a list of them
 
 
-def table_columns(path: Path) -> list[str]:
-    """Return the columns of a JSON Lines, CSV or Parquet table; raises as `table_rows` does."""
+def columns_and_names(path: Path) -> tuple[list[str], list[str]]:
+    """Return the columns of a JSON Lines, CSV or Parquet table and its `file_name`s; raises as `table_rows` does."""
+    columns, chosen = dict[str, None](), None
     if path.suffix.lower() == ".parquet":
         with reraise_as(LatentDiffError, f"{path}: not a valid Parquet file", OSError, ValueError):
-            return list(pq.read_schema(path).names)
-    return list(dict.fromkeys(key for row in table_rows(path) for key in row))
+            columns = dict.fromkeys(pq.read_schema(path).names)
+        chosen = [name for name in columns if name == "file_name"]
+    names = []
+    for row in table_rows(path, chosen):
+        columns |= dict.fromkeys(row)
+        names.append(str(row.get("file_name") or ""))
+    return list(columns), names
 
 
 def table_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -58,7 +63,7 @@ def _json_rows(path: Path, file: Any) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_float=str, parse_int=str, parse_constant=str)
+            row = json_as_written(line)
         except (ValueError, RecursionError) as error:
             _refuse(path, number, f"not valid JSON ({error})")
         if not isinstance(row, dict):
@@ -72,6 +77,10 @@ def _text(value: Any, path: Path, number: int) -> Any:
     """Return a value as text, a list of them, or None; anything else, such as a table, as it is."""
     if isinstance(value, list):
         return [_text(inner, path, number) for inner in value]
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, str) and SURROGATES.search(value):
+        _refuse(path, number, f"{ascii(value)[:60]} is not valid Unicode")
     if value is None or isinstance(value, str | dict):
         return value
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -87,9 +87,10 @@ def read_bounded(path: Path, offset: int = 0, size: int | None = None) -> bytes:
             try:
                 with _warnings_lock, warnings.catch_warnings(action="ignore"):
                     image = Image.open(io.BufferedReader(_Part(file, offset, size)), formats=FORMATS)
+                    frames = getattr(image, "n_frames", 1)
             except Exception as error:
                 raise PictureError(*_diagnose(b"?", error)) from None
-            if size > (limit := BYTES_PER_PIXEL * image.width * image.height + EXTRA_BYTES):
+            if size > (limit := BYTES_PER_PIXEL * image.width * image.height * frames + EXTRA_BYTES):
                 raise PictureError(
                     "too large", f"{size:,} bytes for {image.width} x {image.height} pixels; at most {limit:,}"
                 )

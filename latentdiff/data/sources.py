@@ -21,7 +21,7 @@ from datasets.utils import logging as datasets_logging  # type: ignore[import-un
 from ..assets import pictures_folder
 from ..errors import LatentDiffError, reraise_as
 from ..sections import DataConfig
-from .folders import open_metadata, open_text_folder, settle_splits, split_of_file
+from .folders import open_metadata, open_text_folder, split_of_file
 from .left_out import LeftOut
 from .listing import SHARDS, list_folder
 from .pictures import EXTENSIONS
@@ -155,7 +155,6 @@ def _open_shards(root: Path, shards: Sequence[Path], config: DataConfig, left_ou
     splits: dict[str, list[Path]] = {}
     for shard in shards:
         splits.setdefault(split_of_file(shard.relative_to(root).as_posix(), config), []).append(shard)
-    splits = settle_splits(splits, config, left_out)
     if kinds == [".tar"]:
         return {split: open_tars(root, files, config, left_out) for split, files in splits.items()}
     return {split: open_parquet(root, files, config) for split, files in splits.items()}

@@ -4,7 +4,6 @@ Members are indexed once by their offset in the file, and nothing is ever unpack
 before the damage; what is left out is recorded in extra rows and reported every time the shard is opened.
 """
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -20,10 +19,11 @@ from .listing import HIDDEN
 from .pictures import EXTENSIONS
 from .readers import Source, TarReader, clean_captions, stamp_of
 from .tables import CAPTION_NAMES
-from .texts import decode, lines_of
+from .texts import SURROGATES, decode, json_as_written, lines_of
 
 MAX_TEXT = 1 << 20  # bytes of a caption file
 BLOCK = 512
+FORMAT = 2  # of the index: `datasets` does not notice that this file has changed
 TEXT, NUMBER = Value("string"), Value("int64")
 FEATURES = Features(shard=TEXT, name=TEXT, offset=NUMBER, size=NUMBER, captions=List(TEXT), problem=TEXT)
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ def open_tars(root: Path, shards: Sequence[Path], config: DataConfig, left_out: 
     """
     names = tuple(shard.relative_to(root).as_posix() for shard in shards)
     caption_keys, stamp = config.caption_columns or CAPTION_NAMES, stamp_of(root, shards)
-    arguments = {"root": str(root), "names": names, "caption_keys": caption_keys, "stamp": stamp}
+    arguments = {"root": str(root), "names": names, "caption_keys": caption_keys, "stamp": f"{stamp} {FORMAT}"}
     table = Dataset.from_generator(_index_shards, features=FEATURES, gen_kwargs=arguments)
     rows = left_out.take(table["problem"][:])
     if not len(rows):
@@ -107,6 +107,9 @@ class _Shard:
         if not member.isreg() or member.issparse() or path.is_absolute() or ".." in path.parts:
             self.skip("links, devices or paths outside the shard", member.name)
             return
+        if SURROGATES.search(member.name):
+            self.skip("members whose names are not valid UTF-8", ascii(member.name))
+            return
         if any(part.startswith(".") for part in path.parts):
             self.skip(HIDDEN, member.name)
             return
@@ -141,12 +144,13 @@ class _Shard:
             text = decode(file.read(member.size))
             if suffix != ".json":
                 return lines_of(text)
-            values = json.loads(text, parse_float=str, parse_int=str, parse_constant=str)
+            values = json_as_written(text)
         except (ValueError, RecursionError):
             self.skip("caption files that are too long, not UTF-8 or not JSON", member.name)
             return []
         found = [values[key] for key in self.caption_keys if key in values] if isinstance(values, dict) else []
         texts = [text for value in found for text in (value if isinstance(value, list) else [value])]
-        if not all(isinstance(text, str | None) for text in texts):
+        found = [text for text in texts if isinstance(text, str) and not SURROGATES.search(text)]
+        if len(found) < sum(text is not None for text in texts):
             self.skip("captions that are not text", member.name)
-        return [text for text in texts if isinstance(text, str)]
+        return found

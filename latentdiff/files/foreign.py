@@ -52,9 +52,14 @@ def kind_of(names: Collection[str]) -> str | None:
 
 
 def usual_names(tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """Return tensors under the names that Stable Diffusion gives them, where a program has left its own."""
+    """Return tensors under the names that Stable Diffusion gives them, where a program has left its own.
+
+    A tensor whose usual name is taken keeps its own, and is refused as one too many.
+    """
     found = dict(tensors)
     if f"{TEXT}{EMBEDDINGS.removeprefix('text_model.')}token_embedding.weight" in found:
         found = {BARE_TEXT.sub(rf"{TEXT}text_model.\1.", name): value for name, value in found.items()}
-    return {VAE_NAME.sub(lambda match: f"{match[1]}{VAE_ATTENTION[match[2]]}.{match[3]}", name): value
-            for name, value in found.items()}  # fmt: skip
+    usual = {
+        name: VAE_NAME.sub(lambda match: f"{match[1]}{VAE_ATTENTION[match[2]]}.{match[3]}", name) for name in found
+    }
+    return {name if usual[name] in found else usual[name]: value for name, value in found.items()}

@@ -13,8 +13,8 @@ CHUNK = 2**20  # values at a time on a CPU: their float32 copies stay in its cac
 
 
 def parts(x: Tensor) -> Iterator[slice]:
-    """Yield the pictures to take at a time; on the meta device there is nothing to compute."""
-    if x.is_meta:
+    """Yield the pictures to take at a time; on the meta device, or of an empty batch, there is nothing to compute."""
+    if x.is_meta or not x.numel():
         return iter(())
     step = max(1, CHUNK * len(x) // x.numel()) if x.device.type == "cpu" else len(x)
     return (slice(first, first + step) for first in range(0, len(x), step))

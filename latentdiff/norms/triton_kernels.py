@@ -18,13 +18,13 @@ MAX_WIDTH = 128  # channels of a tile, a power of two
 @triton.jit
 def _tile(num_pixels, width, PIXELS: tl.constexpr, WIDTH: tl.constexpr):
     """Return offsets of a tile's values in (B, N, C), and of its channels in (B, C) and (B, tiles, C); masks."""
-    picture, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)  # only the first axis of a grid can be long
     rows = block * PIXELS + tl.arange(0, PIXELS)
     columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     inside = columns < width
     values = (picture * num_pixels + rows)[:, None] * width + columns[None, :]
     mask = (rows < num_pixels)[:, None] & inside[None, :]
-    return values, mask, picture * width + columns, (picture * tl.num_programs(1) + block) * width + columns, inside
+    return values, mask, picture * width + columns, (picture * tl.num_programs(0) + block) * width + columns, inside
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _dz(x, dy, center, scale, bias, columns, channels, values, mask, inside, SIL
 def _moments(x, means, squares, num_pixels, width, PIXELS: tl.constexpr, WIDTH: tl.constexpr):
     values, mask, _, partial, inside = _tile(num_pixels, width, PIXELS, WIDTH)
     numbers = tl.load(x + values, mask, 0.0).to(tl.float32)
-    mean = tl.sum(numbers, 0) / tl.minimum(PIXELS, num_pixels - tl.program_id(1) * PIXELS)
+    mean = tl.sum(numbers, 0) / tl.minimum(PIXELS, num_pixels - tl.program_id(0) * PIXELS)
     centered = tl.where(mask, numbers - mean[None, :], 0.0)
     tl.store(means + partial, mean, inside)
     tl.store(squares + partial, tl.sum(centered * centered, 0), inside)
@@ -104,8 +104,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     means, squares = _partial_sums(x, grid), _partial_sums(x, grid)
     _moments[grid](x, means, squares, *x.shape[1:], **sizes)
     num_pixels, tile = x.shape[1], sizes["PIXELS"]
-    counts = torch.full((grid[1], 1), float(tile), device=x.device)
-    counts[-1] = num_pixels - (grid[1] - 1) * tile
+    counts = torch.full((grid[0], 1), float(tile), device=x.device)
+    counts[-1] = num_pixels - (grid[0] - 1) * tile
     mean = (means * counts).sum(1) / num_pixels
     return mean, (squares + counts * (means - mean[:, None]).square()).sum(1) / num_pixels
 
@@ -135,11 +135,9 @@ def gradient(
 def _grid(x: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
     batch, num_pixels, width = x.shape
     tile = min(MAX_WIDTH, triton.next_power_of_2(width))
-    return (batch, triton.cdiv(num_pixels, TILE // tile), triton.cdiv(width, tile)), {
-        "PIXELS": TILE // tile,
-        "WIDTH": tile,
-    }
+    sizes = {"PIXELS": TILE // tile, "WIDTH": tile}
+    return (triton.cdiv(num_pixels, sizes["PIXELS"]), batch, triton.cdiv(width, tile)), sizes
 
 
 def _partial_sums(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    return torch.empty(grid[0], grid[1], x.shape[2], device=x.device)
+    return torch.empty(len(x), grid[0], x.shape[2], device=x.device)

@@ -1,6 +1,6 @@
 """Prompts to text features, with weights: "a (red:1.4) apple" gives the word red a weight of 1.4.
 
-Other parentheses are text, and so are a time or a ratio such as (10:30) and whatever is written as \\( and \\).
+Other parentheses are text, and so are a time or a ratio such as (at 10:30) and whatever is written as \\( and \\).
 """
 
 import re
@@ -14,10 +14,10 @@ from torch import Tensor
 from text_encoder import TextEncoder
 
 from ..errors import LatentDiffError
-from .settings import MAX_CHARACTERS
+from .settings import check_length
 
 SYNTAX = re.compile(r"\\([()])|\(((?:[^()\\]|\\.)+):\s*(-?\d+(?:\.\d+)?)\)")  # an escape, or words and their weight
-NUMBER = re.compile(r"\s*\d+(?:[.:]\d+)*\s*")
+RATIO = re.compile(r".*\d:\d+\)", re.DOTALL)  # a time, a ratio, a verse: digits on both sides of the colon
 MAX_WEIGHT = 10.0
 
 
@@ -33,7 +33,7 @@ def parse(prompt: str) -> tuple[str, list[Span]]:
     """Return the prompt without its weights, and the spans to which they apply."""
     prompt, text, spans, done = unicodedata.normalize("NFC", prompt), "", list[Span](), 0
     for match in SYNTAX.finditer(prompt):
-        if match[1] or NUMBER.fullmatch(match[2]):
+        if match[1] or RATIO.fullmatch(match[0]):
             text += prompt[done : match.start()] + (match[1] or match[0])
             done = match.end()
             continue
@@ -51,10 +51,7 @@ def as_list(prompt: str | Sequence[str]) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
     if not prompts or not all(isinstance(entry, str) for entry in prompts):
         raise LatentDiffError(f"prompt={prompt!r:.200}: expected a string or a list of at least one string")
-    for entry in prompts:
-        if len(entry) > MAX_CHARACTERS:
-            raise LatentDiffError(f"prompt {entry[:40]!r}… has {len(entry):,} characters: expected at most "
-                                  f"{MAX_CHARACTERS:,}")  # fmt: skip
+    check_length("prompt", prompts)
     return prompts
 
 

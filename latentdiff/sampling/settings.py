@@ -135,14 +135,11 @@ class SamplingSettings(BaseModel):
     def negatives(self, count: int) -> list[str]:
         """Return one negative prompt for each of `count` prompts."""
         given = self.negative_prompt
-        for text in [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []:
-            if isinstance(text, str) and len(text) > MAX_CHARACTERS:
-                raise LatentDiffError(
-                    f"negative_prompt has {len(text):,} characters: expected at most {MAX_CHARACTERS:,}"
-                )
         if isinstance(given, str):
+            check_length("negative_prompt", [given])
             return [given] * count
         if isinstance(given, list | tuple) and len(given) == count and all(isinstance(text, str) for text in given):
+            check_length("negative_prompt", given)
             return list(given)
         raise LatentDiffError(f"negative_prompt={given!r}: expected one string, or one for each of {count} prompts")
 
@@ -174,6 +171,14 @@ class SamplingSettings(BaseModel):
         if not isinstance(self.sampler, str):
             values["sampler"] = type(self.sampler).__name__
         return {name: value for name, value in values.items() if value is not None}
+
+
+def check_length(what: str, texts: Sequence[str]) -> None:
+    """Raise LatentDiffError if a text is far longer than any prompt."""
+    for text in texts:
+        if len(text) > MAX_CHARACTERS:
+            raise LatentDiffError(f"{what} {text[:40]!r}… has {len(text):,} characters: expected at most "
+                                  f"{MAX_CHARACTERS:,}")  # fmt: skip
 
 
 def is_int(value: object) -> bool:

@@ -30,7 +30,7 @@ class Heartbeat:
 
     def __init__(self, run: Launch, folder: Path) -> None:
         self.rank, self.count = run.accelerator.process_index, run.accelerator.num_processes
-        self.folder, self.main_thread = folder / "heartbeats", threading.get_ident()
+        self.folder, self.main_thread, self.lock = folder / "heartbeats", threading.get_ident(), threading.Lock()
         self.began, self.longest, self.step_number = 0.0, 0.0, 0  # began: 0 outside of a step
         if self.count > 1:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -43,14 +43,16 @@ class Heartbeat:
         if self.count == 1:
             yield
             return
-        self.step_number, self.began = number, time.monotonic()
-        self._write(inside=True)
+        with self.lock:
+            self.step_number, self.began = number, time.monotonic()
+            self._write(inside=True)
         try:
             yield
         finally:
-            self.longest = max(self.longest, time.monotonic() - self.began)
-            self.began = 0.0
-            self._write(inside=False)
+            with self.lock:
+                self.longest = max(self.longest, time.monotonic() - self.began)
+                self.began = 0.0
+                self._write(inside=False)
 
     def _limit(self) -> float:
         return max(STALL_SECONDS, STALL_FACTOR * self.longest) if self.longest else FIRST_SECONDS
@@ -61,7 +63,10 @@ class Heartbeat:
             began = self.began
             if not began or time.monotonic() - began < self._limit():
                 continue
-            self._write(inside=True, **self._place())
+            with self.lock:
+                if self.began != began:  # the step has just ended
+                    continue
+                self._write(inside=True, **self._place())
             time.sleep(2 * min(10.0, self._limit() / 10))  # so that all have written where they are
             others = self._read()
             if self.began == began and all(state.get("inside") and "where" in state for state in others.values()):
@@ -75,12 +80,11 @@ class Heartbeat:
         return {"where": where, "waits": inner is not None and any(part in inner.filename for part in WAITING)}
 
     def _give_up(self, states: dict[int, dict[str, Any]]) -> None:
-        least = min(state.get("step", 0) for state in states.values())
-        lagging = [rank for rank, state in states.items()
-                   if state.get("step", 0) == least and not state.get("waits", False)]  # fmt: skip
+        least = min(state["step"] for state in states.values())
+        lagging = [rank for rank, state in states.items() if state["step"] == least and not state["waits"]]
         who = "all processes wait for one another"
         if lagging:
-            places = (f"rank {rank} is in {states[rank].get('where', 'an unknown place')}" for rank in lagging)
+            places = (f"rank {rank} is in {states[rank]['where']}" for rank in lagging)
             who = f"rank {', '.join(map(str, lagging))} lags: {'; '.join(places)}"
         sys.stderr.write(
             f"error: rank {self.rank}: step {self.step_number} has not ended for {self._limit():.0f} s, so this run is "

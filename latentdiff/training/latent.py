@@ -120,7 +120,7 @@ class LatentTraining:
         self.run, self.folder, self.section = run, folder, section
         self.timetable = Timetable(section, self.name, has_budget=config.budget is not None)
         self.best, self.spikes = Best(run, folder), Spikes(run, section.max_spike)
-        self.num_pictures = len(sources[0])
+        self.source = sources[0]
         self.schedule = config.diffusion.build().to(run.device)
         self.text_encoder, trains_text = text_encoder.to(run.device), config.text_encoder.train
         self.text_encoder.set_trainable(trains_text)
@@ -151,11 +151,6 @@ class LatentTraining:
         }
         if not trains_text:
             self.fingerprint["text_weights"] = weights_digest(text_encoder.model)
-
-    def names(self, step: int) -> list[str]:
-        """Return the names of the pictures of a step, counted from 1."""
-        items = BatchPlan(self.plan.batch_size).items(step - 1, len(self.data.source), self.run.config.seed, self.name)
-        return [self.data.source.name(index) for _, index, _ in items]
 
     def batches(self, start: int, stop: int) -> Iterator[list[LatentBatch]]:
         """Yield the list of micro-batches of each step from `start` to `stop` - 1, counted from 0."""

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..data.cache import check_broken
+from ..data.order import BatchPlan
 from ..data.shards import digest
+from ..data.sources import Source
 from ..data.workers import WorkersDiedError
 from ..errors import LatentDiffError, several
 from ..sections import TrainSection
@@ -37,7 +39,7 @@ class Training(Protocol):
     """What a stage provides to the loop."""
 
     name: str  # train_vae or train_latent
-    num_pictures: int  # in the training set
+    source: Source  # the training pictures
     timetable: Timetable
     spikes: Spikes
 
@@ -56,9 +58,6 @@ class Training(Protocol):
     @property
     def fingerprint(self) -> Mapping[str, Any]:
         """Settings that must stay the same when the run is resumed."""
-
-    def names(self, step: int) -> list[str]:
-        """Return the names of the pictures of a step, counted from 1."""
 
     def batches(self, start: int, stop: int) -> Iterator[list[Any]]:
         """Yield the list of micro-batches of each step from `start` to `stop` - 1, counted from 0."""
@@ -139,7 +138,7 @@ def run_training(
                 log.log(step, {"skipped": total, "broken": len(broken)} if total or broken else {})
                 report_spikes(training, run, log)
                 if longest >= section.max_skipped:
-                    reason, why = StopReason.NOT_FINITE, f"the loss was not finite in {longest} steps in a row"
+                    reason, why = StopReason.NOT_FINITE, no_step_taken(longest, section)
                 _write_broken(broken, folder, run)
             with log.untimed():
                 if (validation_is_due or finished) and not reason:
@@ -168,10 +167,18 @@ def saving_if_workers_die(
         raise LatentDiffError(f"stopped at step {step}: {error}; saved in {folder / 'checkpoints'}") from None
 
 
+def no_step_taken(count: int, section: TrainSection) -> str:
+    """Say why so many steps in a row have changed nothing."""
+    spikes = "" if section.max_spike is None else f", or more than max_spike={section.max_spike:g} times its mean,"
+    return f"the loss was not finite{spikes} in {count} steps in a row"
+
+
 def report_spikes(training: Training, run: Launch, log: MetricLogger) -> None:
     """Note the spikes since the last log line, with the names of their pictures."""
     for step, ratio in training.spikes.read():
-        names = training.names(step)
+        plan, seed = BatchPlan(training.section.batch_size), run.config.seed
+        items = plan.items(step - 1, len(training.source), seed, training.name)
+        names = [training.source.name(index) for _, index, _ in items]
         log.note(step, {"spike": ratio, "pictures": names})
         skipped = "" if training.section.max_spike is None else ", so this step was skipped"
         run.report(f"{training.name} {step}: the loss was {ratio:,.0f} times its running mean{skipped}; pictures: "
@@ -260,7 +267,7 @@ def checkpoint_bytes(training: Training) -> int:
 def too_many_broken(broken: Mapping[str, str], training: Training, run: Launch) -> str | None:
     """Return why the run must stop if more images are broken than `data.max_broken` allows, else None."""
     try:
-        check_broken(len(broken), training.num_pictures, run.config.data.max_broken)
+        check_broken(len(broken), len(training.source), run.config.data.max_broken)
     except LatentDiffError as error:
         return str(error)
     return None

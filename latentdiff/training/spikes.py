@@ -7,6 +7,7 @@ from .launch import Launch
 
 NOTED = 1000.0  # times the mean, from which on a spike is noted
 WINDOW, WARM_UP = 100.0, 10.0  # steps that the mean is over; steps before the first judgement
+CLIP = 2.0  # times the mean: what a spike counts as in it
 KEPT = 16  # spikes between two log lines that are remembered with their steps
 
 
@@ -26,9 +27,10 @@ class Spikes:
         ratio = value / mean.clamp(min=1e-12)
         usable = step_is_finite > 0
         is_spike = usable & (count >= WARM_UP) & (ratio > (self.max_spike or NOTED))
-        counts = (usable & ~is_spike).double()
-        rate = counts / (count + 1).clamp(max=WINDOW)
-        self.state = torch.stack([mean + torch.where(counts > 0, rate * (value - mean), 0.0), count + counts])
+        # A spike moves the mean a little, so that a loss that stays high becomes the usual one in time.
+        clipped = torch.where(is_spike, CLIP * mean, value)
+        rate = usable.double() / (count + 1).clamp(max=WINDOW)
+        self.state = torch.stack([mean + torch.where(usable, rate * (clipped - mean), 0.0), count + usable.double()])
         pushed = torch.cat([torch.stack([torch.full_like(ratio, step), ratio])[None], self.recent[:-1]])
         self.recent = torch.where(is_spike, pushed, self.recent)
         return step_is_finite * (~is_spike).to(step_is_finite) if self.max_spike is not None else step_is_finite

@@ -130,7 +130,7 @@ def _save_average(task: LatentTraining, run: Launch, folder: Path, average: Mapp
 def _best_sentence(task: LatentTraining, run: Launch) -> str:
     assert task.best.record is not None
     step = task.best.record["step"]
-    passes = step * task.section.batch_size / task.num_pictures
+    passes = step * task.section.batch_size / len(task.source)
     return (f"the held-out loss without captions was lowest at step {step} of {task.timetable.steps}, after "
             f"{passes:.1f} passes over the pictures: {run.folder / 'model-best'} has the EMA of that step")  # fmt: skip
 

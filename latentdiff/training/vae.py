@@ -15,7 +15,6 @@ from vae import VAE, DiagonalGaussian
 
 from ..data.batches import PixelBatch, PixelBatches, micro_batches
 from ..data.cache import read_pixels
-from ..data.order import BatchPlan
 from ..data.pictures import PictureError, to_pixels
 from ..data.sources import Source
 from ..evaluation.grid import comparison_grid
@@ -116,8 +115,7 @@ class VAETraining:
         self.timetable = Timetable(section, self.name, has_budget=config.budget is not None)
         self.best: Best | None = None
         self.spikes = Spikes(run, section.max_spike)
-        self.train_source, self.held_out = sources
-        self.num_pictures = len(self.train_source)
+        self.source, self.held_out = sources
         if section.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         self.inner = Autoencoder(vae, section.learn_variance).to(run.device).train()
@@ -140,18 +138,13 @@ class VAETraining:
         size = config.data.image_size // vae.config.downsampling
         self.latent_shape = (vae.config.latent_channels, size, size)
         self.plan = run.batch_plan(section)
-        self.fingerprint = {**fingerprint(run, "vae", "train_vae"), "pictures": len(self.train_source),
+        self.fingerprint = {**fingerprint(run, "vae", "train_vae"), "pictures": len(self.source),
                             "recipe_steps": section.steps if config.budget is not None else None}  # fmt: skip
-
-    def names(self, step: int) -> list[str]:
-        """Return the names of the pictures of a step, counted from 1."""
-        items = BatchPlan(self.plan.batch_size).items(step - 1, self.num_pictures, self.run.config.seed, self.name)
-        return [self.train_source.name(index) for _, index, _ in items]
 
     def batches(self, start: int, stop: int) -> Iterator[list[PixelBatch]]:
         """Yield the list of micro-batches of each step from `start` to `stop` - 1, counted from 0."""
         config = self.run.config
-        dataset = PixelBatches(self.train_source, config.data, self.plan, config.seed, self.latent_shape)
+        dataset = PixelBatches(self.source, config.data, self.plan, config.seed, self.latent_shape)
         return micro_batches(dataset, self.plan, start, stop, config.workers, self.run.device.type == "cuda")
 
     def train_step(self, batches: list[PixelBatch], step: int, log: MetricLogger) -> tuple[dict[str, Tensor], Tensor]:

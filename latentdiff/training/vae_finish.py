@@ -27,7 +27,7 @@ NUM_CHECKED = 4  # images decoded in half precision
 def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
     """Fold the latent statistics into the averaged VAE, then save it with a report, which is returned."""
     vae, log_variance = task.finish()
-    encodings = open_encodings(vae, task.train_source, run)
+    encodings = open_encodings(vae, task.source, run)
     encodings.build(run.accelerator, "encoding train pictures")
     if run.is_main and encodings.stride == 1:
         record_digest(encodings.source, run.folder / "cache" / "train-pictures.json", encodings.summaries())
@@ -89,7 +89,7 @@ def kept_encodings(vae: VAE, source: Source, run: Launch) -> Encodings | None:
 
 def finish_seconds(task: VAETraining, run: Launch) -> float:
     """Estimate how long `finish_vae` will take, from one batch of pictures; every process measures for itself."""
-    encodings = open_encodings(task.inner.vae, task.train_source, run)
+    encodings = open_encodings(task.inner.vae, task.source, run)
     num_shards = encodings.shards.num_shards
     return encodings.seconds() * math.ceil(num_shards / run.accelerator.num_processes) / num_shards
 

@@ -54,7 +54,8 @@ def test_pictures_come_one_by_one(pipe):
         (r"a (b \(c\):2) d", "a b (c) d", [(2, 7, 2.0)]),
         ("((red:1.4)", "(red", [(1, 4, 1.4)]),
         (r"back\slash (x)", r"back\slash (x)", []),
-        ("(chapter 3:2)", "chapter 3", [(0, 9, 2.0)]),
+        ("(chapter 3:1.2)", "chapter 3", [(0, 9, 1.2)]),
+        ("(shows 10:05), (aspect 16:9), (John 3:16)", "(shows 10:05), (aspect 16:9), (John 3:16)", []),
     ],
 )
 def test_prompt_syntax(prompt, text, spans):

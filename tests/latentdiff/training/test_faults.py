@@ -60,7 +60,7 @@ class OneProcess:
 
 
 def test_what_counts_as_a_spike():
-    """Not before ten steps, nor where the loss is not finite; the mean takes no part of a spike."""
+    """Not before ten steps, nor where the loss is not finite; in the mean a spike counts as twice of it."""
     guard, one, zero = Spikes(OneProcess, 10.0), torch.tensor(1.0), torch.tensor(0.0)
     assert float(guard.accept(1, torch.tensor(500.0), one)) == 1
     guard = Spikes(OneProcess, 10.0)
@@ -69,12 +69,22 @@ def test_what_counts_as_a_spike():
     assert float(guard.accept(21, torch.tensor(torch.nan), zero)) == 0
     assert float(guard.accept(22, torch.tensor(21.0), one)) == 0
     assert float(guard.accept(23, torch.tensor(19.0), one)) == 1
-    assert guard.state[0] == pytest.approx(2 + 17 / 21)
+    mean = 2 + (4 - 2) / 21
+    assert guard.state[0] == pytest.approx(mean + (19 - mean) / 22)
     assert guard.read() == [(22, 10.5)]
     assert guard.read() == []
     for step in range(30, 30 + 2 * KEPT):
         guard.accept(step, torch.tensor(1e9), one)
     assert [step for step, _ in guard.read()] == list(range(30 + KEPT, 30 + 2 * KEPT))
+
+
+def test_a_loss_that_stays_high_becomes_the_usual_one():
+    guard, one = Spikes(OneProcess, 3.0), torch.tensor(1.0)
+    for step in range(1, 101):
+        guard.accept(step, torch.tensor(0.1), one)
+    taken = [float(guard.accept(step, torch.tensor(0.4), one)) for step in range(101, 251)]
+    assert taken[0] == 0
+    assert taken[-1] == 1
 
 
 def test_killed_workers_are_replaced_and_the_result_is_the_same(train, said, state, uninterrupted):
