@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H W height and width. Attribute names match the ten
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,7 +62,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        with torch.autocast("cuda", enabled=False):  # which would copy half precision as float32
+            x = F.interpolate(x, size=size, mode="nearest")
+        return self.conv(x)
 
 
 class Level(nn.Module):

@@ -34,7 +34,7 @@ class Agreement:
 
     features: str
     top1: float  # share of the samples
-    standard_error: float  # of top1 over concepts: the samples of one concept are one observation
+    standard_error: float  # of top1 over prompts: the samples of one are one observation
     median_rank: float  # pictures of other concepts at least as near as the nearest of the right one; 0 is best
     chance: float  # top1 of picking training pictures at random
     shuffled: float  # top1 when each sample is compared with the prompt of another
@@ -119,19 +119,28 @@ def ranks(queries: Tensor, gallery: Tensor, requested: Tensor, shown: Tensor) ->
 
 
 def agreement(
-    name: str, queries: Tensor, gallery: Tensor, requested: Sequence[str], shown: Sequence[str]
+    name: str,
+    queries: Tensor,
+    gallery: Tensor,
+    requested: Sequence[str],
+    shown: Sequence[str],
+    prompts: Sequence[str] | None = None,
 ) -> tuple[Agreement, Tensor, Tensor]:
     """Measure how well samples agree with their prompts; also returns what `ranks` does.
 
     `queries` (Q, D) are features of the samples and `requested` their concepts; `gallery` (N, D) and `shown` are those
-    of the training pictures, which show every requested concept.
+    of the training pictures, which show every requested concept. `prompts`, by default the concepts, say which samples
+    are one observation.
     """
     ids = {concept: index for index, concept in enumerate(dict.fromkeys(shown))}
     query_ids, gallery_ids = (torch.tensor([ids[concept] for concept in names]) for names in (requested, shown))
     rank, nearest = ranks(queries, gallery, query_ids, gallery_ids)
     shuffled, _ = ranks(queries, gallery, query_ids.roll(len(query_ids) // 2), gallery_ids)  # prompts of other concepts
     right = (rank == 0).double()
-    shares = torch.stack([right[query_ids == concept].mean() for concept in set(query_ids.tolist())])
+    by_prompt: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts or requested):
+        by_prompt.setdefault(prompt, []).append(index)
+    shares = torch.stack([right[indices].mean() for indices in by_prompt.values()])
     result = Agreement(
         features=name,
         top1=float(right.mean()),

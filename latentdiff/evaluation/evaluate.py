@@ -4,15 +4,20 @@ import json
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+
+import latentdiff
 
 from ..data.sources import open_source
 from ..errors import LatentDiffError
 from ..sampling.parts import ModelParts
 from ..sampling.settings import SamplingSettings
 from ..sections import DataConfig
+from .combinations import CombinationReport, compare_combinations, new_combinations
 from .concepts import ConceptReport, choose, compare, concepts_of
 from .denoising import DenoisingError, denoising_errors
 from .gallery import embed, read_pictures
@@ -40,6 +45,7 @@ class Evaluation:
     vae: VAEReport
     denoising: list[DenoisingError]
     concepts: ConceptReport | None  # None if all pictures show the same concept
+    combinations: CombinationReport | None  # None if no held-out caption is a new combination
 
     def lines(self) -> Iterator[str]:
         """Yield the report for a terminal, line by line."""
@@ -56,18 +62,23 @@ class Evaluation:
             yield "prompt fidelity is not measured: all training pictures show the same concept"
         else:
             yield from self.concepts.lines()
+        if self.combinations is not None:
+            yield from self.combinations.lines()
 
     def write(self, folder: Path) -> None:
-        """Write `evaluation.json`, `drawn.jsonl` with one line per sample, and `concepts.png` to an existing folder."""
+        """Write `evaluation.json` to an existing folder, and of each of `concepts` and `combinations` a grid as PNG.
+
+        `drawn.jsonl` has one line per sample of the first, `drawn-combinations.jsonl` of the second.
+        """
         record = asdict(self)
-        concepts = record["concepts"] or {"rows": [], "grid": None}
-        rows, grid = concepts.pop("rows"), concepts.pop("grid")
+        for name, file in (("concepts", "drawn.jsonl"), ("combinations", "drawn-combinations.jsonl")):
+            if record[name] is not None:
+                rows = record[name].pop("rows")
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                (folder / file).write_text(lines, encoding="utf-8")
+                record[name].pop("grid").save(folder / f"{name}.png")
         text = json.dumps(record, indent=2, allow_nan=False)
         (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-        if self.concepts:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / "drawn.jsonl").write_text(lines, encoding="utf-8")
-            grid.save(folder / "concepts.png")
 
 
 def evaluate(
@@ -88,7 +99,8 @@ def evaluate(
         settings: how to sample, `num_images` per concept; `seed` also chooses the concepts.
         style: regular expression for the part of a caption to ignore, such as `a (3d|noto) emoji of `; pictures show
             the same concept if the rest of their captions is equal.
-        num_concepts: number of training concepts to sample; all of them if there are fewer.
+        num_concepts: number of training concepts to sample, and of new combinations that held-out captions ask for; all
+            of them if there are fewer.
         say: called with progress messages.
 
     Raises:
@@ -109,12 +121,18 @@ def evaluate(
         chosen = [gallery.indices[number] for number in choose(shown, num_concepts, settings.seed)]
         say(f"sampling {len(chosen) * settings.num_images} pictures")
         report = compare(pipe, gallery, train, data, concepts, chosen, settings)
+    combined = None
+    new = [index for index in new_combinations(train, held_out, style) if index in set(others.indices)]
+    if style and len(new) > 1:
+        chosen = np.random.default_rng(settings.seed).permutation(new)[:num_concepts].tolist()
+        say(f"sampling {len(chosen) * settings.num_images} pictures of new combinations")
+        combined = compare_combinations(pipe, (gallery, others), (train, held_out), data, style, chosen, settings)
     say("denoising held-out pictures")
     captions = {i: found[0] for i, index in enumerate(others.indices) if (found := held_out.captions(index))}
     errors = denoising_errors(pipe, others.latents[list(captions)], list(captions.values()))
     (psnr, ssim), latents = others.quality.mean(1).tolist(), gallery.statistics
     vae = VAEReport(psnr, ssim, len(others.indices), latents.mean.tolist(), latents.std.tolist())
-    return Evaluation(_settings(pipe, data, settings, style), broken, vae, errors, report)
+    return Evaluation(_settings(pipe, data, settings, style), broken, vae, errors, report, combined)
 
 
 def _settings(pipe: ModelParts, data: DataConfig, settings: SamplingSettings, style: str) -> dict[str, Any]:
@@ -129,5 +147,5 @@ def _settings(pipe: ModelParts, data: DataConfig, settings: SamplingSettings, st
         **{name: value for name, value in sampling if name not in ("prompt", "negative_prompt", "seed")},
         "dtype": str(next(pipe.unet.parameters()).dtype).removeprefix("torch."),
         "device": pipe.device.type if pipe.device.type != "cpu" else f"cpu ({platform.machine()})",
-        "versions": {name: version(name) for name in ("latentdiff", "torch")},
+        "versions": {"latentdiff": latentdiff.__version__, "torch": torch.__version__},
     }

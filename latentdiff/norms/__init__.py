@@ -4,11 +4,10 @@ PyTorch's runs in float32 under autocast and on GPUs returns NCHW memory: cast, 
 cast. Here half precision goes in and comes out, statistics are float32, and only the result is rounded. float32
 activations keep PyTorch's, and so do compiled models, where the compiler fuses all of this.
 
-Only sums over the pixels and the result itself need passes over all values (`torch_kernels`, `triton_kernels`); the
-rest is algebra on (B, C). For y = act(z), z = (x - mean) scale + bias with scale = weight rstd, and dz = dy act'(z):
+The work is done by `torch_kernels` or `triton_kernels`. For y = act(z), z = weight n + bias, n = (x - mean) rstd, and
+dz = dy act'(z), with sums over pictures and pixels and means over the values of a picture's group:
 
-    dbias = sum dz,  dweight = rstd sum dz (x - mean),  dx = dz scale + (x - mean) p + q
-    p = -rstd^2 / n sum weight dweight,  q = -rstd / n sum weight dbias  (summed over the n values of a group)
+    dbias = sum dz,  dweight = sum dz n,  dx = rstd (weight dz - n mean(weight dz n) - mean(weight dz))
 """
 
 from __future__ import annotations
@@ -61,42 +60,21 @@ class HalfGroupNorm(torch.autograd.Function):
     ) -> Tensor:
         """Return y, in channels-last memory."""
         x = x.contiguous(memory_format=torch.channels_last)
-        pixels, weight, bias = _pixels(x), weight.float(), bias.float()
-        y = torch.empty_like(x)
-        mean, rstd = (torch.empty(len(x), groups, device=x.device) for _ in range(2))
-        for part in kernels.parts(pixels):
-            values = kernels.load(pixels[part])
-            means, variances = (each.unflatten(1, (groups, -1)) for each in kernels.moments(values))
-            mean[part] = means.mean(2)
-            variance = (variances + (means - mean[part, :, None]).square()).mean(2)
-            rstd[part] = torch.rsqrt(variance + eps)
-            center, scale = _by_channel(mean[part], weight), _by_channel(rstd[part], weight) * weight
-            kernels.normalize(values, center, scale, bias, silu, out=_pixels(y)[part])
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.kernels, ctx.silu = kernels, silu
+        y, weight, bias = torch.empty_like(x), weight.float(), bias.float()
+        center, spread = kernels.normalize(_pixels(x), weight, bias, groups, eps, silu, out=_pixels(y))
+        ctx.save_for_backward(x, center, spread, weight, bias)
+        ctx.settings = groups, silu, kernels
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        kernels, groups = ctx.kernels, mean.shape[1]
-        pixels, gradient = _pixels(x), _pixels(dy.contiguous(memory_format=torch.channels_last))
-        dx = torch.empty_like(x)
-        dweight, dbias = (torch.empty(x.shape[:2], device=x.device) for _ in range(2))
-        count = pixels.shape[1] * pixels.shape[2] // groups
-        for part in kernels.parts(pixels):
-            center, spread = _by_channel(mean[part], weight), _by_channel(rstd[part], weight)
-            values = kernels.load(pixels[part]), kernels.load(gradient[part]), center, spread * weight, bias, ctx.silu
-            dbias[part], products = kernels.sums(*values)
-            dweight[part] = products * spread
-            p, q = (
-                _by_channel((weight * each[part]).unflatten(1, (groups, -1)).sum(2), weight) * spread / -count
-                for each in (dweight, dbias)
-            )
-            kernels.gradient(*values, p * spread, q, out=_pixels(dx)[part])
-        return dx, dweight.sum(0), dbias.sum(0), None, None, None, None
+        x, *saved = ctx.saved_tensors
+        groups, silu, kernels = ctx.settings
+        dy, dx = dy.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
+        gradients = kernels.gradients(_pixels(x), _pixels(dy), *saved, groups, silu, out=_pixels(dx))
+        return dx, *gradients, None, None, None, None
 
 
 def kernels_for(device: torch.device) -> ModuleType:
@@ -148,8 +126,3 @@ def failure(kernels: ModuleType, device: torch.device) -> str | None:
 def _pixels(x: Tensor) -> Tensor:
     """View (B, C, H, W) in channels-last memory as (B, N, C)."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _by_channel(values: Tensor, weight: Tensor) -> Tensor:
-    """Repeat values of groups (B, G) for each of their channels, (B, C)."""
-    return values.repeat_interleave(len(weight) // values.shape[1], 1)

@@ -1,6 +1,6 @@
-"""The passes over all values in plain torch, on any device.
+"""The work of a GroupNorm in plain torch, on any device.
 
-x, dy and out are (B, N, C) of N pixels; all others are float32 of (B, C), or (C) for the bias.
+x, dy and out are (B, N, C) of N pixels, in half precision; all others float32, (B, C) or, for weight and bias, (C).
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,42 @@ from torch import Tensor
 CHUNK = 2**20  # values at a time on a CPU: their float32 copies stay in its cache
 
 
-def parts(x: Tensor) -> Iterator[slice]:
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, *, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write act(z); return the mean and the reciprocal standard deviation of each channel's group, (B, C)."""
+    center, spread = (torch.empty(len(x), x.shape[2], device=x.device) for _ in range(2))
+    for part in _parts(x):
+        values = x[part].float()
+        means = values.mean(1)
+        variances = (values - means[:, None]).square_().mean(1)
+        mean = _group_mean(means, groups)
+        center[part] = mean
+        spread[part] = torch.rsqrt(_group_mean(variances + (means - mean).square(), groups) + eps)
+        z = _affine(values, mean, spread[part] * weight, bias)
+        out[part].copy_(F.silu(z, inplace=True) if silu else z)
+    return center, spread
+
+
+def gradients(
+    x: Tensor, dy: Tensor, center: Tensor, spread: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool, *,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write dx; return the gradients of weight and bias, (C)."""
+    dweight, dbias = (torch.empty_like(center) for _ in range(2))
+    for part in _parts(x):
+        values, dz, middle = x[part].float(), dy[part].float(), center[part]
+        scale = spread[part] * weight
+        if silu:
+            dz = torch.ops.aten.silu_backward(dz, _affine(values, middle, scale, bias))
+        dbias[part] = dz.sum(1)
+        dweight[part] = (values - middle[:, None]).mul_(dz).sum(1) * spread[part]
+        p, q = (_group_mean(weight * each[part], groups) * spread[part] / -x.shape[1] for each in (dweight, dbias))
+        out[part].copy_(_affine(values, middle, p * spread[part], q).addcmul_(dz, scale[:, None]))
+    return dweight.sum(0), dbias.sum(0)
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
     """Yield the pictures to take at a time; on the meta device, or of an empty batch, there is nothing to compute."""
     if x.is_meta or not x.numel():
         return iter(())
@@ -20,40 +55,11 @@ def parts(x: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, len(x), step))
 
 
-def load(x: Tensor) -> Tensor:
-    """Return the values in the form that the other functions take: float32."""
-    return x.float()
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance over the pixels."""
-    mean = x.mean(1)
-    return mean, (x - mean[:, None]).square_().mean(1)
-
-
-def normalize(x: Tensor, center: Tensor, scale: Tensor, bias: Tensor, silu: bool, *, out: Tensor) -> None:
-    """Write act((x - center) scale + bias)."""
-    z = _affine(x, center, scale, bias)
-    out.copy_(F.silu(z, inplace=True) if silu else z)
-
-
-def sums(x: Tensor, dy: Tensor, center: Tensor, scale: Tensor, bias: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
-    """Return the sums of dz and of dz (x - center) over the pixels."""
-    dz = _dz(x, dy, center, scale, bias, silu)
-    return dz.sum(1), (x - center[:, None]).mul_(dz).sum(1)
-
-
-def gradient(
-    x: Tensor, dy: Tensor, center: Tensor, scale: Tensor, bias: Tensor, silu: bool, p: Tensor, q: Tensor, *, out: Tensor
-) -> None:
-    """Write dz scale + (x - center) p + q."""
-    dz = _dz(x, dy, center, scale, bias, silu)
-    out.copy_(_affine(x, center, p, q).addcmul_(dz, scale[:, None]))
+def _group_mean(values: Tensor, groups: int) -> Tensor:
+    """Average (B, C) over the channels of each group, and repeat it for each of them."""
+    share = values.shape[1] // groups
+    return values.unflatten(1, (groups, share)).mean(2).repeat_interleave(share, 1)
 
 
 def _affine(x: Tensor, center: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return (x - center[:, None]).mul_(scale[:, None]).add_(bias.unsqueeze(-2))
-
-
-def _dz(x: Tensor, dy: Tensor, center: Tensor, scale: Tensor, bias: Tensor, silu: bool) -> Tensor:
-    return torch.ops.aten.silu_backward(dy, _affine(x, center, scale, bias)) if silu else dy

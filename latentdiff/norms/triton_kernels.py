@@ -1,10 +1,8 @@
-"""The passes over all values as Triton kernels, for NVIDIA GPUs; the same functions as in `torch_kernels`.
+"""The work of a GroupNorm as Triton kernels, for NVIDIA GPUs; the same functions as in `torch_kernels`.
 
-A program takes a tile of pixels by channels, whose rows are contiguous in memory. No atomic operations: the sums over
-the tiles are added up in a fixed order, so results repeat bit for bit.
+A program takes a tile of pixels by channels, whose rows are contiguous in memory, or one group of one picture, for
+which it adds up what the tiles found. No atomic operations: sums have a fixed order, so results repeat bit for bit.
 """
-
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -13,36 +11,44 @@ from torch import Tensor
 
 TILE = 4096  # values in a tile
 MAX_WIDTH = 128  # channels of a tile, a power of two
+ROWS = 32  # tiles added up at a time
 
 
 @triton.jit
 def _tile(num_pixels, width, PIXELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return offsets of a tile's values in (B, N, C), and of its channels in (B, C) and (B, tiles, C); masks."""
+    """Return a tile's offsets in (B, N, C), (B, C), (B, tiles, C) and (C), and masks of its values and channels."""
     block, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)  # only the first axis of a grid can be long
     rows = block * PIXELS + tl.arange(0, PIXELS)
     columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     inside = columns < width
     values = (picture * num_pixels + rows)[:, None] * width + columns[None, :]
     mask = (rows < num_pixels)[:, None] & inside[None, :]
-    return values, mask, picture * width + columns, (picture * tl.num_programs(0) + block) * width + columns, inside
+    partial = (picture * tl.num_programs(0) + block) * width + columns
+    return values, picture * width + columns, partial, columns, mask, inside
 
 
 @triton.jit
-def _dz(x, dy, center, scale, bias, columns, channels, values, mask, inside, SILU: tl.constexpr):
-    """Return the gradient before the activation, and x - center."""
+def _standardized(x, center, spread, values, channels, mask, inside):
+    """Return (x - center) spread."""
     centered = tl.load(x + values, mask, 0.0).to(tl.float32) - tl.load(center + channels, inside, 0.0)[None, :]
+    return centered * tl.load(spread + channels, inside, 0.0)[None, :]
+
+
+@triton.jit
+def _dz(dy, normal, weight, bias, values, columns, mask, inside, SILU: tl.constexpr):
+    """Return the gradient before the activation."""
     dz = tl.load(dy + values, mask, 0.0).to(tl.float32)
     if SILU:
-        factor = tl.load(scale + channels, inside, 0.0)[None, :]
-        z = centered * factor + tl.load(bias + columns, inside, 0.0)[None, :]
+        z = normal * tl.load(weight + columns, inside, 0.0)[None, :] + tl.load(bias + columns, inside, 0.0)[None, :]
         gate = tl.sigmoid(z)
         dz = dz * gate * (1 + z * (1 - gate))
-    return tl.where(mask, dz, 0.0), centered
+    return dz
 
 
 @triton.jit
 def _moments(x, means, squares, num_pixels, width, PIXELS: tl.constexpr, WIDTH: tl.constexpr):
-    values, mask, _, partial, inside = _tile(num_pixels, width, PIXELS, WIDTH)
+    """Write the mean over a tile's pixels, and the sum of squared distances from it, (B, tiles, C)."""
+    values, _, partial, _, mask, inside = _tile(num_pixels, width, PIXELS, WIDTH)
     numbers = tl.load(x + values, mask, 0.0).to(tl.float32)
     mean = tl.sum(numbers, 0) / tl.minimum(PIXELS, num_pixels - tl.program_id(0) * PIXELS)
     centered = tl.where(mask, numbers - mean[None, :], 0.0)
@@ -51,13 +57,42 @@ def _moments(x, means, squares, num_pixels, width, PIXELS: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def _normalize(
-    x, center, scale, bias, y, num_pixels, width, SILU: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr
+def _combine(
+    means, squares, center, spread, num_pixels, width, tiles, eps,
+    PIXELS: tl.constexpr, SHARE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    values, mask, channels, _, inside = _tile(num_pixels, width, PIXELS, WIDTH)
-    columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-    z = tl.load(x + values, mask, 0.0).to(tl.float32) - tl.load(center + channels, inside, 0.0)[None, :]
-    z = z * tl.load(scale + channels, inside, 0.0)[None, :] + tl.load(bias + columns, inside, 0.0)[None, :]
+    """Combine the tiles' moments (Chan et al. 1979) to a group's mean and reciprocal deviation, (B, C)."""
+    picture, offsets = tl.program_id(1).to(tl.int64), tl.arange(0, PADDED)
+    inside, columns = offsets < SHARE, tl.program_id(0) * SHARE + offsets
+    rows = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, PADDED], tl.float32)
+    for first in range(0, tiles, ROWS):
+        mask = (first + rows < tiles)[:, None] & inside[None, :]
+        counts = tl.minimum(PIXELS, num_pixels - (first + rows) * PIXELS).to(tl.float32)
+        entries = (picture * tiles + first + rows)[:, None] * width + columns[None, :]
+        total += tl.load(means + entries, mask, 0.0) * counts[:, None]
+    mean = tl.sum(tl.sum(total, 1), 0) / (num_pixels * SHARE)
+    total = tl.zeros([ROWS, PADDED], tl.float32)
+    for first in range(0, tiles, ROWS):
+        mask = (first + rows < tiles)[:, None] & inside[None, :]
+        counts = tl.minimum(PIXELS, num_pixels - (first + rows) * PIXELS).to(tl.float32)
+        entries = (picture * tiles + first + rows)[:, None] * width + columns[None, :]
+        distance = tl.load(means + entries, mask, 0.0) - mean
+        total += tl.where(mask, tl.load(squares + entries, mask, 0.0) + counts[:, None] * distance * distance, 0.0)
+    variance = tl.sum(tl.sum(total, 1), 0) / (num_pixels * SHARE)
+    zero = tl.zeros([PADDED], tl.float32)
+    tl.store(center + picture * width + columns, zero + mean, inside)
+    tl.store(spread + picture * width + columns, zero + 1 / tl.sqrt(variance + eps), inside)
+
+
+@triton.jit
+def _normalize(
+    x, center, spread, weight, bias, y, num_pixels, width,
+    SILU: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    values, channels, _, columns, mask, inside = _tile(num_pixels, width, PIXELS, WIDTH)
+    z = _standardized(x, center, spread, values, channels, mask, inside)
+    z = z * tl.load(weight + columns, inside, 0.0)[None, :] + tl.load(bias + columns, inside, 0.0)[None, :]
     if SILU:
         z = z * tl.sigmoid(z)
     tl.store(y + values, z.to(y.dtype.element_ty), mask)
@@ -65,79 +100,86 @@ def _normalize(
 
 @triton.jit
 def _sums(
-    x, dy, center, scale, bias, total, products, num_pixels, width,
+    x, dy, center, spread, weight, bias, total, products, num_pixels, width,
     SILU: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    values, mask, channels, partial, inside = _tile(num_pixels, width, PIXELS, WIDTH)
-    columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-    dz, centered = _dz(x, dy, center, scale, bias, columns, channels, values, mask, inside, SILU)
+    """Write a tile's sums of dz and dz (x - center) spread, (B, tiles, C)."""
+    values, channels, partial, columns, mask, inside = _tile(num_pixels, width, PIXELS, WIDTH)
+    normal = _standardized(x, center, spread, values, channels, mask, inside)
+    dz = _dz(dy, normal, weight, bias, values, columns, mask, inside, SILU)
     tl.store(total + partial, tl.sum(dz, 0), inside)
-    tl.store(products + partial, tl.sum(dz * centered, 0), inside)
+    tl.store(products + partial, tl.sum(dz * normal, 0), inside)
+
+
+@triton.jit
+def _combine_sums(
+    total, products, weight, dbias, dweight, p, q, num_pixels, width, tiles,
+    SHARE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add up the tiles' sums, (B, C), and average them over the group, weighted, (B, C)."""
+    picture, offsets = tl.program_id(1).to(tl.int64), tl.arange(0, PADDED)
+    inside, columns = offsets < SHARE, tl.program_id(0) * SHARE + offsets
+    rows = tl.arange(0, ROWS)
+    one, other = tl.zeros([ROWS, PADDED], tl.float32), tl.zeros([ROWS, PADDED], tl.float32)
+    for first in range(0, tiles, ROWS):
+        mask = (first + rows < tiles)[:, None] & inside[None, :]
+        entries = (picture * tiles + first + rows)[:, None] * width + columns[None, :]
+        one += tl.load(total + entries, mask, 0.0)
+        other += tl.load(products + entries, mask, 0.0)
+    sums, normals, factor = tl.sum(one, 0), tl.sum(other, 0), tl.load(weight + columns, inside, 0.0)
+    channels, zero = picture * width + columns, tl.zeros([PADDED], tl.float32)
+    tl.store(dbias + channels, sums, inside)
+    tl.store(dweight + channels, normals, inside)
+    tl.store(p + channels, zero + tl.sum(normals * factor, 0) / (num_pixels * SHARE), inside)
+    tl.store(q + channels, zero + tl.sum(sums * factor, 0) / (num_pixels * SHARE), inside)
 
 
 @triton.jit
 def _gradient(
-    x, dy, center, scale, bias, p, q, dx, num_pixels, width,
+    x, dy, center, spread, weight, bias, p, q, dx, num_pixels, width,
     SILU: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    values, mask, channels, _, inside = _tile(num_pixels, width, PIXELS, WIDTH)
-    columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-    dz, centered = _dz(x, dy, center, scale, bias, columns, channels, values, mask, inside, SILU)
-    result = dz * tl.load(scale + channels, inside, 0.0)[None, :] + tl.load(q + channels, inside, 0.0)[None, :]
-    result += centered * tl.load(p + channels, inside, 0.0)[None, :]
+    values, channels, _, columns, mask, inside = _tile(num_pixels, width, PIXELS, WIDTH)
+    normal = _standardized(x, center, spread, values, channels, mask, inside)
+    dz = _dz(dy, normal, weight, bias, values, columns, mask, inside, SILU)
+    result = dz * tl.load(weight + columns, inside, 0.0)[None, :] - tl.load(q + channels, inside, 0.0)[None, :]
+    result -= normal * tl.load(p + channels, inside, 0.0)[None, :]
+    result = result * tl.load(spread + channels, inside, 0.0)[None, :]
     tl.store(dx + values, result.to(dx.dtype.element_ty), mask)
 
 
-def parts(x: Tensor) -> Iterator[slice]:
-    """Yield the pictures to take at a time: all of them."""
-    yield slice(None)
-
-
-def load(x: Tensor) -> Tensor:
-    """Return the values in the form that the other functions take: as they are."""
-    return x
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance over the pixels, those of the tiles combined (Chan et al. 1979)."""
-    grid, sizes = _grid(x)
-    means, squares = _partial_sums(x, grid), _partial_sums(x, grid)
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, *, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write act(z); return the mean and the reciprocal standard deviation of each channel's group, (B, C)."""
+    grid, sizes, by_group, shares = _grids(x, groups)
+    means, squares = (x.new_empty(len(x), grid[0], x.shape[2], dtype=torch.float32) for _ in range(2))
+    center, spread = (x.new_empty(len(x), x.shape[2], dtype=torch.float32) for _ in range(2))
     _moments[grid](x, means, squares, *x.shape[1:], **sizes)
-    num_pixels, tile = x.shape[1], sizes["PIXELS"]
-    counts = torch.full((grid[0], 1), float(tile), device=x.device)
-    counts[-1] = num_pixels - (grid[0] - 1) * tile
-    mean = (means * counts).sum(1) / num_pixels
-    return mean, (squares + counts * (means - mean[:, None]).square()).sum(1) / num_pixels
+    _combine[by_group](means, squares, center, spread, *x.shape[1:], grid[0], eps, PIXELS=sizes["PIXELS"], **shares)
+    _normalize[grid](x, center, spread, weight, bias, out, *x.shape[1:], SILU=silu, **sizes)
+    return center, spread
 
 
-def normalize(x: Tensor, center: Tensor, scale: Tensor, bias: Tensor, silu: bool, *, out: Tensor) -> None:
-    """Write act((x - center) scale + bias)."""
-    grid, sizes = _grid(x)
-    _normalize[grid](x, center, scale, bias, out, *x.shape[1:], SILU=silu, **sizes)
+def gradients(
+    x: Tensor, dy: Tensor, center: Tensor, spread: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool, *,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write dx; return the gradients of weight and bias, (C)."""
+    grid, sizes, by_group, shares = _grids(x, groups)
+    total, products = (x.new_empty(len(x), grid[0], x.shape[2], dtype=torch.float32) for _ in range(2))
+    dweight, dbias, p, q = results = x.new_empty(4, len(x), x.shape[2], dtype=torch.float32)
+    _sums[grid](x, dy, center, spread, weight, bias, total, products, *x.shape[1:], SILU=silu, **sizes)
+    _combine_sums[by_group](total, products, weight, dbias, dweight, p, q, *x.shape[1:], grid[0], **shares)
+    _gradient[grid](x, dy, center, spread, weight, bias, p, q, out, *x.shape[1:], SILU=silu, **sizes)
+    dweight, dbias = results[:2].sum(1)
+    return dweight, dbias
 
 
-def sums(x: Tensor, dy: Tensor, center: Tensor, scale: Tensor, bias: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
-    """Return the sums of dz and of dz (x - center) over the pixels."""
-    grid, sizes = _grid(x)
-    total, products = _partial_sums(x, grid), _partial_sums(x, grid)
-    _sums[grid](x, dy, center, scale, bias, total, products, *x.shape[1:], SILU=silu, **sizes)
-    return total.sum(1), products.sum(1)
-
-
-def gradient(
-    x: Tensor, dy: Tensor, center: Tensor, scale: Tensor, bias: Tensor, silu: bool, p: Tensor, q: Tensor, *, out: Tensor
-) -> None:
-    """Write dz scale + (x - center) p + q."""
-    grid, sizes = _grid(x)
-    _gradient[grid](x, dy, center, scale, bias, p, q, out, *x.shape[1:], SILU=silu, **sizes)
-
-
-def _grid(x: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+def _grids(x: Tensor, groups: int) -> tuple[tuple[int, int, int], dict[str, int], tuple[int, int], dict[str, int]]:
+    """Return the grid of tiles and their sizes, the grid of groups and theirs."""
     batch, num_pixels, width = x.shape
-    tile = min(MAX_WIDTH, triton.next_power_of_2(width))
+    tile, share = min(MAX_WIDTH, triton.next_power_of_2(width)), width // groups
     sizes = {"PIXELS": TILE // tile, "WIDTH": tile}
-    return (triton.cdiv(num_pixels, sizes["PIXELS"]), batch, triton.cdiv(width, tile)), sizes
-
-
-def _partial_sums(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    return torch.empty(len(x), grid[0], x.shape[2], device=x.device)
+    shares = {"SHARE": share, "PADDED": triton.next_power_of_2(share), "ROWS": ROWS}
+    return (triton.cdiv(num_pixels, sizes["PIXELS"]), batch, triton.cdiv(width, tile)), sizes, (groups, batch), shares

@@ -84,9 +84,10 @@ class SeededNoise:
 
     def draw(self) -> Tensor:
         """Return the next noise of every stream."""
-        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators]).to(
-            self.device
-        )
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+        if self.device.type == "cuda":
+            noise = noise.pin_memory()  # otherwise the host would wait for all that came before
+        return noise.to(self.device, non_blocking=True)
 
 
 class CachedNetwork:

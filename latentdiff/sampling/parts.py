@@ -18,10 +18,13 @@ from ..diffusion.process import Prediction, Process, check_prediction
 from ..diffusion.samplers import Spacing, Step
 from ..diffusion.schedule import Schedule
 from ..errors import LatentDiffError
+from .graphs import GraphedUNet
 from .images import Picture, load_images
 from .loop import Features, InitImage, Network, SeededNoise, last, sample_latents
 from .prompts import text_features
 from .settings import SamplingSettings
+
+DECODED_TOGETHER = 2**20  # pixels, on a GPU: a picture of 1024 x 1024, or sixteen of 256 x 256
 
 
 class ModelParts:
@@ -61,7 +64,7 @@ class ModelParts:
                 raise LatentDiffError(f"{what} differ ({found} and {expected}): not parts of one model")
         self.vae, self.unet, self.text_encoder = vae.eval(), unet.eval(), text_encoder.eval()
         self.process = Process(schedule, prediction, spacing, offset, final_sigma_zero)
-        self.network: Network = unet  # the compiled UNet after `compile()`
+        self.network: Network = GraphedUNet(unet)  # the compiled UNet after `compile()`
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +149,9 @@ class ModelParts:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Decode latents (B, c, h, w) to images."""
-        return [image for single in torch.split(latents, 1) for image in to_images(self.pixels(single))]
+        pixels = latents[0, 0].numel() * self.vae.config.downsampling**2
+        several = max(1, DECODED_TOGETHER // pixels) if latents.device.type == "cuda" else 1
+        return [image for part in torch.split(latents, several) for image in to_images(self.pixels(part))]
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Decode latents (B, c, h, w) to pixels (B, 3, H, W), roughly in [-1, 1], float32; differentiable."""

@@ -47,7 +47,11 @@ def distributed(module: nn.Module, run: Launch, section: TrainSection) -> nn.Mod
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         devices = [run.device.index] if run.device.type == "cuda" else None
         wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
-    return torch.compile(wrapped) if section.compile else wrapped  # type: ignore[return-value]
+    if not section.compile:
+        return wrapped
+    # The adaptive weight of the adversarial loss goes through a graph twice, so its buffers must not be given away.
+    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    return torch.compile(wrapped)  # type: ignore[return-value]
 
 
 def no_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:

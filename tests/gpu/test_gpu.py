@@ -1,6 +1,10 @@
 """What must hold on an NVIDIA GPU: `make test-gpu`. LATENTDIFF_TEST_DEVICE=cpu tries the tests without one."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from contextlib import contextmanager
 
@@ -11,6 +15,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from latentdiff import LatentPipeline, norms
 from latentdiff.config import load_config
+from latentdiff.data.sources import open_source
+from latentdiff.training.latent import LatentTraining
+from latentdiff.training.launch import launch
+from latentdiff.training.logging import MetricLogger
+from latentdiff.training.stages import make_caches, new_unet, open_text_encoder
+from latentdiff.training.vae import VAETraining
 from text_encoder import TextEncoder, train_tokenizer
 from unet import UNet
 from vae import VAE
@@ -189,3 +199,98 @@ def test_a_sampling_loop_never_waits_for_the_device(folder):
         for _ in range(4):
             next(steps)
     assert next(steps).x.isfinite().all()
+
+
+@pytest.fixture
+def drawing(folder):
+    """The model in half precision, as it is drawn with on a GPU."""
+    return LatentPipeline.from_pretrained(folder, device=DEVICE, dtype=torch.bfloat16 if ON_GPU else torch.float32)
+
+
+def test_graphs_draw_what_the_unet_draws(drawing):
+    for options in ({}, {"guidance_scale": 1.0}, {"guidance_interval": (0.3, 5.0), "sampler": "ddpm"}):
+        graphed = [last(drawing.stream(CAPTIONS, num_steps=5, seed=3, **options)) for _ in range(2)]
+        assert bool(drawing.network.graphs) == ON_GPU
+        network, drawing.network = drawing.network, drawing.unet
+        eager = last(drawing.stream(CAPTIONS, num_steps=5, seed=3, **options))
+        drawing.network = network
+        for each in graphed:
+            assert (each - eager).abs().max() <= 0.02 * eager.abs().max()
+
+
+def test_two_prompts_interleaved(drawing):
+    alone = [last(drawing.stream(prompt, num_steps=5, seed=3)) for prompt in CAPTIONS[:2]]
+    both = list(zip(*(drawing.stream(prompt, num_steps=5, seed=3) for prompt in CAPTIONS[:2]), strict=True))[-1]
+    for one, step in zip(alone, both, strict=True):
+        assert torch.equal(one, step.x)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are recorded on an NVIDIA GPU")
+def test_graphs_follow_the_model(drawing):
+    """Weights that change in place are used, others are recorded anew, and hooks run."""
+    before = last(drawing.stream("a red apple", num_steps=3, seed=3))
+    recorded = len(drawing.network.graphs)
+    with torch.no_grad():
+        drawing.unet.conv_out.bias += 1
+    changed = last(drawing.stream("a red apple", num_steps=3, seed=3))
+    assert not torch.equal(before, changed)
+    assert len(drawing.network.graphs) == recorded
+    drawing.unet.conv_out.bias = torch.nn.Parameter(drawing.unet.conv_out.bias - 1)
+    again = last(drawing.stream("a red apple", num_steps=3, seed=3))
+    assert (again - before).abs().max() < 0.05
+    assert len(drawing.network.graphs) == recorded + 1
+    calls = []
+    drawing.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    last(drawing.stream("a red apple", num_steps=3, seed=3))
+    assert len(calls) == 3
+
+
+def last(steps):
+    return list(steps)[-1].x
+
+
+def test_a_training_step_never_waits_for_the_device(tmp_path):
+    run = launch(load_config("debug", [f"output={tmp_path}", "trackers=[]", "workers=0"]))
+    sources = open_source(run.config.data)
+    encoder = open_text_encoder(run.config, sources[0]).to(run.device)
+    vae = VAE(run.config.vae.build(run.config.data.image_size)).to(run.device)
+    caches = make_caches(run, sources, vae, encoder)
+    unet = new_unet(run.config, vae, encoder).to(run.device)
+    log = MetricLogger(run, tmp_path, "steps", 0, 100, 8)
+    for task in (LatentTraining(run, tmp_path / "latent", sources, vae, unet, encoder, caches),
+                 VAETraining(run, tmp_path / "vae", sources, vae.requires_grad_(True))):  # fmt: skip
+        batches = list(task.batches(0, 14))  # the discriminator joins at step 11
+        for step in (1, 2, 11, 12):
+            task.train_step(batches[step - 1], step, log)
+        with no_waiting():
+            results = [task.train_step(batches[step - 1], step, log) for step in (3, 4, 13, 14)]
+        assert all(finite.item() == 1 for _, finite in results)
+
+
+def train(folder, *overrides):
+    command = [sys.executable, "-m", "latentdiff", "train", "--config", "debug", f"output={folder}", "trackers=[]"]
+    return subprocess.Popen([*command, *overrides], stderr=subprocess.PIPE, text=True)
+
+
+def test_kill_and_resume(tmp_path):
+    overrides = ("train_vae.steps=12", "train_latent.steps=400", "train_latent.checkpoint_every=10")
+    first = train(tmp_path, *overrides)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("train_latent/checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert not list(tmp_path.glob("model/unet/*.safetensors"))
+    second = train(tmp_path, *overrides)
+    output = second.communicate(timeout=120)[1]
+    assert second.returncode == 0, output
+    assert "train_latent: going on from step" in output
+    assert LatentPipeline.from_pretrained(tmp_path, device=DEVICE)("a red apple", num_steps=2, progress=False)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="compiled training is for GPUs")
+def test_compiled_with_a_discriminator(tmp_path):
+    overrides = ("train_vae.compile=true", "train_vae.steps=14", "train_vae.validate_every=14", "train_latent.steps=2")
+    process = train(tmp_path, *overrides)
+    output = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, output

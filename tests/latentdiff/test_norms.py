@@ -114,20 +114,31 @@ def test_kernels_that_compute_the_right_thing_pass(kernels):
     ("name", "wrong", "found"),
     [
         (
-            "moments",
-            lambda moments: lambda x: (moments(x)[0] + 0.1, moments(x)[1]),
+            "normalize",
+            lambda right: lambda *a, out: right(a[0] + 0.1 * a[0] ** 2, *a[1:], out=out),
             "the result of 96 channels is wrong",
         ),
-        ("gradient", lambda gradient: lambda *a, out: gradient(*a[:-1], a[-1] * 0, out=out), "the gradient of"),
-        ("sums", lambda sums: lambda *a: tuple(2 * each for each in sums(*a)), "gradient of"),
-        ("normalize", lambda _: lambda *a, out: out.fill_(float("nan")), "the result of 96 channels is wrong by nan"),
+        (
+            "normalize",
+            lambda right: lambda *a, out: (right(*a, out=out), out.fill_(float("nan")))[0],
+            "the result of 96 channels is wrong by nan",
+        ),
         ("normalize", lambda _: lambda *a, out: 1 / 0, "ZeroDivisionError"),
+        ("gradients", lambda right: lambda *a, out: (right(*a, out=out), out.mul_(2))[0], "the gradient of"),
+        (
+            "gradients",
+            lambda right: lambda *a, out: (2 * right(*a, out=out)[0], right(*a, out=out)[1]),
+            "the weight gradient of",
+        ),
+        (
+            "gradients",
+            lambda right: lambda *a, out: (right(*a, out=out)[0], 2 * right(*a, out=out)[1]),
+            "the bias gradient of",
+        ),
     ],
 )
 def test_a_kernel_made_wrong_on_purpose_is_not_used(name, wrong, found, monkeypatch):
-    functions = {
-        each: getattr(torch_kernels, each) for each in ("parts", "load", "moments", "normalize", "sums", "gradient")
-    }
+    functions = {each: getattr(torch_kernels, each) for each in ("normalize", "gradients")}
     broken = SimpleNamespace(**functions | {name: wrong(functions[name])})
     assert found in norms.failure(broken, torch.device("cpu"))
     monkeypatch.setattr(norms, "failure", lambda kernels, device: "the result is wrong")
