@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from latentdiff.config import load_config
 from latentdiff.data.batches import Tokens
 from latentdiff.diffusion.process import add_noise, diffusion_loss
 from latentdiff.sampling.loop import CachedNetwork
+from latentdiff.training.graphs import GradientGraph, Parts
 from latentdiff.training.latent import LatentModel
 from latentdiff.training.optimizer import TrainState
 from latentdiff.training.vae import Autoencoder, AutoencoderLosses
@@ -44,6 +46,9 @@ from vae import VAE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
+
+
+LAUNCH: Any = SimpleNamespace(device=torch.device(DEVICE), accelerator=SimpleNamespace(num_processes=1))
 
 
 class Table:
@@ -135,30 +140,36 @@ def train_unet(table: Table, options: argparse.Namespace, peak: float, recipe: s
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state = TrainState([(trained, 1e-4)], config.train_latent)
     schedule, step = config.diffusion.build().to(torch.device(DEVICE)), iter(range(1, 10**6))
-    for compiled in (False, True) if options.compiled else (False,):
-        for batch in batches:
-            if compiled and batch != batches[-1]:
-                continue
-            forward = torch.compile(model) if compiled else model
+    for mode in modes(options):
+        for batch in batches if mode == "graph" else batches[-1:]:
+            forward = torch.compile(model) if mode == "compiled" else model
             x0, noise = (torch.randn(batch, 4, 32, 32, device=DEVICE) for _ in range(2))
             t = torch.randint(0, 1000, (batch,), device=DEVICE)
             ids = torch.randint(5, 50, (batch, length), device=DEVICE)
-            tokens: Any = Tokens(ids, torch.ones_like(ids))
+            text: Any = (ids, torch.ones_like(ids, dtype=torch.bool))
             if model.text_encoder is None:
-                tokens = torch.randn(batch, length, encoder.context_dim, device=DEVICE)
+                text = (torch.randn(batch, length, encoder.context_dim, device=DEVICE),)
 
-            def train_step(
-                forward: Any = forward, x0: Any = x0, noise: Any = noise, t: Any = t, tokens: Any = tokens
-            ) -> None:  # fmt: skip
+            def gradients(parts: Parts, forward: Any = forward) -> dict[str, torch.Tensor]:
+                ((x0, noise, t, *text),) = parts
                 with torch.autocast(DEVICE, torch.bfloat16):
-                    output = forward(add_noise(x0, noise, t, schedule), t, tokens)
-                diffusion_loss(output, x0, noise, t, "v", schedule).mean().backward()
+                    prompt = Tokens(*text) if len(text) > 1 else text[0]
+                    output = forward(add_noise(x0, noise, t, schedule), t, prompt)
+                loss = diffusion_loss(output, x0, noise, t, "v", schedule).mean()
+                loss.backward()
+                return {"loss": loss.detach()}
+
+            graph = GradientGraph(LAUNCH, config.train_latent, {"model": state})
+            graph.enabled = graph.enabled and mode == "graph"
+
+            def train_step(graph: Any = graph, gradients: Any = gradients, inputs: Any = (x0, noise, t, *text)) -> None:
+                graph(gradients, [inputs])
                 norm = state.gradient_norm()
                 state.update(next(step), norm, norm.isfinite().float())
 
-            name = f"training, UNet of {recipe}, batch {batch}, {'compiled' if compiled else 'eager'}"
+            name = f"training, UNet of {recipe}, batch {batch}, {mode}"
             report_training(table, name, train_step, batch, 3 * count, peak)
-            if options.profile and not compiled and batch == batches[-1]:
+            if options.profile and mode == "eager":
                 profile(train_step)
 
 
@@ -171,27 +182,40 @@ def train_vae(table: Table, options: argparse.Namespace, peak: float, batches: S
     count = operations(VAE(shape), torch.randn(1, 3, size, size))
     inner = Autoencoder(vae, config.train_vae.learn_variance).to(DEVICE).train()
     side = size // shape.downsampling
-    for compiled in (False, True) if options.compiled else (False,):
-        model = torch.compile(inner) if compiled else inner
+    for mode in modes(options):
+        model = torch.compile(inner) if mode == "compiled" else inner
         state = TrainState([(dict(inner.named_parameters()), 1e-4)], config.train_vae)
         losses = AutoencoderLosses(inner, model, None, None, StructuralLoss().to(DEVICE), config.train_vae,
                                    partial(torch.autocast, DEVICE, torch.bfloat16), lambda values: values)  # fmt: skip
         step, scale = iter(range(1, 10**6)), torch.ones((), device=DEVICE)
-        for batch in batches[:1] if compiled else batches:
+        for batch in batches if mode == "graph" else batches[:1]:
             pixels = torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1
             noise = torch.randn(batch, shape.latent_channels, side, side, device=DEVICE)
 
-            def train_step(pixels: Any = pixels, noise: Any = noise, losses: Any = losses, state: Any = state,
-                           step: Any = step, scale: Any = scale) -> None:  # fmt: skip
-                loss, _, _ = losses.autoencoder(pixels, noise, scale, use_discriminator=False)
+            def gradients(parts: Parts, losses: Any = losses, scale: Any = scale) -> dict[str, torch.Tensor]:
+                ((pixels, noise),) = parts
+                loss, metrics, _ = losses.autoencoder(pixels, noise, scale, use_discriminator=False)
                 loss.backward()
+                return dict(metrics)
+
+            graph = GradientGraph(LAUNCH, config.train_vae, {"vae": state})
+            graph.enabled = graph.enabled and mode == "graph"
+
+            def train_step(graph: Any = graph, gradients: Any = gradients, inputs: Any = (pixels, noise),
+                           state: Any = state, step: Any = step) -> None:  # fmt: skip
+                graph(gradients, [inputs])
                 norm = state.gradient_norm()
                 state.update(next(step), norm, norm.isfinite().float())
 
-            name = f"training, VAE of emoji-256, batch {batch}, {'compiled' if compiled else 'eager'}"
+            name = f"training, VAE of emoji-256, batch {batch}, {mode}"
             report_training(table, name, train_step, batch, 3 * count, peak)
-            if options.profile and not compiled and batch == batches[0]:
+            if options.profile and mode == "eager":
                 profile(train_step)
+
+
+def modes(options: argparse.Namespace) -> list[str]:
+    """Return how to run training steps: kernel by kernel, as a CUDA graph, compiled."""
+    return ["eager", *(["graph"] if ON_GPU else []), *(["compiled"] if options.compiled else [])]
 
 
 def report_training(
@@ -203,7 +227,7 @@ def report_training(
     start = time.perf_counter()
     step()
     synchronize()
-    first, seconds = time.perf_counter() - start, median_seconds(step, 12)
+    first, seconds = time.perf_counter() - start, median_seconds(step, 12, 4)
     memory = torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else 0.0
     table.add(name, ms=1e3 * seconds, pictures_a_second=batch / seconds, TFLOP_a_second=batch * count / seconds / 1e12,
               share_of_the_card=batch * count / seconds / peak, GiB=memory, seconds_of_the_first=first)  # fmt: skip
@@ -315,12 +339,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="unet,vae,draw,sd1,xformers", help="which parts")
     parser.add_argument("--compiled", action="store_true", help="compiled models, too; each takes about a minute")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms for every shape")
     parser.add_argument("--profile", action="store_true", help="print what a training step is made of")
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")  # as in training
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = options.cudnn_benchmark
     table = Table(options.output)
     peak = ceiling()
     kernels = norms.kernels_for(torch.device(DEVICE, 0) if ON_GPU else torch.device("cpu"))

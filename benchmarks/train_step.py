@@ -170,7 +170,7 @@ def check_equal(task: LatentTraining, peer: Peer) -> None:
     assert isinstance(batch.text, torch.Tensor)
     frozen = replace(task.frozen, autocast=nullcontext)
     x0, noise, t = frozen.prepare(batch)
-    output = frozen.predict(task.inner, add_noise(x0, noise, t, task.schedule), t, batch.text)
+    output = frozen.predict(task.inner, add_noise(x0, noise, t, task.schedule), t, frozen.text(batch))
     settings = task.run.config.diffusion
     losses = diffusion_loss(output, x0, noise, t, settings.prediction, task.schedule, weighting=settings.weighting)
     ours = losses.mean()

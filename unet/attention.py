@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentdiff.norms import GroupNorm
+from latentdiff.norms import GroupNorm, LayerNorm
 
 from .errors import UNetError
 
@@ -117,11 +117,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int, context_dim: int, *, upcast: bool) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, num_heads, upcast=upcast)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.attn2 = Attention(width, num_heads, context_dim, upcast=upcast)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor | Sequence[KeyValue]) -> Tensor:

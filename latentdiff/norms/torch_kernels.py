@@ -58,7 +58,7 @@ def _parts(x: Tensor) -> Iterator[slice]:
 def _group_mean(values: Tensor, groups: int) -> Tensor:
     """Average (B, C) over the channels of each group, and repeat it for each of them."""
     share = values.shape[1] // groups
-    return values.unflatten(1, (groups, share)).mean(2).repeat_interleave(share, 1)
+    return values.view(-1, groups, share).mean(2).repeat_interleave(share, 1)
 
 
 def _affine(x: Tensor, center: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class _Planner:
         def loss(batch: int, cached: bool) -> Tensor:
             micro_batch = models.latent_batch(batch, cached=cached, caches_text=cached and not trains_text)
             x0, noise, t = frozen.prepare(micro_batch)
-            output = frozen.predict(inner, add_noise(x0, noise, t, schedule), t, micro_batch.text)
+            output = frozen.predict(inner, add_noise(x0, noise, t, schedule), t, frozen.text(micro_batch))
             return diffusion_loss(output, x0, noise, t, prediction, schedule).mean()
 
         parts = {"unet": models.unet, "text encoder": models.text_encoder, "vae": models.vae}

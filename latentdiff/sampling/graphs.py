@@ -90,7 +90,7 @@ class GraphedUNet:
         x = x.clone(memory_format=torch.channels_last)
         times, context = [time.clone() for time in times], [(k.clone(), v.clone()) for k, v in context]
         with torch.cuda.device(x.device):
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):

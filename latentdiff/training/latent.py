@@ -1,7 +1,7 @@
 """Latent training: the UNet, and the text encoder unless it is frozen, on noised latents."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..sampling.settings import SamplingSettings
 from .best import Best
 from .budget import no_limit, seconds_of
 from .fingerprint import fingerprint
+from .graphs import GradientGraph, Parts
 from .launch import Launch, wants_fsdp
 from .logging import MetricLogger
 from .optimizer import TrainState
@@ -90,10 +91,14 @@ class FrozenParts:
             posterior = self.vae.latent_posterior(to_pixels(images))
         return posterior.reparameterize(eps).float(), noise, t
 
-    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, text: Tensor | Tokens) -> Tensor:
-        """Return the prediction of a `LatentModel`, wrapped or not, at x_t."""
-        parts = [part.to(self.device, non_blocking=True) for part in ([text] if isinstance(text, Tensor) else text)]
-        text = parts[0] if isinstance(text, Tensor) else Tokens(*parts)
+    def text(self, batch: LatentBatch) -> list[Tensor]:
+        """Return the text features (B, L, D) on the device, or tokens and mask."""
+        parts = [batch.text] if isinstance(batch.text, Tensor) else batch.text
+        return [part.to(self.device, non_blocking=True) for part in parts]
+
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """Return the prediction of a `LatentModel`, wrapped or not, at x_t, from what `text` returns."""
+        text: Tensor | Tokens = parts[0] if len(parts) == 1 else Tokens(*parts)
         with self.autocast():
             if isinstance(text, Tokens) and self.text_encoder is not None:
                 with torch.no_grad():
@@ -132,6 +137,7 @@ class LatentTraining:
                                   None if trains_text else self.text_encoder, run.device, run.autocast)  # fmt: skip
         self.state = self._train_state()
         self.states: Mapping[str, TrainState] = {"model": self.state}
+        self.graph = GradientGraph(run, section, self.states)
         size = config.data.image_size // vae.config.downsampling
         self.latent_shape = (vae.config.latent_channels, size, size)
         self.plan = run.batch_plan(section)
@@ -162,24 +168,28 @@ class LatentTraining:
 
         Returns scalar metrics, and a scalar that is 1 if the step was finite and updated the weights, else 0.
         """
-        settings, total = self.run.config.diffusion, torch.zeros((), device=self.run.device)
         with log.phase("model"):
-            for number, batch in enumerate(batches):
-                with no_sync(self.model, last=number == len(batches) - 1):
-                    x0, noise, t = self.frozen.prepare(batch)
-                    x_t = add_noise(x0, noise, t, self.schedule)
-                    prediction = self.frozen.predict(self.model, x_t, t, batch.text)
-                    losses = diffusion_loss(prediction, x0, noise, t, settings.prediction, self.schedule,
-                                            weighting=settings.weighting, min_snr_gamma=settings.min_snr_gamma,
-                                            variance=settings.variance)  # fmt: skip
-                    loss = losses.mean() / len(batches)
-                    torch.autograd.backward(loss * self.state.loss_scale)
-                total += loss.detach()
+            parts = [(*self.frozen.prepare(batch), *self.frozen.text(batch)) for batch in batches]
+            total = self.graph(self._gradients, parts)["loss"]
         with log.phase("optimizer"):
             norm = self.state.gradient_norm()
             step_is_finite = self.spikes.accept(step, total, norm.isfinite().float())
             self.state.update(step, norm, step_is_finite)
         return {"loss": total, "norm": norm}, step_is_finite
+
+    def _gradients(self, parts: Parts) -> dict[str, Tensor]:
+        """Leave the gradients of micro-batches (x0, noise, t, *text) in the weights; return their mean loss."""
+        settings, total = self.run.config.diffusion, torch.zeros((), device=self.run.device)
+        for number, (x0, noise, t, *text) in enumerate(parts):
+            with no_sync(self.model, last=number == len(parts) - 1):
+                prediction = self.frozen.predict(self.model, add_noise(x0, noise, t, self.schedule), t, text)
+                losses = diffusion_loss(prediction, x0, noise, t, settings.prediction, self.schedule,
+                                        weighting=settings.weighting, min_snr_gamma=settings.min_snr_gamma,
+                                        variance=settings.variance)  # fmt: skip
+                loss = losses.mean() / len(parts)
+                torch.autograd.backward(loss * self.state.loss_scale)
+            total += loss.detach()
+        return {"loss": total}
 
     def validate(self, step: int, check_time: Callable[[], None]) -> dict[str, float]:
         """Compute the unweighted loss on held-out images per timestep band, with EMA and raw weights; save samples."""
@@ -272,7 +282,8 @@ class LatentTraining:
             number = min(start + accelerator.process_index, len(batches) - 1)
             batch = batches[number]
             x0, noise, t = self.frozen.prepare(batch)
-            output = self.frozen.predict(self.inner, add_noise(x0, noise, t, self.schedule), t, batch.text)
+            text = self.frozen.text(batch)
+            output = self.frozen.predict(self.inner, add_noise(x0, noise, t, self.schedule), t, text)
             losses = diffusion_loss(output, x0, noise, t, prediction, self.schedule).double()
             if number == start + accelerator.process_index:  # the rest only call the model, as all must under FSDP
                 sums[batches.band(number)] += torch.stack([losses.sum(), losses.new_tensor(len(losses))])

@@ -131,10 +131,8 @@ def launch(config: Config, began: float | None = None) -> Launch:
     torch.set_num_threads(threads)  # `accelerate launch` sets one thread, leaving the other cores idle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # avoids a warning when workers are forked
     precision = choose_precision(config.precision, accelerator.device)
-    if accelerator.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # the same shapes at every step: the fastest algorithm is sought once
-        if precision != "fp32":
-            torch.set_float32_matmul_precision("high")
+    if accelerator.device.type == "cuda" and precision != "fp32":
+        torch.set_float32_matmul_precision("high")
 
     def report(line: str) -> None:
         if accelerator.is_main_process:

@@ -50,7 +50,7 @@ def distributed(module: nn.Module, run: Launch, section: TrainSection) -> nn.Mod
     if not section.compile:
         return wrapped
     # The adaptive weight of the adversarial loss goes through a graph twice, so its buffers must not be given away.
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    torch._functorch.config.donated_buffer = False
     return torch.compile(wrapped)  # type: ignore[return-value]
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .best import Best
 from .budget import no_limit, seconds_of
 from .discriminator import Discriminator, discriminator_loss, generator_loss
 from .fingerprint import fingerprint
+from .graphs import GradientGraph, Parts
 from .launch import Launch
 from .logging import MetricLogger
 from .optimizer import TrainState
@@ -135,6 +137,7 @@ class VAETraining:
         self.losses = AutoencoderLosses(self.inner, self.model, inner_discriminator, self.discriminator,
                                         self.perceptual, section, run.autocast,
                                         lambda gradients: run.accelerator.reduce(gradients, "mean"))  # fmt: skip
+        self.graph = GradientGraph(run, section, self.states)
         size = config.data.image_size // vae.config.downsampling
         self.latent_shape = (vae.config.latent_channels, size, size)
         self.plan = run.batch_plan(section)
@@ -156,24 +159,10 @@ class VAETraining:
             self.discriminator if step >= self.timetable.first_step(self.section.adversarial_start) else None
         )
         states = [state for name, state in self.states.items() if name == "vae" or discriminator is not None]
-        metrics: dict[str, Tensor] = {}
         with log.phase("model"):
-            for number, batch in enumerate(batches):
-                last = number == len(batches) - 1
-                pixels = to_pixels(batch.images.to(self.run.device, non_blocking=True))
-                noise, scale = batch.noise.to(self.run.device, non_blocking=True), states[0].loss_scale
-                with no_sync(self.model, last=last):
-                    loss, found, reconstruction = self.losses.autoencoder(
-                        pixels, noise, scale, use_discriminator=discriminator is not None
-                    )
-                    torch.autograd.backward(loss * scale / len(batches))
-                if discriminator is not None:
-                    with no_sync(discriminator, last=last):
-                        loss = self.losses.discriminate(pixels, reconstruction)
-                        torch.autograd.backward(loss * states[1].loss_scale / len(batches))
-                    found["discriminator_loss"] = loss.detach()
-                for name, value in found.items():
-                    metrics[name] = metrics.get(name, torch.zeros_like(value)) + value / len(batches)
+            parts: Parts = [tuple(part.to(self.run.device, non_blocking=True) for part in (batch.images, batch.noise))
+                            for batch in batches]  # fmt: skip
+            metrics = self.graph(partial(self._gradients, discriminator), parts, kind=discriminator is not None)
         with log.phase("optimizer"):
             norms = [state.gradient_norm() for state in states]
             step_is_finite = torch.stack(norms).isfinite().all().float()
@@ -181,6 +170,26 @@ class VAETraining:
             for state, norm in zip(states, norms, strict=True):
                 state.update(step, norm, step_is_finite)
         return {**metrics, "norm": norms[0]}, step_is_finite
+
+    def _gradients(self, discriminator: nn.Module | None, parts: Parts) -> dict[str, Tensor]:
+        """Leave the gradients of micro-batches (images, noise) in the weights; return their mean metrics."""
+        metrics: dict[str, Tensor] = {}
+        scale = self.states["vae"].loss_scale
+        for number, (images, noise) in enumerate(parts):
+            last, pixels = number == len(parts) - 1, to_pixels(images)
+            with no_sync(self.model, last=last):
+                loss, found, reconstruction = self.losses.autoencoder(
+                    pixels, noise, scale, use_discriminator=discriminator is not None
+                )
+                torch.autograd.backward(loss * scale / len(parts))
+            if discriminator is not None:
+                with no_sync(discriminator, last=last):
+                    loss = self.losses.discriminate(pixels, reconstruction)
+                    torch.autograd.backward(loss * self.states["discriminator"].loss_scale / len(parts))
+                found["discriminator_loss"] = loss.detach()
+            for name, value in found.items():
+                metrics[name] = metrics.get(name, torch.zeros_like(value)) + value / len(parts)
+        return metrics
 
     def validate(self, step: int, check_time: Callable[[], None]) -> dict[str, float]:
         """Compute PSNR, SSIM and perceptual loss of held-out reconstructions, with EMA and raw weights; save a grid."""

@@ -77,6 +77,28 @@ def test_as_exact_as_pytorch(kernels, shape, silu, offset, dtype):
         assert error <= cut * max(1.2 * allowed, floor), name
 
 
+@pytest.mark.skipif(len(KERNELS) == 1, reason="PyTorch's own LayerNorm serves without Triton")
+@pytest.mark.parametrize("shape", [(2, 300, 192), (1, 5, 1280), (77, 96), (9, 1000, 64)])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_layer_norm_as_exact_as_pytorch(shape, offset):
+    """In float16, because Triton's interpreter cuts bfloat16 off instead of rounding it."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, upstream = (torch.randn(shape, generator=generator) for _ in range(2))
+    weight, bias = (torch.randn(shape[-1], generator=generator).half().float() for _ in range(2))
+    x, upstream = (x + offset).half(), upstream.half()
+
+    def theirs(x, w, b):
+        return F.layer_norm(x, shape[-1:], w.to(x.dtype), b.to(x.dtype), 1e-5)
+
+    exact = with_gradients(theirs, x.double(), weight.double(), bias.double(), upstream)
+    pytorchs = with_gradients(theirs, x, weight, bias, upstream)
+    ours = with_gradients(lambda x, w, b: norms.half_layer_norm(x, w, b, 1e-5, KERNELS[1]), x, weight, bias, upstream)
+    for name, mine, other, truth in zip(("y", "dx", "dweight", "dbias"), ours, pytorchs, exact, strict=True):
+        error, allowed = ((each.double() - truth).abs().max().item() for each in (mine, other))
+        floor = torch.finfo(torch.float16).eps * truth.abs().max().item() / 2
+        assert error <= max(1.2 * allowed, floor), name
+
+
 @pytest.mark.parametrize("silu", [False, True])
 def test_float32_and_compiled_models_keep_pytorchs(silu):
     x, weight, bias, _, groups = inputs(SHAPES[0], 1.0, torch.float32)
@@ -145,6 +167,6 @@ def test_a_kernel_made_wrong_on_purpose_is_not_used(name, wrong, found, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "latentdiff.norms.triton_kernels", broken)
     monkeypatch.setattr(norms, "triton_kernels", broken, raising=False)
     norms.trusted_kernels.cache_clear()
-    with pytest.warns(UserWarning, match=r"GroupNorm runs in plain torch, as its Triton kernels fail on cuda:0: the r"):
+    with pytest.warns(UserWarning, match=r"norms run in plain torch, as their Triton kernels fail on cuda:0: the r"):
         assert norms.trusted_kernels(0) is torch_kernels
     norms.trusted_kernels.cache_clear()
