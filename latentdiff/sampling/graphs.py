@@ -1,116 +1,159 @@
-"""The denoising network as CUDA graphs: at every step one launch instead of several hundred.
+"""CUDA graphs for drawing: one launch for a whole network instead of several hundred.
 
-A small UNet computes faster than Python launches its kernels. A CUDA graph records the kernels of one call and repeats
-them on the same memory, so inputs are copied there, and the result from there. Other devices are not concerned.
+A small network computes faster than Python launches its kernels. A CUDA graph records the kernels of one call and
+repeats them on the same memory, so inputs are copied there, and results from there. Other devices are not concerned.
 """
 
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from unet import UNet
+from vae import VAE
 
 MAX_PIXELS = 64 * 1024  # latent pixels of a batch; more keep a GPU busy anyway, and would hold much memory
-MAX_GRAPHS = 8  # shapes of inputs
+MAX_DECODED = 4 * 1024  # latent pixels to decode at once, likewise
+MAX_GRAPHS = 16  # functions and shapes of their inputs
 WARM_UP = 2  # calls before the one that is recorded: whatever is created once
+
+Function = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Graph(NamedTuple):
     """A recorded call, and the memory that it reads and writes."""
 
     recorded: torch.cuda.CUDAGraph
-    x: Tensor
-    times: list[Tensor]
-    context: list[Tensor]
-    result: Tensor
+    inputs: list[Tensor]
+    results: list[Tensor]
 
 
-class GraphedUNet:
-    """A `Network` that is called like its UNet and returns the same, from CUDA graphs where those are faster.
+class Graphs:
+    """Calls functions of tensors, from CUDA graphs where those are faster.
 
-    Graphs belong to the addresses of the weights, not to their values, and are recorded once per shape of the inputs.
-    The UNet runs as it is on other devices, for large batches, where gradients are wanted, and if it has hooks.
+    A graph belongs to the addresses of the weights, not to their values, and is recorded once per shape of the inputs.
+    Functions run as they are on other devices, where gradients are wanted, and if a model has hooks.
     """
 
-    def __init__(self, unet: UNet) -> None:
-        self.unet = unet
-        self.graphs: OrderedDict[Any, Graph] = OrderedDict()
+    def __init__(self) -> None:
+        self.recorded: OrderedDict[Hashable, Graph] = OrderedDict()
         self.pool: Any = None  # memory that all graphs share: no two run at the same time, and results are copied
         self.lock = threading.Lock()
-        self.latest: tuple[Graph | None, Any] = None, None  # the graph that ran last, and its context
-        self.model: Any = None  # what graphs depend on beside the shapes; None: no graphs
+        self.latest: tuple[Graph | None, Any] = None, None  # the graph that ran last, and its constant
+        self.enabled = True
 
-    def project_context(self, context: Tensor) -> Any:
-        """See `UNet.project_context`."""
-        return self.unet.project_context(context)
+    def __call__(
+        self,
+        name: str,
+        model: Hashable,
+        function: Function,
+        inputs: list[Tensor],
+        constant: tuple[Any, list[Tensor]] = (None, []),
+    ) -> list[Tensor]:
+        """Return `function(inputs)`, where the tensors of `constant` follow the inputs.
 
-    def project_time(self, t: Tensor) -> Sequence[Tensor]:
-        """See `UNet.project_time`; called once per sampling, so it also looks at what has become of the UNet."""
-        self.model = self._describe_model() if t.device.type == "cuda" else None
-        return self.unet.project_time(t)
-
-    def __call__(self, x: Tensor, t: Any, context: Any, /) -> Tensor:
-        """See `UNet.forward`."""
-        eager = self.model is None or x.device.type != "cuda" or isinstance(t, Tensor) or isinstance(context, Tensor)
-        if eager or torch.is_grad_enabled() or len(x) * x.shape[2] * x.shape[3] > MAX_PIXELS:
-            return self.unet(x, t, context)
-        flat = [tensor for pair in context for tensor in pair]
+        `model` is what `describe` says of the model that the function calls. The tensors of `constant` are copied only
+        if the object that comes with them is another than last time.
+        """
+        known, (token, others) = len(inputs), constant
+        if not self.enabled or model is None or torch.is_grad_enabled():
+            return function([*inputs, *others])
         with self.lock:  # the memory of a graph serves one call at a time
-            graph = self._graph(x, t, context, flat)
+            graph = self._graph(name, model, function, [*inputs, *others])
             if graph is None:
-                return self.unet(x, t, context)
-            graph.x.copy_(x)
-            torch._foreach_copy_(graph.times, t)
-            if self.latest[0] is not graph or self.latest[1] is not context:
-                torch._foreach_copy_(graph.context, flat)
-                self.latest = graph, context
+                return function([*inputs, *others])
+            torch._foreach_copy_(graph.inputs[:known], inputs)
+            if others and (self.latest[0] is not graph or self.latest[1] is not token):
+                torch._foreach_copy_(graph.inputs[known:], others)
+                self.latest = graph, token
             graph.recorded.replay()
-            return graph.result.clone()
+            return [result.clone() for result in graph.results]
 
-    def _graph(self, x: Tensor, times: Sequence[Tensor], context: Any, flat: list[Tensor]) -> Graph | None:
-        key = self.model, x.shape, x.dtype, len(times[0]), flat[0].shape, torch.is_autocast_enabled("cuda")
-        if key not in self.graphs:
+    def _graph(self, name: str, model: Hashable, function: Function, inputs: list[Tensor]) -> Graph | None:
+        shapes = tuple((each.shape, each.dtype) for each in inputs)
+        key = name, model, shapes, torch.is_autocast_enabled("cuda")
+        if key not in self.recorded:
             try:
-                self.graphs[key] = self._record(x, times, context)
+                self.recorded[key] = self._record(function, inputs)
             except RuntimeError as error:
-                self.model = None
-                warnings.warn(f"the UNet runs without CUDA graphs: {str(error)[:200]}", RuntimeWarning, stacklevel=3)
+                self.enabled = False
+                warnings.warn(f"drawing without CUDA graphs: {str(error)[:200]}", RuntimeWarning, stacklevel=4)
                 return None
-            while len(self.graphs) > MAX_GRAPHS:
-                self.graphs.popitem(last=False)
-        self.graphs.move_to_end(key)
-        return self.graphs[key]
+            while len(self.recorded) > MAX_GRAPHS:
+                self.recorded.popitem(last=False)
+        self.recorded.move_to_end(key)
+        return self.recorded[key]
 
-    def _record(self, x: Tensor, times: Sequence[Tensor], context: Any) -> Graph:
-        x = x.clone(memory_format=torch.channels_last)
-        times, context = [time.clone() for time in times], [(k.clone(), v.clone()) for k, v in context]
-        with torch.cuda.device(x.device):
+    def _record(self, function: Function, inputs: list[Tensor]) -> Graph:
+        device, inputs = inputs[0].device, [each.clone() for each in inputs]
+        with torch.cuda.device(device):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
-                    self.unet(x, times, context)
+                    function(inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             recorded = torch.cuda.CUDAGraph()
             # Other threads, such as a DataLoader's, may use the GPU meanwhile.
             with torch.cuda.graph(recorded, pool=self.pool, capture_error_mode="thread_local"):
-                result = self.unet(x, times, context)
-        return Graph(recorded, x, times, [tensor for pair in context for tensor in pair], result)
-
-    def _describe_model(self) -> Any:
-        """Return the addresses of the weights and the attention functions, or None if there are hooks."""
-        modules = list(self.unet.modules())
-        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
-            return None
-        attends = tuple(module.attend for module in modules if hasattr(module, "attend"))
-        return tuple(_address(parameter) for parameter in self.unet.parameters()), attends
+                results = function(inputs)
+        return Graph(recorded, inputs, results)
 
 
-def _address(parameter: nn.Parameter) -> tuple[int, torch.dtype]:
-    return parameter.data_ptr(), parameter.dtype
+class GraphedUNet:
+    """A `Network` that is called like its UNet and returns the same, from CUDA graphs unless the batch is large."""
+
+    def __init__(self, unet: UNet, graphs: Graphs) -> None:
+        self.unet, self.graphs = unet, graphs
+        self.model: Hashable = None
+
+    def project_context(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """See `UNet.project_context`; called once per sampling, so it also looks at what has become of the UNet."""
+        self.model = describe(self.unet, context.device)
+
+        def project(inputs: list[Tensor]) -> list[Tensor]:
+            return [tensor for pair in self.unet.project_context(inputs[0]) for tensor in pair]
+
+        return _pairs(self.graphs("context", self.model, project, [context]))
+
+    def project_time(self, t: Tensor) -> list[Tensor]:
+        """See `UNet.project_time`."""
+        return self.graphs("time", self.model, lambda inputs: self.unet.project_time(inputs[0]), [t])
+
+    def __call__(self, x: Tensor, t: Any, context: Any, /) -> Tensor:
+        """See `UNet.forward`; `t` and `context` are projections."""
+        if len(x) * x.shape[2] * x.shape[3] > MAX_PIXELS or isinstance(t, Tensor) or isinstance(context, Tensor):
+            return self.unet(x, t, context)
+
+        def predict(inputs: list[Tensor]) -> list[Tensor]:
+            times, pairs = inputs[1 : 1 + len(t)], _pairs(inputs[1 + len(t) :])
+            return [self.unet(inputs[0], times, pairs)]
+
+        x = x.contiguous(memory_format=torch.channels_last)
+        constant = context, [tensor for pair in context for tensor in pair]
+        return self.graphs("step", self.model, predict, [x, *t], constant)[0]
+
+
+def decode(graphs: Graphs, vae: VAE, latents: Tensor) -> Tensor:
+    """Decode latents (B, c, h, w), from a CUDA graph unless there are many."""
+    if latents[:, 0].numel() > MAX_DECODED or latents.device.type != "cuda":
+        return vae.decode(latents)
+    return graphs("decode", describe(vae, latents.device), lambda inputs: [vae.decode(inputs[0])], [latents])[0]
+
+
+def describe(model: nn.Module, device: torch.device) -> Hashable:
+    """Return the addresses of the weights and the attention functions; None on a CPU, or if there are hooks."""
+    modules = list(model.modules()) if device.type == "cuda" else []
+    if not modules or any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+        return None
+    weights = tuple((parameter.data_ptr(), parameter.dtype) for parameter in model.parameters())
+    return weights, tuple(module.attend for module in modules if hasattr(module, "attend"))
+
+
+def _pairs(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tensors[::2], tensors[1::2], strict=True))

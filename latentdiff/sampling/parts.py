@@ -18,7 +18,7 @@ from ..diffusion.process import Prediction, Process, check_prediction
 from ..diffusion.samplers import Spacing, Step
 from ..diffusion.schedule import Schedule
 from ..errors import LatentDiffError
-from .graphs import GraphedUNet
+from .graphs import GraphedUNet, Graphs, decode
 from .images import Picture, load_images
 from .loop import Features, InitImage, Network, SeededNoise, last, sample_latents
 from .prompts import text_features
@@ -64,7 +64,8 @@ class ModelParts:
                 raise LatentDiffError(f"{what} differ ({found} and {expected}): not parts of one model")
         self.vae, self.unet, self.text_encoder = vae.eval(), unet.eval(), text_encoder.eval()
         self.process = Process(schedule, prediction, spacing, offset, final_sigma_zero)
-        self.network: Network = GraphedUNet(unet)  # the compiled UNet after `compile()`
+        self.graphs = Graphs()
+        self.network: Network = GraphedUNet(unet, self.graphs)  # the compiled UNet after `compile()`
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +156,8 @@ class ModelParts:
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Decode latents (B, c, h, w) to pixels (B, 3, H, W), roughly in [-1, 1], float32; differentiable."""
-        pixels = self.vae.decode(latents.to(self.vae.decoder.conv_in.weight.dtype)).float()
+        latents = latents.to(self.vae.decoder.conv_in.weight.dtype)
+        pixels = decode(self.graphs, self.vae, latents).float()
         if not bool(pixels.detach().isfinite().all()):
             warnings.warn(self.not_finite("the decoded pixels"), RuntimeWarning, stacklevel=3)
         return pixels

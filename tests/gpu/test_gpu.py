@@ -49,7 +49,9 @@ def no_waiting():
     if not ON_GPU:
         yield
         return
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode does not see everything
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -210,7 +212,7 @@ def drawing(folder):
 def test_graphs_draw_what_the_unet_draws(drawing):
     for options in ({}, {"guidance_scale": 1.0}, {"guidance_interval": (0.3, 5.0), "sampler": "ddpm"}):
         graphed = [last(drawing.stream(CAPTIONS, num_steps=5, seed=3, **options)) for _ in range(2)]
-        assert bool(drawing.network.graphs) == ON_GPU
+        assert bool(drawing.graphs.recorded) == ON_GPU
         network, drawing.network = drawing.network, drawing.unet
         eager = last(drawing.stream(CAPTIONS, num_steps=5, seed=3, **options))
         drawing.network = network
@@ -229,16 +231,16 @@ def test_two_prompts_interleaved(drawing):
 def test_graphs_follow_the_model(drawing):
     """Weights that change in place are used, others are recorded anew, and hooks run."""
     before = last(drawing.stream("a red apple", num_steps=3, seed=3))
-    recorded = len(drawing.network.graphs)
+    recorded = len(drawing.graphs.recorded)
     with torch.no_grad():
         drawing.unet.conv_out.bias += 1
     changed = last(drawing.stream("a red apple", num_steps=3, seed=3))
     assert not torch.equal(before, changed)
-    assert len(drawing.network.graphs) == recorded
+    assert len(drawing.graphs.recorded) == recorded
     drawing.unet.conv_out.bias = torch.nn.Parameter(drawing.unet.conv_out.bias - 1)
     again = last(drawing.stream("a red apple", num_steps=3, seed=3))
     assert (again - before).abs().max() < 0.05
-    assert len(drawing.network.graphs) == recorded + 1
+    assert len(drawing.graphs.recorded) > recorded
     calls = []
     drawing.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
     last(drawing.stream("a red apple", num_steps=3, seed=3))
@@ -259,11 +261,11 @@ def test_a_training_step_never_waits_for_the_device(tmp_path):
     log = MetricLogger(run, tmp_path, "steps", 0, 100, 8)
     for task in (LatentTraining(run, tmp_path / "latent", sources, vae, unet, encoder, caches),
                  VAETraining(run, tmp_path / "vae", sources, vae.requires_grad_(True))):  # fmt: skip
-        batches = list(task.batches(0, 14))  # the discriminator joins at step 11
-        for step in (1, 2, 11, 12):
+        batches = list(task.batches(0, 16))  # the discriminator joins at step 11
+        for step in (11, 12, 13):  # as it is, recorded, replayed
             task.train_step(batches[step - 1], step, log)
         with no_waiting():
-            results = [task.train_step(batches[step - 1], step, log) for step in (3, 4, 13, 14)]
+            results = [task.train_step(batches[step - 1], step, log) for step in (14, 15)]
         assert all(finite.item() == 1 for _, finite in results)
 
 
