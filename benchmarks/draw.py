@@ -1,6 +1,6 @@
 """Sampling: LatentPipeline against diffusers' StableDiffusionPipeline, with the same weights, noise and steps.
 
-    python benchmarks/draw.py --model emoji-64 --batch 1 --steps 25
+    python benchmarks/draw.py --model emoji-256 --batch 1 --steps 25
     python benchmarks/draw.py --config emoji-256 --batch 8 --steps 10
 
 A model, by default random weights in the shapes of a recipe, is opened by each side in a separate process, in

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = {  # overrides of the recipe `debug`
     "train": [],
     "train, uncached": ["train_latent.cache=false"],
-    "train, frozen text encoder": ["text_encoder.pretrained=builtin:emoji-64", "text_encoder.train=false"],
+    "train, frozen text encoder": ["text_encoder.pretrained=builtin:emoji-256", "text_encoder.train=false"],
     "train, cosine": ["train_latent.lr_schedule=cosine", "train_vae.lr_schedule=cosine"],
 }
 
@@ -151,9 +151,9 @@ def measure(path: Path) -> dict[str, str]:
         for name in ("train, two processes", "train, killed and resumed"):
             print(name, found[name], file=sys.stderr)
         found |= json.loads(checkout.run("-c", PICTURES).splitlines()[-1])
-        checkout.run("-m", "latentdiff", "export", "emoji-64", "exported", "--precision", "bf16", "--shard-gb", "0.01")
+        checkout.run("-m", "latentdiff", "export", "emoji-256", "exported", "--precision", "bf16", "--shard-gb", "0.01")
         found["export, folder"] = tensors(Path(folder) / "exported")
-        checkout.run("-m", "latentdiff", "export", "emoji-64", "exported.safetensors", "--format", "single")
+        checkout.run("-m", "latentdiff", "export", "emoji-256", "exported.safetensors", "--format", "single")
         found["export, single file"] = tensors(Path(folder) / "exported.safetensors")
     return found
 

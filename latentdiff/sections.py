@@ -121,7 +121,8 @@ class VAESection(ModelSection):
     """Shape of the autoencoder (see vae/config.py); f = 2 ** (levels - 1)."""
 
     pretrained: PathText | None = None
-    """Folder of a trained VAE to use as is, or `builtin:emoji-64`; train_vae and the sizes are then ignored."""
+    """Folder of a trained VAE to use as is, or `builtin:emoji-256`, or `builtin:emoji-64` for 64 px; train_vae and the
+    sizes are then ignored."""
     block_out_channels: tuple[Positive, ...] = (128, 256, 512, 512)
     layers_per_block: Positive = 2
     latent_channels: Positive = 4
@@ -138,7 +139,7 @@ class TextEncoderSection(ModelSection):
     """The text encoder: a new BERT with a vocabulary learned from the captions, or a pretrained one."""
 
     pretrained: PathText | None = None
-    """Folder or Hugging Face Hub name of a BERT, or `builtin:emoji-64`; only `train` and `max_length` then apply."""
+    """Folder or Hugging Face Hub name of a BERT, or `builtin:emoji-256`; only `train` and `max_length` then apply."""
     also_used: ClassVar[tuple[str, ...]] = ("train", "max_length")
     train: bool = True
     """Train it with the UNet; if it is frozen, text features can be cached."""
@@ -159,7 +160,7 @@ class UNetSection(ModelSection):
     """Shape of the UNet (see unet/config.py); its channels and context width follow from the VAE and text encoder."""
 
     pretrained: PathText | None = None
-    """Folder of a trained UNet to start from, or `builtin:emoji-64`; the sizes below are then ignored."""
+    """Folder of a trained UNet to start from, or `builtin:emoji-256`; the sizes below are then ignored."""
     also_used: ClassVar[tuple[str, ...]] = ("attention",)
     block_out_channels: tuple[Positive, ...] = (320, 640, 1280, 1280)
     layers_per_block: Positive = 2

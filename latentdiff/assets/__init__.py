@@ -7,7 +7,7 @@ from ..errors import check_choice
 ASSETS = Path(__file__).resolve().parent
 BUILTIN = "builtin:"
 INDEX = "model_index.json"  # every model folder has one
-EMOJI_STYLE = r"^an? (3d|noto) emoji of "  # prefix of the shipped captions; the rest names a concept
+EMOJI_STYLE = r"^an? (3d|color|flat|noto) emoji of "  # prefix of the shipped captions; the rest names a concept
 
 
 def shipped_models() -> list[str]:
@@ -27,7 +27,7 @@ def pictures_folder(source: str) -> str:
 
 def part_folder(pretrained: str, part: str) -> str:
     """Return the folder of a part of a shipped model for `builtin:NAME`, and any other `pretrained` unchanged."""
-    return _resolve("model", pretrained, shipped_models(), part)
+    return _resolve("model", pretrained, sorted(path.parts[-3] for path in ASSETS.glob(f"*/{part}/config.json")), part)
 
 
 def _resolve(kind: str, source: str, names: list[str], part: str = "") -> str:

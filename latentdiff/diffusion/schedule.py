@@ -190,7 +190,10 @@ class Schedule:
             )
         values = table.index_select(0, t.reshape(-1))  # unlike table[t], rejects negative indices
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return values.to(like.device, dtype).view(-1, *[1] * (like.dim() - 1))
+        values = values.to(dtype).view(-1, *[1] * (like.dim() - 1))
+        if like.device.type == "cuda" and values.device.type == "cpu":
+            values = values.pin_memory()  # otherwise the host would wait for the device
+        return values.to(like.device, non_blocking=True)
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma at t, shaped to broadcast against `like` (B, ...)."""

@@ -20,7 +20,7 @@ from .unfinished import RECORD, open_unfinished, raise_if_alone, unfinished_run
 
 __all__ = ["Parts", "find_model", "open_folder", "open_model", "read_json"]
 
-DEFAULT = "emoji-64"
+DEFAULT = "emoji-256"
 # Supported pipelines, and the folders of VAE and text encoder in each.
 FOLDERS = {
     "StableDiffusionPipeline": ("vae", "text_encoder"),

@@ -125,11 +125,11 @@ def test_json_there_and_back():
 
 def test_sizes_of_a_pretrained_model_are_not_recorded():
     """Settings that are ignored are neither recorded in a run nor printed on the model card."""
-    names = [f"{part}.pretrained=builtin:emoji-64" for part in ("vae", "unet", "text_encoder")]
+    names = [f"{part}.pretrained=builtin:emoji-256" for part in ("vae", "unet", "text_encoder")]
     values = load_config("emoji-64", names).model_dump(mode="json")
-    assert values["vae"] == {"pretrained": "builtin:emoji-64"}
-    assert values["unet"] == {"pretrained": "builtin:emoji-64", "attention": "sdpa"}
-    assert values["text_encoder"] == {"pretrained": "builtin:emoji-64", "train": True, "max_length": 24}
+    assert values["vae"] == {"pretrained": "builtin:emoji-256"}
+    assert values["unet"] == {"pretrained": "builtin:emoji-256", "attention": "sdpa"}
+    assert values["text_encoder"] == {"pretrained": "builtin:emoji-256", "train": True, "max_length": 24}
     assert load_config("emoji-64").model_dump()["unet"]["block_out_channels"] == (96, 192, 256)
 
 

@@ -39,7 +39,7 @@ def test_xformers_needs_an_nvidia_gpu():
         LatentPipeline.from_pretrained(device="cpu", attention="flash")
 
 
-@pytest.mark.parametrize("pretrained", [(), ("unet.pretrained=builtin:emoji-64",)])
+@pytest.mark.parametrize("pretrained", [(), ("unet.pretrained=builtin:emoji-256",)])
 def test_a_run_trains_with_the_attention_that_its_config_names(xformers, relative_error, pretrained):
     parts = LatentPipeline.from_pretrained(device="cpu")
     x, t = torch.randn(2, parts.unet.config.in_channels, 8, 8), torch.tensor([3, 500])

@@ -7,17 +7,27 @@ import pytest
 from PIL import Image
 
 from latentdiff import LatentDiffError, LatentPipeline
+from latentdiff.assets import part_folder
+from latentdiff.config import load_config
 from latentdiff.data.cache import read_pixels
 from latentdiff.data.sources import open_source
-from latentdiff.evaluation import concepts
+from latentdiff.evaluation import combinations, concepts
 from latentdiff.evaluation import evaluate as report
 from latentdiff.sampling.settings import SamplingSettings
 from latentdiff.sections import DataConfig
+from text_encoder import TextEncoder, train_tokenizer
+from unet import UNet
+from vae import VAE
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return LatentPipeline.from_pretrained(device="cpu")
+    """A trained VAE of 64 px; UNet and BERT are untrained, as none of what is tested depends on them."""
+    config = load_config("debug", ["unet.block_out_channels=[16, 32]"])
+    encoder = TextEncoder.new(config.text_encoder.build(), train_tokenizer(["a"] * 2, vocab_size=60, max_length=16))
+    vae = VAE.from_pretrained(part_folder("builtin:emoji-64", "vae"))
+    unet = UNet(config.unet.build(vae.config.latent_channels, encoder.context_dim, 8))
+    return LatentPipeline(vae=vae, unet=unet, text_encoder=encoder, schedule=config.diffusion.build())
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +110,58 @@ def test_pictures_of_one_thing(pipe, pictures, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text())["concepts"] is None
     with pytest.raises(LatentDiffError, match="num_concepts=1: expected at least 2"):
         report.evaluate(pipe, data, SamplingSettings(seed=0), num_concepts=1)
+
+
+@pytest.fixture(scope="module")
+def styles(tmp_path_factory):
+    """12 things as photo and as drawing; four drawings are held out, and so is a thing that is never shown at all."""
+    folder, random = tmp_path_factory.mktemp("styles"), np.random.default_rng(1)
+    for thing in range(12):
+        shape = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        for style, tint in (("photo", (0, 0, 0)), ("drawing", (90, 0, 90))):
+            split = "validation" if (style == "drawing" and thing < 4) or thing == 11 else "train"
+            (folder / split).mkdir(exist_ok=True)
+            picture = np.clip(shape.astype(int) // 2 + tint, 0, 255).astype(np.uint8)
+            path = folder / split / f"{thing:02}-{style}.png"
+            Image.fromarray(picture).resize((64, 64), Image.Resampling.BICUBIC).save(path)
+            path.with_suffix(".txt").write_text(f"a {style} of thing {thing}")
+    return folder
+
+
+@pytest.mark.parametrize(("draws", "right"), [("what is asked", (1.0, 1.0)), ("the photo of it", (1.0, 0.0)),
+                                              ("a drawing of something else", (0.0, 1.0))])  # fmt: skip
+def test_new_combinations(pipe, styles, monkeypatch, tmp_path, draws, right):
+    """Of five held-out captions with a drawing, four ask for a known thing; the nearest picture shows what is drawn."""
+    data = DataConfig(source=str(styles), image_size=64, flip=False)
+
+    def drawn(_, captions, seeds, settings):
+        sources = {caption[0]: (source, index) for source in open_source(data)
+                   for index, caption in enumerate(source.all_captions())}  # fmt: skip
+        changed = {"what is asked": lambda caption: caption,
+                   "the photo of it": lambda caption: caption.replace("drawing", "photo"),
+                   "a drawing of something else": lambda _: "a drawing of thing 7"}[draws]  # fmt: skip
+        wanted = [changed(caption) for caption in captions for _ in range(settings.num_images)]
+        return [Image.fromarray(read_pixels(*sources[caption], data)) for caption in wanted]
+
+    monkeypatch.setattr(combinations, "sample_concepts", drawn)
+    settings = SamplingSettings(num_images=2, seed=3, num_steps=1)
+    found = report.evaluate(pipe, data, settings, style="^a (photo|drawing) of ", num_concepts=8)
+    assert (found.combinations.combinations, found.combinations.pictures) == (4, 8)
+    assert found.combinations.gallery == 18 + 6
+    for concept, attribute in zip(found.combinations.concepts, found.combinations.attributes, strict=True):
+        assert (concept.top1, attribute.top1) == right
+        assert concept.shuffled == 0.0
+    assert any("8 samples of 4 new combinations" in line for line in found.lines())
+    found.write(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "drawn-combinations.jsonl").read_text().splitlines()]
+    assert {row["prompt"] for row in rows} == {f"a drawing of thing {thing}" for thing in range(4)}
+    assert (tmp_path / "combinations.png").is_file()
+    assert json.loads((tmp_path / "evaluation.json").read_text())["combinations"]["combinations"] == 4
+
+
+def test_without_new_combinations_nothing_is_said(pipe, pictures):
+    data = DataConfig(source=str(pictures), image_size=64, flip=False)
+    settings = SamplingSettings(num_images=1, seed=3, num_steps=1)
+    found = report.evaluate(pipe, data, settings, style="^a (photo|drawing) of ", num_concepts=2)
+    assert found.combinations is None
+    assert not any("combination" in line for line in found.lines())

@@ -14,7 +14,7 @@ import pytest
 from latentdiff.assets import ASSETS
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-SHIPPED = ASSETS / "emoji-64"
+SHIPPED = ASSETS / "emoji-256"
 OPEN = """
 import sys, torch
 from latentdiff import LatentPipeline

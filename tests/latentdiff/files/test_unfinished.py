@@ -253,7 +253,7 @@ def test_parts_of_runs_and_models(run, parts, part, monkeypatch):
     monkeypatch.chdir(run.parent)
     assert find_part("google/bert_uncased", part) == "google/bert_uncased"
     assert find_part("bert-base-uncased", part) == "bert-base-uncased"
-    assert find_part("builtin:emoji-64", part).endswith(f"emoji-64/{part}")
+    assert find_part("builtin:emoji-256", part).endswith(f"emoji-256/{part}")
     save_model(run / "vae-and-others", **parts)
     assert find_part("mine/vae-and-others", part) == f"mine/vae-and-others/{part}"
     assert find_part(f"mine/vae-and-others/{part}", part) == f"mine/vae-and-others/{part}"

@@ -14,7 +14,7 @@ from latentdiff.files.open import open_model
 from latentdiff.training.checkpoint import newest_checkpoint
 
 SAMPLE = ["sample", "a red circle", "--steps", "2", "--seed", "0"]
-FROZEN = ("text_encoder.pretrained=builtin:emoji-64", "text_encoder.train=false", "text_encoder.max_length=16")
+FROZEN = ("text_encoder.pretrained=builtin:emoji-256", "text_encoder.train=false", "text_encoder.max_length=16")
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 plain = pytest.mark.filterwarnings("default::latentdiff.errors.UnfinishedModelWarning")
 
