@@ -86,7 +86,7 @@ def main() -> None:
     print(f"\n   {grid} ({sampled - start:.0f} s)")
     print(
         "\n2. The main part: UNet and BERT are trained from random weights on 2,496 captioned pictures. A few minutes\n"
-        "   are enough for shapes and colors to appear, but not for following prompts. The model above took a GPU 7 minutes."
+        "   are enough for shapes and colors to appear, but not for following prompts. The model above took 7 on a GPU."
     )
     losses, sheet = train(output / "training")
     trained = time.perf_counter()

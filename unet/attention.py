@@ -28,7 +28,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def load_attention_backend(name: str) -> Attend:
-    """Return the attention function for `sdpa` (PyTorch) or `xformers` (NVIDIA GPUs only, untested by this project)."""
+    """Return the attention function for `sdpa` (PyTorch) or `xformers` (NVIDIA GPUs only)."""
     if name == "sdpa":
         return sdpa
     if name != "xformers":

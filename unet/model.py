@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latentdiff.files.tensors import Pretrained
+from latentdiff.files.pretrained import Pretrained
 from latentdiff.norms import GroupNorm
 
 from .attention import Attention, KeyValue, SpatialTransformer, load_attention_backend

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from latentdiff.files.tensors import Pretrained
+from latentdiff.files.pretrained import Pretrained
 from latentdiff.norms import GroupNorm
 
 from .blocks import NORM_EPS, Attention, Downsample, Level, ResBlock, Upsample
@@ -92,6 +92,7 @@ class VAE(Pretrained):
     """Autoencoder: `vae.encode(pixels)`, `vae.decode(latents)`; raises VAEError if a shape or dtype does not match."""
 
     files, config_class = FILES, VAEConfig
+    known_facts = ("decoder_likelihood", "decoder_log_scale")  # measured when a training ends, see training/vae_finish
     config: VAEConfig
 
     def __init__(self, config: VAEConfig) -> None:

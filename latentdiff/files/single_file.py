@@ -111,6 +111,7 @@ def read_single_file(
         max_length = min(loaded_tokenizer.model_max_length, text.config.max_position_embeddings)
         use_mask = plan.text.get("use_attention_mask", False)
         encoder = TextEncoder(text, loaded_tokenizer, max_length, use_attention_mask=bool(use_mask))
+    vae.facts = {name: header[key] for name in VAE.known_facts if (key := f"{PREFIX}vae.{name}") in header}
     for model in (unet, vae):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Parts(vae.eval(), unet.eval(), encoder.to(device or "cpu").eval(), plan.scheduler)
@@ -165,6 +166,7 @@ def _header(parts: Parts, title: str, metadata: Mapping[str, str]) -> dict[str, 
         **metadata,
         "format": "pt",
         **{PREFIX + name: json.dumps(value) for name, value in values.items()},
+        **{f"{PREFIX}vae.{name}": fact for name, fact in parts.vae.facts.items()},
     }
 
 

@@ -17,11 +17,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.errors import LatentDiffError, one_line, raise_for_tensors, reraise_as, several
@@ -111,76 +110,6 @@ class ModelFiles:
         return ("index", match[1] or match[2]) if match else ()
 
 
-class Pretrained(nn.Module):
-    """A model stored as a diffusers folder; `config_class` converts its `config.json`."""
-
-    files: ClassVar[ModelFiles]
-    config_class: ClassVar[Any]
-    config: Any
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, device: Device = None, dtype: torch.dtype | None = None, variant: str | None = None
-    ) -> Self:
-        """Load a model in evaluation mode from a folder in diffusers layout.
-
-        Args:
-            folder: has `config.json` and `diffusion_pytorch_model.safetensors`, or shards and their index.
-            device: for the weights; the CPU by default.
-            dtype: for the weights; float32 by default.
-            variant: of the weight files, such as `fp16`; None means the plain files, or the only variant.
-
-        Raises:
-            LatentDiffError: the model's own subclass, if a file is missing, damaged or of an unsupported model. No
-                weights are allocated before the config and all tensors have been checked.
-        """
-        folder = Path(folder)
-        with reraise_as(cls.files.error):
-            dtype = check_dtype(dtype)
-            values = cls.files.read_config(folder)
-            try:
-                with torch.device("meta"):  # shapes only, no memory
-                    model = cls(cls.config_class.from_diffusers(values))
-            except LatentDiffError as error:
-                raise LatentDiffError(f"{folder / CONFIG}: {one_line(error)}") from None
-            weights = cls.files.read_weights(cls.files.find(folder, variant), model, device, dtype)
-        model.load_state_dict(weights, assign=True)
-        return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-
-    def save_pretrained(
-        self, folder: str | Path, facts: Mapping[str, str] | None = None, *, dtype: torch.dtype | None = None,
-        variant: str | None = None, max_shard_bytes: int | None = None,
-    ) -> None:  # fmt: skip
-        """Save the model to a folder that `from_pretrained` and diffusers can load, replacing an earlier save.
-
-        Args:
-            facts: metadata for the header of each weight file; diffusers would warn about unknown keys in the config.
-            dtype: for the written weights; None keeps them as they are.
-            variant: part of the names of the weight files, such as `fp16`.
-            max_shard_bytes: size above which the weights are split into several files.
-
-        Raises:
-            LatentDiffError: the model's own subclass, if an argument is invalid or the folder cannot be written.
-        """
-        with reraise_as(self.files.error):
-            if max_shard_bytes is not None and (type(max_shard_bytes) is not int or max_shard_bytes < 1):
-                raise LatentDiffError(f"max_shard_bytes={max_shard_bytes!r}: expected a positive integer")
-            single, index = self.files.names(variant)
-            dtype = dtype if dtype is None else check_dtype(dtype)
-            weights = self.state_dict()
-            sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in weights.items()}
-            shards = _split(sizes, max_shard_bytes or sum(sizes.values()), single)
-            with self.files.staged(Path(folder), variant) as staging:
-                for shard, names in shards.items():  # cast one shard at a time; files cannot be channels-last
-                    tensors = {name: weights[name].to(dtype or weights[name].dtype).contiguous() for name in names}
-                    save_file(tensors, staging / shard, metadata={**(facts or {}), "format": "pt"})
-                (staging / CONFIG).write_text(to_json(self.config.to_diffusers()), encoding="utf-8")
-                if len(shards) > 1:
-                    places = {name: shard for shard, names in shards.items() for name in names}
-                    total = {"total_size": sum(sizes.values())}
-                    (staging / index).write_text(to_json({"metadata": total, "weight_map": places}), encoding="utf-8")
-
-
 @contextmanager
 def staged(folder: Path, file: str = "", is_stale: Callable[[str], object] = lambda name: False) -> Iterator[Path]:
     """Yield a temporary folder whose files, once all are written, move to `folder`: weights first, an index last.
@@ -239,6 +168,11 @@ def open_file(path: Path, device: Device = None, limit: int = MAX_HEADER) -> tup
     return {name: Stored(path, file, name, entry["shape"], entry["dtype"]) for name, entry in header.items()}, metadata
 
 
+def read_facts(source: Path) -> dict[str, str]:
+    """Return the metadata of a file, or of the first shard in an index."""
+    return open_file(next(iter(_read_index(source))) if source.suffix == ".json" else source)[1]
+
+
 def open_tensors(source: Path, device: Device = None, current_name: Callable[[str], str] = str) -> dict[str, Stored]:
     """Open the tensors of a file, or of all shards in an index, under their current names."""
     tensors: dict[str, Stored] = {}
@@ -276,7 +210,7 @@ def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
     return dtype or torch.float32
 
 
-def _split(sizes: Mapping[str, int], limit: int, single: str) -> dict[str, list[str]]:
+def split_into_files(sizes: Mapping[str, int], limit: int, single: str) -> dict[str, list[str]]:
     """Split tensors, in order, into files of at most `limit` bytes; a larger tensor gets a file of its own."""
     shards: list[list[str]] = []
     size = limit

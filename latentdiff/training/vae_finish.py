@@ -55,8 +55,8 @@ def finish_vae(task: VAETraining, run: Launch, folder: Path) -> dict[str, Any]:
         "half_precision": half_precision_errors(vae, held_out),
     }
     if run.is_main:
-        metadata = {"decoder_likelihood": likelihood, "decoder_log_scale": repr(log_scale)}
-        vae.cpu().save_pretrained(folder, metadata)
+        vae.facts = {"decoder_likelihood": likelihood, "decoder_log_scale": repr(log_scale)}
+        vae.cpu().save_pretrained(folder)
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     run.report(
         f"{folder}: latents of {after.num_pictures} pictures have mean 0 and standard deviation 1 per channel "

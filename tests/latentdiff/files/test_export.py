@@ -5,12 +5,14 @@ import warnings
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffError
 from latentdiff.config import load_config
 from latentdiff.diffusion.process import to_x0
 from latentdiff.diffusion.samplers import make_rows, sample
-from latentdiff.files.export import save_model
+from latentdiff.files.export import export_model, save_model
+from latentdiff.files.open import open_model
 from latentdiff.files.scheduler import scheduler_config
 from text_encoder import TextEncoder, train_tokenizer
 from unet import UNet
@@ -51,6 +53,21 @@ def test_diffusers_gives_the_same_latents(parts, tmp_path, relative_error):
         for step in sample(denoise, noise, make_rows("ddim", schedule, num_steps=20)):
             ours = step.x
     assert relative_error(ours, theirs) < 1e-3
+
+
+def test_what_was_measured_of_the_decoder_is_kept(parts, tmp_path):
+    """In folders, shards and single files, and through every conversion; nothing else of a header is."""
+    facts = {"decoder_likelihood": "laplace", "decoder_log_scale": "-3.25"}
+    parts["vae"].facts = facts
+    save_model(tmp_path / "model", **parts, max_shard_bytes=20_000)
+    assert len(list((tmp_path / "model/vae").glob("*.safetensors"))) > 1
+    assert VAE.from_pretrained(tmp_path / "model/vae").facts == facts
+    single = export_model(tmp_path / "model", tmp_path / "model.safetensors", single=True)
+    folder = export_model(single, tmp_path / "again", dtype=torch.bfloat16)
+    assert VAE.from_pretrained(folder / "vae").facts == open_model(single, device="cpu", dtype=None).vae.facts == facts
+    tensors = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
+    save_file(tensors, folder / "vae/diffusion_pytorch_model.safetensors", {"format": "pt", "modelspec.title": "x"})
+    assert VAE.from_pretrained(folder / "vae").facts == {}
 
 
 def test_a_prediction_that_diffusers_lacks_is_rejected():

@@ -347,6 +347,8 @@ def test_the_finished_vae(uninterrupted, pictures):
         facts = file.metadata()
     assert facts["decoder_likelihood"] == "laplace"
     assert math.isclose(math.exp(float(facts["decoder_log_scale"])), float(errors.mean()), rel_tol=0.05)
+    kept = {name: facts[name] for name in ("decoder_likelihood", "decoder_log_scale")}
+    assert VAE.from_pretrained(folder.parent / "model" / "vae").facts == kept
     theirs = diffusers.AutoencoderKL.from_pretrained(folder)
     assert theirs.config.scaling_factor == 1.0
     assert torch.allclose(theirs.encode(pixels).latent_dist.mean, posterior.mean, atol=1e-5)
