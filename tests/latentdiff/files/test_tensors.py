@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from latentdiff import LatentDiffError
 from latentdiff.config import load_config
+from latentdiff.files import pretrained
 from latentdiff.files import tensors as engine
 from latentdiff.files.export import save_model
 from latentdiff.files.tensors import read_json, staged
@@ -57,7 +58,7 @@ def test_a_full_disk_changes_nothing(tmp_path, monkeypatch, size):
         if len(written) > 1:
             full_disk()
 
-    monkeypatch.setattr(engine, "save_file", save)
+    monkeypatch.setattr(pretrained, "save_file", save)
     with pytest.raises(UNetError, match=r"cannot be written \(.*No space left on device"):
         new_unet().save_pretrained(tmp_path, max_shard_bytes=20_000)
     assert len(written) == 2

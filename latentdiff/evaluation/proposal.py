@@ -1,0 +1,54 @@
+"""Which timesteps to take when the bound's sum over all of them is estimated from a few."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import LatentDiffError
+
+LEAST = 1e-3  # of the mean probability: no timestep is left out
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Probabilities of the timesteps 1 ... T-1."""
+
+    probabilities: Tensor  # (T - 1,) float64, of sum 1
+
+    @classmethod
+    def measured(cls, t: Tensor, terms: Tensor, num_timesteps: int) -> "Proposal":
+        """Make probabilities in proportion to the root mean square of L_t, which gives the least variance.
+
+        t (n,) are timesteps, at least 1, and terms (n, N) their L_t for some pictures. Between them log L_t is
+        interpolated over log t.
+        """
+        if len(t) < 2 or int(t.min()) < 1 or int(t.max()) >= num_timesteps:
+            raise LatentDiffError(f"timesteps {t.tolist()}: expected several from 1 to {num_timesteps - 1}")
+        order = t.argsort()
+        known, values = t[order].double().log(), terms[order].double().square().mean(1).sqrt().clamp(min=1e-30).log()
+        wanted = torch.arange(1, num_timesteps, dtype=torch.float64).log()
+        right = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+        share = ((wanted - known[right - 1]) / (known[right] - known[right - 1])).clamp(0, 1)
+        rms = torch.lerp(values[right - 1], values[right], share).exp()
+        rms = rms.clamp(min=LEAST * float(rms.mean()))
+        return cls(rms / rms.sum())
+
+
+def stratified(proposal: Proposal, count: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw `count` timesteps, one from each of as many equally probable parts; return them and their weights.
+
+    The weighted sum of terms is an unbiased estimate of the sum over all timesteps from 1 on; None takes each once.
+    """
+    probabilities = proposal.probabilities
+    if count is None:
+        return torch.arange(1, len(probabilities) + 1), torch.ones_like(probabilities)
+    uniform = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+    index = torch.searchsorted(probabilities.cumsum(0), uniform).clamp(max=len(probabilities) - 1)
+    return index + 1, 1 / (count * probabilities[index])
+
+
+def grid(num_timesteps: int, count: int) -> Tensor:
+    """Return about `count` timesteps from 1 to T-1, evenly spaced in their logarithm, each once."""
+    points = torch.logspace(0, torch.tensor(float(num_timesteps - 1)).log10().item(), count, dtype=torch.float64)
+    return torch.unique(points.round().long().clamp(1, num_timesteps - 1))

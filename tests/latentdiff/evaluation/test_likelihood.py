@@ -1,0 +1,265 @@
+"""The bound on log p(picture): exact cases in closed form and by quadrature, honest errors, real models."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff import LatentDiffError, Schedule
+from latentdiff.diffusion.bound import bound_term, prior_term
+from latentdiff.diffusion.process import Process, add_noise, reverse_variance
+from latentdiff.evaluation.likelihood import (
+    LatentBound,
+    decoder_log_prob,
+    discretized_log_prob,
+    log_likelihood,
+    png_nats,
+)
+from latentdiff.evaluation.proposal import Proposal, grid, stratified
+from vae import DiagonalGaussian
+
+EIGENVALUES = torch.logspace(-2, math.log10(4), 12, dtype=torch.float64)
+
+
+def gaussian_x0(x_t, t, schedule, variances):
+    """E[x0 | x_t] if x0 is normal with mean 0 and these variances, one per dimension."""
+    alpha, sigma = schedule.at(t, x_t)
+    return alpha * variances / (alpha**2 * variances + sigma**2) * x_t
+
+
+def expected_bound(schedule, variance):
+    """E of the bound over data and noise; two nodes of Gauss-Hermite are exact for its squares."""
+    nodes = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    data, noise = (each.flatten()[:, None] for each in torch.meshgrid(nodes, nodes, indexing="ij"))
+    x0 = data * EIGENVALUES.sqrt()
+    noise = noise.expand_as(x0)
+    total = prior_term(x0, schedule)
+    for t in range(schedule.num_timesteps):
+        step = torch.tensor(t)
+        x_t = add_noise(x0, noise, step, schedule)
+        total = total + bound_term(x0, x_t, gaussian_x0(x_t, step, schedule, EIGENVALUES), step, variance, schedule)
+    return float(total.mean())
+
+
+def closed_form_gap(schedule, variance):
+    """KL of the true reverse kernels from the model's, and of the last marginal from the standard normal."""
+    like = torch.zeros(1, 1, dtype=torch.float64)
+    gap = 0.0
+    for t in range(schedule.num_timesteps):
+        before = schedule.alpha_prev[t] ** 2 * EIGENVALUES + schedule.sigma_prev[t] ** 2
+        keep = 1 - schedule.betas[t]
+        true = before - keep * before**2 / (keep * before + schedule.betas[t])  # Var[x_{t-1} | x_t]
+        ratio = true / reverse_variance(torch.tensor(t), variance, schedule, like).item()
+        gap += 0.5 * (ratio - 1 - ratio.log()).sum()
+    last = schedule.alpha[-1] ** 2 * EIGENVALUES + schedule.sigma[-1] ** 2
+    return float(gap + 0.5 * (last - 1 - last.log()).sum())
+
+
+@pytest.mark.parametrize("variance", ["beta", "posterior"])
+def test_gaussian_data(variance):
+    """The bound less the entropy of the data is the gap in closed form, and halves as T doubles."""
+    entropy = 0.5 * (2 * math.pi * math.e * EIGENVALUES).log().sum().item()
+    gaps = []
+    for T in (100, 200, 400):
+        schedule = Schedule.named("linear", T, beta_start=0.1 / T, beta_end=20 / T)
+        gap = expected_bound(schedule, variance) - entropy
+        assert abs(gap - closed_form_gap(schedule, variance)) < 1e-8 * max(1, abs(gap))
+        gaps.append(gap)
+    assert all(gap > 0 for gap in gaps)
+    if variance == "beta":
+        assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.15)
+        assert gaps[1] / gaps[2] == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize("variance", ["beta", "posterior"])
+def test_terms_equal_improved_diffusions(variance):
+    """Its `normal_kl` of means and log-variances (arXiv 2102.09672), in NumPy from the betas."""
+    schedule = Schedule.named("scaled_linear", 50)
+    generator = torch.Generator().manual_seed(0)
+    x0, x_t, guess = (torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    betas = schedule.betas.numpy()
+    bars = np.cumprod(1 - betas)
+    for t in (1, 7, 49):
+        before = bars[t - 1]
+        one = betas[t] * np.sqrt(before) / (1 - bars[t])
+        other = (1 - before) * np.sqrt(1 - betas[t]) / (1 - bars[t])
+        true = np.log(betas[t] * (1 - before) / (1 - bars[t]))
+        model = np.log(betas[t]) if variance == "beta" else true
+        means = [one * each.numpy() + other * x_t.numpy() for each in (x0, guess)]
+        kl = 0.5 * (-1 + model - true + np.exp(true - model) + (means[0] - means[1]) ** 2 * np.exp(-model))
+        found = bound_term(x0, x_t, guess, torch.full((3,), t), variance, schedule)
+        assert np.abs(found.numpy() - kl.reshape(3, -1).sum(1)).max() < 1e-8 * kl.sum()
+
+
+@pytest.mark.parametrize("likelihood", ["laplace", "normal"])
+@pytest.mark.parametrize("log_scale", [-8.0, -3.5, 0.0])
+@pytest.mark.parametrize("mean", [-3.0, -1.0, -0.2, 0.0031, 0.97, 1.5])
+def test_the_levels_have_all_the_mass(likelihood, log_scale, mean):
+    levels = torch.arange(256)[:, None]
+    found = discretized_log_prob(levels, torch.full((256, 1), mean), likelihood, log_scale)
+    assert found.isfinite().all()
+    assert (found <= 0).all()
+    assert found.exp().sum().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_a_level_has_the_mass_of_what_rounds_to_it():
+    """By quadrature of the density between the midpoints of the levels."""
+    points = torch.linspace(-1, 1, 20001, dtype=torch.float64) / 255 + (100 / 127.5 - 1)
+    for likelihood, density in (("laplace", lambda x: (-x.abs() / 0.05).exp() / 0.1),
+                                ("normal", lambda x: (-(x**2) / 5e-3).exp() / math.sqrt(math.pi * 5e-3))):  # fmt: skip
+        mass = torch.trapezoid(density(points - 0.03), points).item()
+        scale = math.log(0.05) if likelihood == "laplace" else math.log(0.0025)
+        found = discretized_log_prob(torch.tensor([[100]]), torch.tensor([[0.03]]), likelihood, scale)
+        assert found.exp().item() == pytest.approx(mass, rel=1e-7)
+
+
+class Linear:
+    """A model whose every probability is known: z ~ N(0, variances), levels from a Laplace distribution around A z."""
+
+    def __init__(self, schedule, variances, matrix, log_scale, width):
+        self.process, self.device = Process(schedule, "x0"), torch.device("cpu")
+        self.variances, self.matrix = variances, matrix
+        weight = torch.zeros(1, dtype=torch.float64)
+        self.unet = self.Network(self)
+        self.unet.conv_in = SimpleNamespace(weight=weight)
+        self.vae = SimpleNamespace(
+            facts={"decoder_likelihood": "laplace", "decoder_log_scale": str(log_scale)},
+            decoder=SimpleNamespace(conv_in=SimpleNamespace(weight=weight)),
+            decode=lambda z: (z.flatten(1) @ matrix.T)[:, :, None, None],
+            latent_posterior=lambda x: DiagonalGaussian(
+                (x.flatten(1) @ torch.linalg.pinv(matrix).T)[:, :, None, None],
+                torch.full((len(x), len(variances), 1, 1), 2 * math.log(width), dtype=torch.float64)),
+        )  # fmt: skip
+
+    class Network:
+        def __init__(self, model):
+            self.model = model
+
+        def __call__(self, x, t, context):
+            variances = self.model.variances[:, None, None]
+            return gaussian_x0(x, t, self.model.process.schedule, variances)
+
+    def text_encoder(self, prompts):
+        return torch.zeros(len(prompts), 1, 1)
+
+    def log_prob(self, levels, count=400):
+        """The truth: the integral over z on a grid."""
+        span = torch.linspace(-7, 7, count, dtype=torch.float64)
+        z = torch.cartesian_prod(*(span * v.sqrt() for v in self.variances))
+        log_prior = (-0.5 * z**2 / self.variances - 0.5 * (2 * math.pi * self.variances).log()).sum(1)
+        repeated = levels.flatten().expand(len(z), -1)
+        scale = float(self.vae.facts["decoder_log_scale"])
+        log_joint = log_prior + discretized_log_prob(repeated, z @ self.matrix.T, "laplace", scale)
+        cell = (self.variances.sqrt() * 14 / (count - 1)).log().sum()
+        return float(log_joint.logsumexp(0) + cell)
+
+
+@pytest.fixture
+def linear():
+    schedule = Schedule.named("linear", 200, beta_start=0.1 / 200, beta_end=20 / 200)
+    matrix = torch.tensor([[0.3, 0.1], [-0.1, 0.25], [0.2, -0.2]], dtype=torch.float64)
+    return Linear(schedule, torch.tensor([1.0, 0.5], dtype=torch.float64), matrix, math.log(0.1), 0.3)
+
+
+LEVELS = torch.tensor([[140, 120, 160], [180, 90, 200], [60, 128, 90]], dtype=torch.uint8)[:, :, None, None]
+
+
+def uniform(T):
+    return Proposal(torch.full((T - 1,), 1 / (T - 1), dtype=torch.float64))
+
+
+@pytest.fixture
+def proposal(linear):
+    """From other latents than those whose bound is estimated."""
+    t, count = grid(200, 24), 64
+    z = linear.variances.sqrt()[:, None, None] * torch.randn(count, 2, 1, 1, dtype=torch.float64)
+    bound, context = LatentBound(linear), torch.zeros(count, 1, 1)
+    terms = [bound.terms(z, torch.randn(count, 2, 1, 1), step.expand(count), context) for step in t]
+    return Proposal.measured(t, torch.stack(terms), 200)
+
+
+def test_the_whole_bound_is_below_the_truth_and_not_far(linear):
+    """All timesteps, many draws: below log p(x) by quadrature over two latents, by a fraction of a nat here."""
+    found = log_likelihood(linear, LEVELS, [""] * 3, uniform(200), draws=150, num_timesteps=None)
+    for bound, levels in zip(found, LEVELS, strict=True):
+        truth = linear.log_prob(levels)
+        gap = truth - bound.nats
+        assert -3 * bound.standard_error < gap < 1.5
+        assert bound.nats == pytest.approx(bound.decoder + bound.entropy + bound.prior + bound.kl + bound.first)
+        assert bound.bits_per_dimension == pytest.approx(-bound.nats / math.log(2) / 3)
+
+
+def test_few_timesteps_estimate_the_same(linear, proposal):
+    """Sampled timesteps agree with all of them within the standard errors, which they widen."""
+    exact = log_likelihood(linear, LEVELS, [""] * 3, uniform(200), draws=200, num_timesteps=None, seed=1)
+    found = log_likelihood(linear, LEVELS, [""] * 3, proposal, draws=200, num_timesteps=6, seed=2)
+    for one, other in zip(exact, found, strict=True):
+        assert abs(one.nats - other.nats) < 4 * math.hypot(one.standard_error, other.standard_error)
+        assert abs(one.kl - other.kl) < 4 * math.hypot(one.standard_error, other.standard_error)
+
+
+def test_intervals_cover(linear, proposal):
+    """Of 300 estimates with 8 draws, the 90 % intervals hold the mean of many draws in 90 % of the cases."""
+    truth = log_likelihood(linear, LEVELS[:1], [""], proposal, draws=3000, num_timesteps=3)[0]
+    inside = 0
+    for seed in range(1, 301):
+        found = log_likelihood(linear, LEVELS[:1], [""], proposal, draws=8, num_timesteps=3, seed=seed)[0]
+        inside += found.interval[0] <= truth.nats <= found.interval[1]
+    assert inside / 300 >= 0.84
+
+
+def test_noise_does_not_depend_on_the_prompt(linear):
+    one, other = (log_likelihood(linear, LEVELS, [prompt] * 3, uniform(200), seed=5) for prompt in ("a", "b"))
+    assert [each.by_draw for each in one] == [each.by_draw for each in other]
+    assert log_likelihood(linear, LEVELS, [""] * 3, uniform(200), seed=6)[0].by_draw != one[0].by_draw
+
+
+def test_a_wider_posterior_is_a_bound_too(linear):
+    narrow, wide = (log_likelihood(linear, LEVELS, [""] * 3, uniform(200), draws=100, num_timesteps=None,
+                                   posterior_floor=floor) for floor in (0.0, 0.4))  # fmt: skip
+    for one, other, levels in zip(narrow, wide, LEVELS, strict=True):
+        assert other.entropy - one.entropy == pytest.approx(2 * math.log(0.4 / 0.3))
+        assert other.nats - 3 * other.standard_error < linear.log_prob(levels)
+
+
+def test_without_the_decoders_spread_its_part_is_left_out(linear):
+    linear.vae.facts = {}
+    assert decoder_log_prob(linear, LEVELS, torch.zeros(3, 2, 1, 1)).isnan().all()
+    (bound, *_) = log_likelihood(linear, LEVELS, [""] * 3, uniform(200))
+    assert math.isnan(bound.decoder)
+    assert bound.nats == pytest.approx(bound.entropy + bound.prior + bound.kl + bound.first)
+
+
+def test_proposals():
+    t = torch.tensor([1, 10, 99])
+    proposal = Proposal.measured(t, torch.tensor([[100.0, 100], [10, 10], [1, 1]]), 100)
+    assert proposal.probabilities.shape == (99,)
+    assert proposal.probabilities.sum() == pytest.approx(1)
+    assert proposal.probabilities[0] / proposal.probabilities[9] == pytest.approx(10)
+    times, weights = stratified(proposal, None, torch.Generator())
+    assert times.tolist() == list(range(1, 100))
+    assert weights.unique().tolist() == [1.0]
+    generator, values = torch.Generator().manual_seed(0), 100 / torch.arange(1, 100).double()
+    means = []
+    for _ in range(2000):
+        times, weights = stratified(proposal, 4, generator)
+        means.append((weights * values[times - 1]).sum())
+    means = torch.stack(means)
+    assert abs(means.mean() - values.sum()) < 4 * means.std() / len(means) ** 0.5
+    with pytest.raises(LatentDiffError, match="expected several from 1 to 99"):
+        Proposal.measured(torch.tensor([0, 5]), torch.ones(2, 1), 100)
+
+
+def test_numbers_out_of_range(linear):
+    for wrong in ({"draws": 0}, {"num_timesteps": 0}, {"posterior_floor": -1}):
+        with pytest.raises(LatentDiffError, match=next(iter(wrong))):
+            log_likelihood(linear, LEVELS, [""] * 3, uniform(200), **wrong)
+
+
+def test_what_a_png_takes():
+    white = torch.full((3, 64, 64), 255, dtype=torch.uint8)
+    noise = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    assert png_nats(white) < 0.05 * png_nats(noise)
+    assert png_nats(noise) / math.log(2) / noise.numel() == pytest.approx(8, rel=0.05)
