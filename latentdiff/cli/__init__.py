@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..installation import check_installation
-from . import models, training
+from . import likelihood, models, training
 from .errors import plain_errors, visible
 
 COMMANDS: dict[str, Callable[..., Iterable[object]]] = {
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[..., Iterable[object]]] = {
     "data check": training.data_check,
     "sample": models.sample,
     "evaluate": models.evaluate,
+    "likelihood": likelihood.likelihood,
     "inspect": models.inspect,
     "export": models.export,
     "schema": training.schema,

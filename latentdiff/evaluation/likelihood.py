@@ -32,7 +32,7 @@ from ..diffusion.bound import bound_term, prior_term
 from ..diffusion.process import Process, Variance, add_noise, to_x0
 from ..errors import LatentDiffError, check_choice
 from ..sampling.parts import ModelParts
-from .proposal import Proposal, stratified
+from .proposal import Proposal, Proposals, grid, stratified
 
 Likelihood = Literal["laplace", "normal"]
 HALF_LEVEL = 1 / 255  # half the distance of two levels in [-1, 1]
@@ -200,6 +200,35 @@ def log_likelihood(
     ]  # fmt: skip
 
 
+@torch.no_grad()
+def measure_proposals(
+    pipe: ModelParts,
+    levels: Tensor,
+    prompts: Sequence[str],
+    *,
+    variance: Variance = "beta",
+    count: int = 24,
+    seed: int = 1,
+) -> Proposals:
+    """Measure at which timesteps the terms of some pictures (N, 3, H, W) are large, and the difference a prompt makes.
+
+    The noise is not that of the estimates (`seed`), so these stay unbiased even for the same pictures.
+    """
+    T, generator = pipe.process.schedule.num_timesteps, torch.Generator().manual_seed(seed)
+    posterior, bound, times = encode(pipe, levels), LatentBound(pipe, variance), grid(T, count)
+    contexts = [pipe.text_encoder(texts).cpu() for texts in (list(prompts), [""] * len(prompts))]
+    with_prompt: list[Tensor] = []
+    without: list[Tensor] = []
+    for t in times:
+        z = posterior.reparameterize(torch.randn(posterior.mean.shape, generator=generator))
+        noise = torch.randn(z.shape, generator=generator)
+        for context, found in zip(contexts, (with_prompt, without), strict=True):
+            found.append(bound.terms(z, noise, t.expand(len(z)), context))
+    terms = torch.stack(with_prompt)
+    return Proposals(Proposal.measured(times, terms, T), Proposal.measured(times, terms - torch.stack(without), T))
+
+
+@torch.no_grad()
 def encode(pipe: ModelParts, levels: Tensor) -> DiagonalGaussian:
     """Return q(z | x) over latents for 8-bit pictures, on the CPU, encoded one by one."""
     weights = pipe.vae.decoder.conv_in.weight
@@ -213,6 +242,7 @@ def widened(posterior: DiagonalGaussian, floor: float) -> DiagonalGaussian:
     return DiagonalGaussian(posterior.mean, posterior.logvar.clamp(min=2 * math.log(floor))) if floor else posterior
 
 
+@torch.no_grad()
 def decoder_log_prob(pipe: ModelParts, levels: Tensor, z: Tensor) -> Tensor:
     """Return log p(levels | z) for the decoder's measured spread, (N,); nan if it was never measured."""
     facts = pipe.vae.facts

@@ -1,12 +1,18 @@
 """Which timesteps to take when the bound's sum over all of them is estimated from a few."""
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import LatentDiffError
+from ..files.tensors import read_json
 
+FILE = "likelihood.json"  # beside a model
 LEAST = 1e-3  # of the mean probability: no timestep is left out
 
 
@@ -33,6 +39,33 @@ class Proposal:
         rms = torch.lerp(values[right - 1], values[right], share).exp()
         rms = rms.clamp(min=LEAST * float(rms.mean()))
         return cls(rms / rms.sum())
+
+
+class Proposals(NamedTuple):
+    """What a model's estimates take their timesteps from."""
+
+    bound: Proposal  # for the bound itself
+    captions: Proposal  # for what a caption changes in it
+
+    def write(self, folder: Path) -> None:
+        """Keep them beside a model, if its folder can be written."""
+        values = {name: each.probabilities.tolist() for name, each in self._asdict().items()}
+        with suppress(OSError):
+            (folder / FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path, num_timesteps: int) -> "Proposals | None":
+        """Return what `write` kept for a model with T timesteps; None if there is nothing."""
+        if not (folder / FILE).is_file():
+            return None
+        found = read_json(folder / FILE, "")
+        try:
+            tensors = [torch.tensor(found[name], dtype=torch.float64) for name in cls._fields]
+        except (KeyError, TypeError, ValueError):
+            tensors = []
+        if not tensors or any(each.shape != (num_timesteps - 1,) or not bool((each > 0).all()) for each in tensors):
+            raise LatentDiffError(f"{folder / FILE}: is not of this model; delete it, and it will be measured again")
+        return cls(*(Proposal(each / each.sum()) for each in tensors))
 
 
 def stratified(proposal: Proposal, count: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:

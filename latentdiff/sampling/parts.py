@@ -65,6 +65,7 @@ class ModelParts:
         self.vae, self.unet, self.text_encoder = vae.eval(), unet.eval(), text_encoder.eval()
         self.process = Process(schedule, prediction, spacing, offset, final_sigma_zero)
         self.graphs = Graphs()
+        self.proposals: Any = None  # `evaluation.proposal.Proposals`, once measured
         self.network: Network = GraphedUNet(unet, self.graphs)  # the compiled UNet after `compile()`
 
     @property

@@ -16,6 +16,10 @@ from unet.attention import load_attention_backend
 from ..device import as_device, check_attention, computes_in_bf16
 from ..diffusion.samplers import Step
 from ..errors import LatentDiffError
+from ..evaluation import asking
+from ..evaluation.asking import LikelihoodOptions
+from ..evaluation.evidence import Evidence
+from ..evaluation.likelihood import Bound
 from ..files.export import save_model
 from ..files.open import open_model
 from ..files.scheduler import scheduler_config
@@ -200,6 +204,23 @@ class LatentPipeline(ModelParts):
             options: with an image the sampler is `ddim`, and guidance is off by default.
         """
         return editing.exaggerate(self, prompt, feature, amount, image, options)
+
+    def log_likelihood(
+        self, images: Picture | Sequence[Picture], prompts: Prompt = "", **options: Unpack[LikelihoodOptions]
+    ) -> list[Bound]:
+        """Bound from below how probable the model holds images, in nats; see `latentdiff.evaluation.likelihood`.
+
+        Args:
+            images: one or more images.
+            prompts: one for all images or one for each, taken literally; empty: whatever the model draws unasked.
+            options: `draws`, `num_timesteps` (None: all), `variance`, `posterior_floor`, `seed`.
+        """
+        several = images if isinstance(images, list | tuple) else [cast(Picture, images)]
+        return asking.bounds(self, several, prompts, options)
+
+    def match_captions(self, image: Picture, captions: Sequence[str], **options: Unpack[LikelihoodOptions]) -> Evidence:
+        """Measure how much more probable each caption makes an image, in nats: the largest fits best."""
+        return asking.compare_captions(self, image, captions, options)
 
     def _sample(
         self, prompts: list[str], settings: SamplingSettings, init: InitImage | None = None

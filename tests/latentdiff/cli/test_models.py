@@ -1,5 +1,6 @@
 """`latentdiff sample`, `evaluate`, `inspect`, `export`, and the example in every command's help."""
 
+import csv
 import json
 import re
 import shlex
@@ -251,7 +252,9 @@ def examples() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("command", ["data check", "schema", "sample", "inspect", "export", "plan", "evaluate"])
+@pytest.mark.parametrize(
+    "command", ["data check", "schema", "sample", "inspect", "export", "plan", "evaluate", "likelihood"]
+)
 def test_the_examples_of_the_help(invoke, command):
     result = invoke(examples()[command])
     assert result.exit_code == 0, result.output
@@ -270,3 +273,30 @@ def test_the_examples_of_the_trainings(invoke, place):
 def test_the_help_names_every_sampler():
     described = SamplingSettings.model_fields["sampler"].description
     assert all(re.search(rf"\b{name}\b", text) for name in SAMPLERS for text in (SAMPLER, described))
+
+
+def test_likelihood(invoke, place):
+    """A folder with captions and a file without one; both tables; proposals are kept beside the model."""
+    Path("few").mkdir()
+    for name in ("1.png", "1.txt", "2.png", "2.txt"):
+        shutil.copy(f"my-pictures/{name}", "few")
+    shutil.copy("my-pictures/2.png", "alone.png")
+    result = invoke("likelihood few alone.png -m model-only --draws 3 --timesteps 2 --output table.csv")
+    assert result.exit_code == 0, result.output
+    assert "given 'picture number 1'; -" in result.stdout
+    assert "bits per value (as PNG" in result.stdout
+    rows = list(csv.DictReader(Path("table.csv").read_text().splitlines()))
+    assert {row["prompt"] for row in rows[:2]} == {"picture number 1", "picture number 2"}
+    assert rows[2]["prompt"] == ""
+    assert rows[0]["nats"] == rows[0]["nats_without_prompt"]  # a new UNet predicts zero, whatever is asked for
+    assert rows[2]["nats"] == rows[2]["nats_without_prompt"]
+    assert rows[0]["decoder"] == ""  # never measured for random weights
+    assert Path("model-only/likelihood.json").is_file()
+    again = invoke("likelihood few alone.png -m model-only --draws 3 --timesteps 2 --output table.json")
+    assert again.stdout.splitlines()[:3] == result.stdout.splitlines()[:3]
+    assert [row["picture"] for row in json.loads(Path("table.json").read_text())] == [row["picture"] for row in rows]
+    matched = invoke("likelihood alone.png -m model-only --timesteps 2 --caption a --caption b")
+    assert re.fullmatch(r"alone.png: '[ab]' [+-]\d+ nats; '[ab]' [+-]\d+ nats\n", matched.stdout)
+    assert "expected a name ending in .csv or .json" in invoke("likelihood alone.png --output x.txt").stderr
+    Path("model-only/likelihood.json").write_text("{}")
+    assert "is not of this model" in invoke("likelihood alone.png -m model-only").stderr

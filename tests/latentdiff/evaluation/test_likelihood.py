@@ -6,19 +6,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from latentdiff import LatentDiffError, Schedule
+from latentdiff import LatentDiffError, LatentPipeline, Schedule
+from latentdiff.config import load_config
 from latentdiff.diffusion.bound import bound_term, prior_term
 from latentdiff.diffusion.process import Process, add_noise, reverse_variance
+from latentdiff.evaluation.evidence import evidence
 from latentdiff.evaluation.likelihood import (
     LatentBound,
     decoder_log_prob,
     discretized_log_prob,
+    encode,
     log_likelihood,
     png_nats,
 )
 from latentdiff.evaluation.proposal import Proposal, grid, stratified
-from vae import DiagonalGaussian
+from text_encoder import TextEncoder, train_tokenizer
+from unet import UNet
+from vae import VAE, DiagonalGaussian
 
 EIGENVALUES = torch.logspace(-2, math.log10(4), 12, dtype=torch.float64)
 
@@ -263,3 +269,49 @@ def test_what_a_png_takes():
     noise = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     assert png_nats(white) < 0.05 * png_nats(noise)
     assert png_nats(noise) / math.log(2) / noise.numel() == pytest.approx(8, rel=0.05)
+
+
+def test_captions_are_compared_with_the_same_noise(linear, proposal, monkeypatch):
+    """A model whose variances depend on the prompt: the difference of the exact log-densities of its latents."""
+    scales = {"": 1.0, "narrow": 0.25, "wide": 4.0}
+    monkeypatch.setattr(
+        linear, "text_encoder", lambda texts: torch.tensor([scales[text] for text in texts])[:, None, None]
+    )
+
+    class Network:
+        conv_in = linear.unet.conv_in
+
+        def __call__(self, x, t, context):
+            variances = linear.variances[:, None, None] * context.view(-1, 1, 1, 1)
+            return gaussian_x0(x, t, linear.process.schedule, variances)
+
+    linear.unet = Network()
+    captions = [["narrow", "wide"]] * 3
+    found = evidence(linear, LEVELS, captions, proposal, draws=200, num_timesteps=None)
+    posterior = encode(linear, LEVELS)
+    for number, result in enumerate(found):
+        for caption, nats, error in zip(result.captions, result.nats, result.standard_error, strict=True):
+            square = posterior.mean[number].flatten().double() ** 2 + 0.09
+            one, other = (-0.5 * (square / each + (2 * math.pi * each).log()).sum()
+                          for each in (linear.variances * scales[caption], linear.variances))  # fmt: skip
+            assert abs(nats - (one - other)) < 4 * error + 0.35  # the gaps of the two bounds differ
+    assert found[0].best in ("narrow", "wide")
+
+
+def test_a_pipeline_takes_pictures_of_any_kind(tmp_path):
+    config = load_config("debug")
+    encoder = TextEncoder.new(config.text_encoder.build(), train_tokenizer(["a"] * 2, vocab_size=60, max_length=16))
+    pipe = LatentPipeline(vae=VAE(config.vae.build(32)), unet=UNet(config.unet.build(4, encoder.context_dim, 16)),
+                          text_encoder=encoder, schedule=config.diffusion.build())  # fmt: skip
+    image = Image.effect_noise((40, 48), 60).convert("RGB")
+    image.save(tmp_path / "one.png")
+    first, second = pipe.log_likelihood([image, tmp_path / "one.png"], ["a", "a"], draws=2, num_timesteps=2)
+    assert first.dimensions == second.dimensions == 3 * 32 * 32
+    assert first.entropy == second.entropy
+    (alone,) = pipe.log_likelihood(image, draws=1, num_timesteps=2)
+    assert math.isnan(alone.standard_error)
+    assert len(pipe.match_captions(image, ["a", "a a", "b"]).nats) == 3
+    with pytest.raises(LatentDiffError, match="1 prompts for 2 images"):
+        pipe.log_likelihood([image, image], ["a"])
+    with pytest.raises(LatentDiffError, match="expected a list of them"):
+        pipe.match_captions(image, "a")

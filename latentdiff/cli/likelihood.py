@@ -1,0 +1,143 @@
+"""`latentdiff likelihood`: how probable pictures are, and which captions fit them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from ..errors import LatentDiffError
+from .models import Device, Model, PrecisionOption, open_pipeline
+
+if TYPE_CHECKING:
+    from ..sampling.pipeline import LatentPipeline
+
+
+class Variances(StrEnum):
+    """Of the reverse steps."""
+
+    beta = "beta"
+    posterior = "posterior"
+
+
+BATCH = 8  # pictures at a time
+
+
+def likelihood(
+    pictures: Annotated[list[str], Argument(help="Picture files, or folders of pictures with captions.")],
+    model: Model = None,
+    prompt: Annotated[str | None, Option(help="For all pictures; default: their own captions, or none.")] = None,
+    caption: Annotated[list[str] | None, Option(help="Give several: which fits each picture best?")] = None,
+    draws: Annotated[int, Option(min=1, help="Independent estimates of each picture; their spread is the error.")] = 8,
+    timesteps: Annotated[int, Option(min=0, help="Timesteps in each estimate; 0: all, which is slow.")] = 8,
+    variance: Annotated[Variances, Option(help="Of the model's reverse steps.")] = Variances.beta,
+    floor: Annotated[float, Option(min=0, help="Least standard deviation of the encoder's posterior.")] = 0.0,
+    seed: Annotated[int, Option(min=0, help="Of all noise.")] = 0,
+    output: Annotated[Path | None, Option("--output", "-o", help="Also write a table: .csv or .json.")] = None,
+    device: Device = None,
+    precision: PrecisionOption = None,
+) -> Iterator[str]:
+    """Bound how probable a model holds pictures, in nats and bits per value, with and without their captions.
+
+    Example: latentdiff likelihood my-pictures --model runs/mine
+    """
+    if output is not None and output.suffix not in (".csv", ".json"):
+        raise LatentDiffError(f"--output {output}: expected a name ending in .csv or .json")
+    from ..evaluation.proposal import Proposals
+    from ..files.open import find_model
+
+    pipe = open_pipeline(model, device, precision)
+    folder = find_model(model)
+    pipe.proposals = Proposals.read(folder, pipe.process.schedule.num_timesteps) if folder.is_dir() else None
+    measured = pipe.proposals is None
+    options = {"draws": draws, "num_timesteps": timesteps or None, "variance": variance.value,
+               "posterior_floor": floor, "seed": seed}  # fmt: skip
+    rows = []
+    for row in _rows(pipe, pictures, prompt, caption or [], options):
+        rows.append(row)
+        yield _line(row)
+    if measured and folder.is_dir() and pipe.proposals is not None:
+        pipe.proposals.write(folder)
+    if output is not None:
+        _write(rows, output)
+        yield f"table written to {output}"
+
+
+def _rows(
+    pipe: LatentPipeline, pictures: list[str], prompt: str | None, captions: list[str], options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    found = list(_open(pipe, pictures))
+    for start in range(0, len(found), BATCH):
+        part = found[start : start + BATCH]
+        images = [image for _, image, _ in part]
+        if captions:
+            for name, image, _ in part:
+                evidence = pipe.match_captions(image, captions, **options)
+                yield {"picture": name, "best": evidence.best,
+                       **dict(zip(captions, evidence.nats.tolist(), strict=True))}  # fmt: skip
+            continue
+        prompts = [own if prompt is None else prompt for _, _, own in part]
+        bounds = pipe.log_likelihood(images, prompts, **options)
+        plain = pipe.log_likelihood(images, "", **options) if any(prompts) else bounds
+        for (name, _, _), text, bound, without in zip(part, prompts, bounds, plain, strict=True):
+            low, high = bound.interval
+            bits = math.log(2) * bound.dimensions
+            yield {"picture": name, "prompt": text, "nats": bound.nats, "standard_error": bound.standard_error,
+                   "low": low, "high": high, "bits_per_dimension": bound.bits_per_dimension,
+                   "decoder": bound.decoder, "entropy": bound.entropy, "prior": bound.prior, "kl": bound.kl,
+                   "first": bound.first, "nats_without_prompt": without.nats,
+                   "png_bits_per_dimension": bound.png / bits}  # fmt: skip
+
+
+def _open(pipe: LatentPipeline, pictures: list[str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield name, image and caption of every picture, of folders in their order."""
+    from PIL import Image
+
+    from ..data.cache import read_pixels
+    from ..data.pictures import PictureError
+    from ..data.sources import open_source
+    from ..sections import DataConfig
+
+    for name in pictures:
+        if Path(name).expanduser().is_file() and not name.endswith((".parquet", ".tar")):
+            yield name, name, ""
+            continue
+        data = DataConfig(source=name, image_size=pipe.image_size, flip=False)
+        for source in open_source(data):
+            for index in range(len(source)):
+                try:
+                    image = Image.fromarray(read_pixels(source, index, data))
+                except PictureError as error:
+                    raise LatentDiffError(f"{source.name(index)}: {error}") from None
+                yield source.name(index), image, (source.captions(index) or [""])[0]
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "best" in row:
+        values = sorted(((value, text) for text, value in row.items() if text not in ("picture", "best")), reverse=True)
+        return f"{row['picture']}: " + "; ".join(f"{text!r} {value:+.0f} nats" for value, text in values)
+    prompt = f" given {row['prompt']!r}; {row['nats_without_prompt']:.0f} without it" if row["prompt"] else ""
+    return (f"{row['picture']}: log p >= {row['nats']:.0f} ± {row['standard_error']:.0f} nats{prompt}; "
+            f"{row['bits_per_dimension']:.3f} bits per value (as PNG {row['png_bits_per_dimension']:.3f})")  # fmt: skip
+
+
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write a table; what is not a number becomes empty, or null."""
+    clean = [{name: None if isinstance(value, float) and not math.isfinite(value) else value
+              for name, value in row.items()} for row in rows]  # fmt: skip
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            if path.suffix == ".json":
+                json.dump(clean, file, indent=1, ensure_ascii=False)
+            elif clean:
+                table = csv.DictWriter(file, clean[0].keys())
+                table.writeheader()
+                table.writerows(clean)
+    except OSError as error:
+        raise LatentDiffError(f"{path}: cannot be written ({error})") from None
