@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import random
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ..errors import LatentDiffError
+from ..errors import LatentDiffError, several
 from .models import Device, Model, PrecisionOption, open_pipeline
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Variances(StrEnum):
 
 
 BATCH = 8  # pictures at a time
+ODD = 5.0  # deviations from which a picture stands out
 
 
 def likelihood(
@@ -34,6 +36,7 @@ def likelihood(
     model: Model = None,
     prompt: Annotated[str | None, Option(help="For all pictures; default: their own captions, or none.")] = None,
     caption: Annotated[list[str] | None, Option(help="Give several: which fits each picture best?")] = None,
+    distractors: Annotated[int, Option(min=0, help="Does each caption fit better than this many of the others?")] = 0,
     draws: Annotated[int, Option(min=1, help="Independent estimates of each picture; their spread is the error.")] = 8,
     timesteps: Annotated[int, Option(min=0, help="Timesteps in each estimate; 0: all, which is slow.")] = 8,
     variance: Annotated[Variances, Option(help="Of the model's reverse steps.")] = Variances.beta,
@@ -59,9 +62,10 @@ def likelihood(
     options = {"draws": draws, "num_timesteps": timesteps or None, "variance": variance.value,
                "posterior_floor": floor, "seed": seed}  # fmt: skip
     rows = []
-    for row in _rows(pipe, pictures, prompt, caption or [], options):
+    for row in _rows(pipe, list(_open(pipe, pictures)), prompt, caption or [], distractors, options):
         rows.append(row)
         yield _line(row)
+    yield from _odd(rows)
     if measured and folder.is_dir() and pipe.proposals is not None:
         pipe.proposals.write(folder)
     if output is not None:
@@ -70,18 +74,19 @@ def likelihood(
 
 
 def _rows(
-    pipe: LatentPipeline, pictures: list[str], prompt: str | None, captions: list[str], options: dict[str, Any]
+    pipe: LatentPipeline,
+    found: list[tuple[str, Any, str]],
+    prompt: str | None,
+    captions: list[str],
+    distractors: int,
+    options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    found = list(_open(pipe, pictures))
+    if captions or distractors:
+        yield from _matches(pipe, found, captions, distractors, options)
+        return
     for start in range(0, len(found), BATCH):
         part = found[start : start + BATCH]
         images = [image for _, image, _ in part]
-        if captions:
-            for name, image, _ in part:
-                evidence = pipe.match_captions(image, captions, **options)
-                yield {"picture": name, "best": evidence.best,
-                       **dict(zip(captions, evidence.nats.tolist(), strict=True))}  # fmt: skip
-            continue
         prompts = [own if prompt is None else prompt for _, _, own in part]
         bounds = pipe.log_likelihood(images, prompts, **options)
         plain = pipe.log_likelihood(images, "", **options) if any(prompts) else bounds
@@ -93,6 +98,44 @@ def _rows(
                    "decoder": bound.decoder, "entropy": bound.entropy, "prior": bound.prior, "kl": bound.kl,
                    "first": bound.first, "nats_without_prompt": without.nats,
                    "png_bits_per_dimension": bound.png / bits}  # fmt: skip
+
+
+def _matches(
+    pipe: LatentPipeline,
+    found: list[tuple[str, Any, str]],
+    captions: list[str],
+    distractors: int,
+    options: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Compare the same captions for all pictures, or each picture's own with some of the others."""
+    others = sorted({caption for _, _, caption in found if caption})
+    for number, (name, image, own) in enumerate(found):
+        if captions:
+            evidence = pipe.match_captions(image, captions, **options)
+            yield {"picture": name, "best": evidence.best, **dict(zip(captions, evidence.nats.tolist(), strict=True))}
+        elif own:
+            chosen = random.Random(options["seed"] + number).sample(others, min(distractors + 1, len(others)))
+            candidates = [own, *[text for text in chosen if text != own][:distractors]]
+            evidence = pipe.match_captions(image, candidates, **options)
+            yield {"picture": name, "prompt": own, "evidence": float(evidence.nats[0]), "fits": evidence.best == own,
+                   "fits_better": "" if evidence.best == own else evidence.best}  # fmt: skip
+
+
+def _odd(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Add to each row how odd the picture is among the others, and name those that stand out."""
+    from ..evaluation.oddness import FEWEST, oddness
+
+    if len(rows) < FEWEST or "bits_per_dimension" not in rows[0]:
+        return
+    import torch
+
+    columns = (torch.tensor([row[name] for row in rows]) for name in ("bits_per_dimension", "png_bits_per_dimension"))
+    for row, value in zip(rows, oddness(*columns).tolist(), strict=True):
+        row["oddness"] = value
+    if standing_out := sorted((row for row in rows if row["oddness"] > ODD), key=lambda row: -row["oddness"]):
+        yield "may not belong to the others: " + several(
+            (f"{row['picture']} ({row['oddness']:.1f} deviations)" for row in standing_out), 10
+        )
 
 
 def _open(pipe: LatentPipeline, pictures: list[str]) -> Iterator[tuple[str, Any, str]]:
@@ -119,6 +162,9 @@ def _open(pipe: LatentPipeline, pictures: list[str]) -> Iterator[tuple[str, Any,
 
 
 def _line(row: dict[str, Any]) -> str:
+    if "fits" in row:
+        better = "" if row["fits"] else f"; this fits better: {row['fits_better']!r}"
+        return f"{row['picture']}: {row['prompt']!r} {row['evidence']:+.0f} nats{better}"
     if "best" in row:
         values = sorted(((value, text) for text, value in row.items() if text not in ("picture", "best")), reverse=True)
         return f"{row['picture']}: " + "; ".join(f"{text!r} {value:+.0f} nats" for value, text in values)

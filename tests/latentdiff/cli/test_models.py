@@ -297,6 +297,9 @@ def test_likelihood(invoke, place):
     assert [row["picture"] for row in json.loads(Path("table.json").read_text())] == [row["picture"] for row in rows]
     matched = invoke("likelihood alone.png -m model-only --timesteps 2 --caption a --caption b")
     assert re.fullmatch(r"alone.png: '[ab]' [+-]\d+ nats; '[ab]' [+-]\d+ nats\n", matched.stdout)
+    own = invoke("likelihood few -m model-only --timesteps 2 --distractors 1")
+    assert len(own.stdout.splitlines()) == 2
+    assert re.search(r"1.png: 'picture number 1' [+-]\d+ nats", own.stdout)
     assert "expected a name ending in .csv or .json" in invoke("likelihood alone.png --output x.txt").stderr
     Path("model-only/likelihood.json").write_text("{}")
     assert "is not of this model" in invoke("likelihood alone.png -m model-only").stderr

@@ -21,6 +21,7 @@ from latentdiff.evaluation.likelihood import (
     log_likelihood,
     png_nats,
 )
+from latentdiff.evaluation.oddness import oddness
 from latentdiff.evaluation.proposal import Proposal, grid, stratified
 from text_encoder import TextEncoder, train_tokenizer
 from unet import UNet
@@ -315,3 +316,16 @@ def test_a_pipeline_takes_pictures_of_any_kind(tmp_path):
         pipe.log_likelihood([image, image], ["a"])
     with pytest.raises(LatentDiffError, match="expected a list of them"):
         pipe.match_captions(image, "a")
+
+
+def test_odd_pictures_are_found_on_either_side():
+    png = torch.rand(40, dtype=torch.float64) * 4
+    bits = 1 + 0.8 * png + 0.05 * torch.randn(40, dtype=torch.float64)
+    bits[3] += 1
+    bits[7] -= 1
+    found = oddness(bits, png)
+    assert set(found.topk(2).indices.tolist()) == {3, 7}
+    assert (found > 5).sum() == 2
+    assert (oddness(2 * bits + 3, png) - found).abs().max() < 1e-9
+    with pytest.raises(LatentDiffError, match="at least 8"):
+        oddness(bits[:5], png[:5])
