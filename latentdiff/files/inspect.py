@@ -52,10 +52,12 @@ def describe_file(path: Path, *, alone: bool = False) -> list[str]:
         counts[tensor.dtype] += math.prod(tensor.shape)
     totals = ", ".join(f"{count:,} {dtype}" for dtype, count in counts.most_common())
     mib = path.stat().st_size / 2**20
-    lines = [f"  {path.name}: {len(tensors)} tensors, {totals or 'empty'}, {mib:,.1f} MiB"]
+    wrong = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    finite = "" if wrong or not tensors else ", all finite"
+    lines = [f"  {path.name}: {len(tensors)} tensors, {totals or 'empty'}, {mib:,.1f} MiB{finite}"]
     if alone and (kind := kind_of(tensors)) is not None:
         lines.append(f"    this is {kind}")
-    if wrong := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
+    if wrong:
         lines.append(f"    not finite: {len(wrong)} of the tensors: {several(wrong)}")
     for key, value in sorted(header.items()):
         shown = value if len(value) <= LIMIT else f"{value[:LIMIT]}… ({len(value):,} characters)"

@@ -46,6 +46,10 @@ class Graphs:
         self.latest: tuple[Graph | None, Any] = None, None  # the graph that ran last, and its constant
         self.enabled = True
 
+    def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:
+        """A copy, or what is read from a pickle, has yet to record its graphs."""
+        return Graphs, ()
+
     def __call__(
         self,
         name: str,

@@ -1,5 +1,7 @@
 """What surrounds CUDA graphs in drawing, with a stand-in that calls the function again; tests/gpu has the real ones."""
 
+import copy
+
 import pytest
 import torch
 
@@ -106,3 +108,12 @@ def test_gradients_and_large_batches_go_without(pipe, monkeypatch):
     monkeypatch.setattr(graphs, "MAX_PIXELS", 1)
     on(pipe, recorder, "apple")
     assert {key[0] for key in recorder.recorded} == {"context", "time"}
+
+
+def test_a_pipeline_can_be_copied(pipe):
+    eager = Graphs()
+    eager.enabled = False
+    other = copy.deepcopy(pipe)
+    assert other.network.graphs is other.graphs is not pipe.graphs
+    assert other.network.unet is other.unet is not pipe.unet
+    assert torch.equal(on(other, Recording(), "apple"), on(pipe, eager, "apple"))
