@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +35,8 @@ from latentdiff.config import load_config
 from latentdiff.data.batches import Tokens
 from latentdiff.diffusion.process import add_noise, diffusion_loss
 from latentdiff.sampling.loop import CachedNetwork
-from latentdiff.training.graphs import GradientGraph, Parts
+from latentdiff.sections import TrainSection
+from latentdiff.training.graphs import GradientGraph, Gradients, Parts
 from latentdiff.training.latent import LatentModel
 from latentdiff.training.optimizer import TrainState
 from latentdiff.training.vae import Autoencoder, AutoencoderLosses
@@ -159,14 +160,8 @@ def train_unet(table: Table, options: argparse.Namespace, peak: float, recipe: s
                 loss.backward()
                 return {"loss": loss.detach()}
 
-            graph = GradientGraph(LAUNCH, config.train_latent, {"model": state})
-            graph.enabled = graph.enabled and mode == "graph"
-
-            def train_step(graph: Any = graph, gradients: Any = gradients, inputs: Any = (x0, noise, t, *text)) -> None:
-                graph(gradients, [inputs])
-                norm = state.gradient_norm()
-                state.update(next(step), norm, norm.isfinite().float())
-
+            parts = [(x0, noise, t, *text)]
+            train_step = whole_step(gradients, parts, config.train_latent, state, mode, step)
             name = f"training, UNet of {recipe}, batch {batch}, {mode}"
             report_training(table, name, train_step, batch, 3 * count, peak)
             if options.profile and mode == "eager":
@@ -198,19 +193,26 @@ def train_vae(table: Table, options: argparse.Namespace, peak: float, batches: S
                 loss.backward()
                 return dict(metrics)
 
-            graph = GradientGraph(LAUNCH, config.train_vae, {"vae": state})
-            graph.enabled = graph.enabled and mode == "graph"
-
-            def train_step(graph: Any = graph, gradients: Any = gradients, inputs: Any = (pixels, noise),
-                           state: Any = state, step: Any = step) -> None:  # fmt: skip
-                graph(gradients, [inputs])
-                norm = state.gradient_norm()
-                state.update(next(step), norm, norm.isfinite().float())
-
+            train_step = whole_step(gradients, [(pixels, noise)], config.train_vae, state, mode, step)
             name = f"training, VAE of emoji-256, batch {batch}, {mode}"
             report_training(table, name, train_step, batch, 3 * count, peak)
             if options.profile and mode == "eager":
                 profile(train_step)
+
+
+def whole_step(
+    gradients: Gradients, parts: Parts, section: TrainSection, state: TrainState, mode: str, step: Iterator[int]
+) -> Callable[[], None]:
+    """Return a training step on fixed inputs: gradients, clipping, AdamW and the average."""
+    graph = GradientGraph(LAUNCH, section, {"model": state})
+    graph.enabled = graph.enabled and mode == "graph"
+
+    def take() -> None:
+        graph(gradients, parts)
+        norm = state.gradient_norm()
+        state.update(next(step), norm, norm.isfinite().float())
+
+    return take
 
 
 def modes(options: argparse.Namespace) -> list[str]:

@@ -104,6 +104,7 @@ def main() -> int:
     pools = [[captions[0] for captions in source.all_captions() if captions] for source in sources]
     start = time.perf_counter()
     pilots = measure_proposals(pipe, *chosen(sources[0], data, 12, offset=17))
+    assert pilots.captions is not None
     print(f"proposals from 12 training pictures: {time.perf_counter() - start:.0f} s", flush=True)
     levels: dict[str, torch.Tensor] = {}
     for name, source, pool in zip(("training", "held-out"), sources, pools, strict=True):

@@ -52,13 +52,9 @@ def likelihood(
     """
     if output is not None and output.suffix not in (".csv", ".json"):
         raise LatentDiffError(f"--output {output}: expected a name ending in .csv or .json")
-    from ..evaluation.proposal import Proposals
-    from ..files.open import find_model
+    from ..evaluation.proposal import FILE
 
     pipe = open_pipeline(model, device, precision)
-    folder = find_model(model)
-    pipe.proposals = Proposals.read(folder, pipe.process.schedule.num_timesteps) if folder.is_dir() else None
-    measured = pipe.proposals is None
     options = {"draws": draws, "num_timesteps": timesteps or None, "variance": variance.value,
                "posterior_floor": floor, "seed": seed}  # fmt: skip
     rows = []
@@ -66,8 +62,8 @@ def likelihood(
         rows.append(row)
         yield _line(row)
     yield from _odd(rows)
-    if measured and folder.is_dir() and pipe.proposals is not None:
-        pipe.proposals.write(folder)
+    if pipe.proposals and pipe.folder is not None and not (pipe.folder / FILE).exists():
+        pipe.proposals.write(pipe.folder)
     if output is not None:
         _write(rows, output)
         yield f"table written to {output}"

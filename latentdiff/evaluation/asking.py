@@ -43,7 +43,7 @@ def compare_captions(pipe: ModelParts, image: Picture, captions: Sequence[str], 
         raise LatentDiffError(f"captions={captions!r}: expected a list of them")
     levels = levels_of(pipe, [image])
     kept = proposals(pipe, levels.expand(len(captions), -1, -1, -1), list(captions), options)
-    (found,) = evidence(pipe, levels, [captions], kept.captions, **options)
+    (found,) = evidence(pipe, levels, [captions], kept.captions or kept.bound, **options)
     return found
 
 
@@ -54,8 +54,12 @@ def levels_of(pipe: ModelParts, images: Sequence[Picture]) -> Tensor:
 
 
 def proposals(pipe: ModelParts, levels: Tensor, prompts: Sequence[str], options: LikelihoodOptions) -> Proposals:
-    """Return the model's proposals: those that were kept beside it, or measured now, on these pictures."""
-    if pipe.proposals is None:
+    """Return the model's proposals: kept beside it, or else measured on these pictures."""
+    if pipe.proposals is None and pipe.folder is not None:
+        pipe.proposals = Proposals.read(pipe.folder, pipe.process.schedule.num_timesteps)
+    found: Proposals | None = pipe.proposals
+    if found is None or (found.captions is None and any(prompts)):
         variance = options.get("variance", "beta")
-        pipe.proposals = measure_proposals(pipe, levels[:PILOTS], prompts[:PILOTS], variance=variance)
-    return pipe.proposals
+        found = measure_proposals(pipe, levels[:PILOTS], prompts[:PILOTS], variance=variance)
+        pipe.proposals = found
+    return found

@@ -34,7 +34,7 @@ class Agreement:
 
     features: str
     top1: float  # share of the samples
-    standard_error: float  # of top1 over prompts: the samples of one are one observation
+    standard_error: float  # of top1 over concepts (or prompts): the samples of one are one observation
     median_rank: float  # pictures of other concepts at least as near as the nearest of the right one; 0 is best
     chance: float  # top1 of picking training pictures at random
     shuffled: float  # top1 when each sample is compared with the prompt of another

@@ -216,16 +216,18 @@ def measure_proposals(
     """
     T, generator = pipe.process.schedule.num_timesteps, torch.Generator().manual_seed(seed)
     posterior, bound, times = encode(pipe, levels), LatentBound(pipe, variance), grid(T, count)
-    contexts = [pipe.text_encoder(texts).cpu() for texts in (list(prompts), [""] * len(prompts))]
+    kinds = [list(prompts), [""] * len(prompts)] if any(prompts) else [list(prompts)]
+    contexts = [pipe.text_encoder(texts).cpu() for texts in kinds]
     with_prompt: list[Tensor] = []
     without: list[Tensor] = []
     for t in times:
         z = posterior.reparameterize(torch.randn(posterior.mean.shape, generator=generator))
         noise = torch.randn(z.shape, generator=generator)
-        for context, found in zip(contexts, (with_prompt, without), strict=True):
+        for context, found in zip(contexts, (with_prompt, without), strict=False):
             found.append(bound.terms(z, noise, t.expand(len(z)), context))
     terms = torch.stack(with_prompt)
-    return Proposals(Proposal.measured(times, terms, T), Proposal.measured(times, terms - torch.stack(without), T))
+    captions = Proposal.measured(times, terms - torch.stack(without), T) if without else None
+    return Proposals(Proposal.measured(times, terms, T), captions)
 
 
 @torch.no_grad()

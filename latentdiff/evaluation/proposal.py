@@ -45,10 +45,12 @@ class Proposals(NamedTuple):
     """What a model's estimates take their timesteps from."""
 
     bound: Proposal  # for the bound itself
-    captions: Proposal  # for what a caption changes in it
+    captions: Proposal | None  # for what a caption changes in it; None if they were measured without captions
 
     def write(self, folder: Path) -> None:
-        """Keep them beside a model, if its folder can be written."""
+        """Keep them beside a model, if its folder can be written and both are there."""
+        if self.captions is None:
+            return
         values = {name: each.probabilities.tolist() for name, each in self._asdict().items()}
         with suppress(OSError):
             (folder / FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ class ModelParts:
         self.vae, self.unet, self.text_encoder = vae.eval(), unet.eval(), text_encoder.eval()
         self.process = Process(schedule, prediction, spacing, offset, final_sigma_zero)
         self.graphs = Graphs()
-        self.proposals: Any = None  # `evaluation.proposal.Proposals`, once measured
+        self.folder: Path | None = None  # that the model was opened from
+        self.proposals: Any = None  # `evaluation.proposal.Proposals`, once read or measured
         self.network: Network = GraphedUNet(unet, self.graphs)  # the compiled UNet after `compile()`
 
     @property

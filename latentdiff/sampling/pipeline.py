@@ -21,7 +21,7 @@ from ..evaluation.asking import LikelihoodOptions
 from ..evaluation.evidence import Evidence
 from ..evaluation.likelihood import Bound
 from ..files.export import save_model
-from ..files.open import open_model
+from ..files.open import find_model, open_model
 from ..files.scheduler import scheduler_config
 from . import editing
 from .editing import Inversion
@@ -72,7 +72,10 @@ class LatentPipeline(ModelParts):
         dtype = (torch.bfloat16 if computes_in_bf16(device) else torch.float32) if dtype is None else dtype
         parts = open_model(name, device=device, dtype=dtype, variant=variant, tokenizer=tokenizer)
         parts.unet.set_attention_backend(attention)
-        return cls(vae=parts.vae, unet=parts.unet, text_encoder=parts.text_encoder, **parts.process._asdict())
+        pipe = cls(vae=parts.vae, unet=parts.unet, text_encoder=parts.text_encoder, **parts.process._asdict())
+        path = find_model(name, variant)
+        pipe.folder = path if path.is_dir() else None
+        return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the model to a folder that `from_pretrained` and diffusers' StableDiffusionPipeline can load."""

@@ -22,7 +22,7 @@ from latentdiff.evaluation.likelihood import (
     png_nats,
 )
 from latentdiff.evaluation.oddness import oddness
-from latentdiff.evaluation.proposal import Proposal, grid, stratified
+from latentdiff.evaluation.proposal import Proposal, Proposals, grid, stratified
 from text_encoder import TextEncoder, train_tokenizer
 from unet import UNet
 from vae import VAE, DiagonalGaussian
@@ -309,9 +309,18 @@ def test_a_pipeline_takes_pictures_of_any_kind(tmp_path):
     first, second = pipe.log_likelihood([image, tmp_path / "one.png"], ["a", "a"], draws=2, num_timesteps=2)
     assert first.dimensions == second.dimensions == 3 * 32 * 32
     assert first.entropy == second.entropy
+    pipe.proposals = None
     (alone,) = pipe.log_likelihood(image, draws=1, num_timesteps=2)
     assert math.isnan(alone.standard_error)
+    assert pipe.proposals.captions is None  # nothing was asked for, so nothing is known of captions, nor kept
+    pipe.proposals.write(tmp_path)
+    assert Proposals.read(tmp_path, 1000) is None
     assert len(pipe.match_captions(image, ["a", "a a", "b"]).nats) == 3
+    assert pipe.proposals.captions is not None
+    pipe.proposals.write(tmp_path)
+    pipe.folder, pipe.proposals, kept = tmp_path, None, pipe.proposals
+    pipe.log_likelihood(image, draws=1, num_timesteps=2)
+    assert torch.allclose(pipe.proposals.captions.probabilities, kept.captions.probabilities)
     with pytest.raises(LatentDiffError, match="1 prompts for 2 images"):
         pipe.log_likelihood([image, image], ["a"])
     with pytest.raises(LatentDiffError, match="expected a list of them"):
