@@ -1,6 +1,7 @@
 """Default device and precision, and checks of what a device supports."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +43,21 @@ def as_device(device: torch.device | str | None) -> torch.device:
         return best_device() if device is None else torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise LatentDiffError(f"device={str(device)!r}: not available ({str(error).splitlines()[0]})") from None
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute float32 in full on NVIDIA GPUs: for what is kept or compared. Also a decorator.
+
+    Elsewhere convolutions in float32 are rounded to TF32's ten bits there, as is PyTorch's default.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def check_attention(name: str, device: torch.device, setting: str = "attention") -> None:

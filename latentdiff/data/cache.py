@@ -21,6 +21,7 @@ from tqdm import tqdm
 from text_encoder import TextEncoder, TokenOverflowWarning
 from vae import VAE
 
+from ..device import without_tf32
 from ..errors import LatentDiffError
 from ..sections import DataConfig
 from .pictures import PictureError, fit, open_picture, to_pixels
@@ -126,6 +127,7 @@ def in_batches(rows: range, size: int) -> list[range]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+@without_tf32()
 def encode_pictures(vae: VAE, batch: PictureBatch, num_flips: int) -> tuple[Tensor, list[Tensor]]:
     """Return the pixels of pictures and the encoder's outputs for them and, with two flips, for them mirrored."""
     x = to_pixels(batch.images.to(next(vae.parameters()).device))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vae import VAE, DiagonalGaussian
 
+from ..device import without_tf32
 from ..sections import DataConfig
 from .cache import (
     TRANSFORM_KEYS,
@@ -147,6 +148,7 @@ class Encodings:
         stacked = torch.stack(outputs, 1).cpu().numpy()
         return {"outputs": stacked, "good": batch.good.numpy(), "summaries": batch.summaries.numpy(), "error": errors}
 
+    @without_tf32()
     def _error(self, picture: int, pixels: Tensor, posterior: DiagonalGaussian) -> float:
         shape = posterior.mean.shape[1:]
         noise = random_stream(self.seed, "validation", 0, picture).standard_normal(shape, dtype=np.float32)

@@ -16,6 +16,7 @@ from vae.normalize import LatentStatistics
 from ..data.cache import encode_batch_size, read_pixels
 from ..data.pictures import PictureError, to_pixels
 from ..data.sources import Source
+from ..device import without_tf32
 from ..errors import LatentDiffError
 from ..sections import DataConfig
 from .metrics import psnr, ssim
@@ -59,6 +60,7 @@ def read_pictures(source: Source, data: DataConfig, limit: int, broken: list[str
 
 
 @torch.no_grad()
+@without_tf32()
 def embed(vae: VAE, pictures: Pictures, image_size: int, *, reconstruct: bool = False) -> Gallery:
     """Encode pictures, and with `reconstruct` decode them again to measure the quality of the reconstructions."""
     weights = next(vae.parameters())

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vae import DiagonalGaussian
 
+from ..device import without_tf32
 from ..diffusion.bound import bound_term, prior_term
 from ..diffusion.process import Process, Variance, add_noise, to_x0
 from ..errors import LatentDiffError, check_choice
@@ -231,6 +232,7 @@ def measure_proposals(
 
 
 @torch.no_grad()
+@without_tf32()
 def encode(pipe: ModelParts, levels: Tensor) -> DiagonalGaussian:
     """Return q(z | x) over latents for 8-bit pictures, on the CPU, encoded one by one."""
     weights = pipe.vae.decoder.conv_in.weight

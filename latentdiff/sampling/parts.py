@@ -15,6 +15,7 @@ from unet import UNet
 from vae import VAE
 
 from ..data.pictures import to_images
+from ..device import without_tf32
 from ..diffusion.process import Prediction, Process, check_prediction
 from ..diffusion.samplers import Spacing, Step
 from ..diffusion.schedule import Schedule
@@ -146,6 +147,7 @@ class ModelParts:
         return self.latents_of(load_images(images, size or (self.image_size, self.image_size)))
 
     @torch.no_grad()
+    @without_tf32()
     def latents_of(self, pixels: Tensor) -> Tensor:
         """Encode pixels (B, 3, H, W) in [-1, 1] to latents (B, c, h, w), float32."""
         return self.vae.encode(pixels.to(self.vae.decoder.conv_in.weight)).float()

@@ -16,6 +16,7 @@ from vae.normalize import LatentStatistics, fold_statistics
 from ..data.cache import record_digest
 from ..data.encodings import Encodings
 from ..data.sources import Source
+from ..device import without_tf32
 from .launch import Launch
 from .vae import VAETraining, load_pixels
 
@@ -111,6 +112,7 @@ def latent_statistics(vae: VAE, encodings: Encodings, run: Launch) -> LatentStat
 
 
 @torch.inference_mode()
+@without_tf32()
 def half_precision_errors(vae: VAE, pixels: torch.Tensor) -> dict[str, float | None]:
     """Return the largest error of decoding in bf16 and fp16, in units of 1/255, or None if it is not finite."""
     if not len(pixels):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from latentdiff import LatentDiffError, LatentPipeline
 from latentdiff.config import load_config
-from latentdiff.device import check_attention, computes_in_bf16, multiplies_bf16
+from latentdiff.device import check_attention, computes_in_bf16, multiplies_bf16, without_tf32
 from latentdiff.training.stages import new_unet
 from unet import UNetError
 
@@ -28,6 +29,21 @@ def test_multiplies_bf16(cpu, expected):
 def test_this_cpu_is_queried(monkeypatch, found):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "Intel Xeon", "amx_bf16": found})
     assert computes_in_bf16(torch.device("cpu")) is found
+
+
+def test_what_is_encoded_is_not_rounded_to_tf32():
+    """A picture's latents were rounded to ten bits on NVIDIA GPUs, where PyTorch lets convolutions use TF32."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    seen = []
+    pipe = LatentPipeline.from_pretrained(device="cpu")
+    pipe.vae.encoder.register_forward_hook(lambda *_: seen.append([flag.allow_tf32 for flag in flags]))
+    before = [flag.allow_tf32 for flag in flags]
+    pipe.encode(Image.new("RGB", (64, 64)), size=(64, 64))
+    assert (before[1], seen) == (True, [[False, False]])
+    assert [flag.allow_tf32 for flag in flags] == before
+    with pytest.raises(KeyError), without_tf32():
+        raise KeyError
+    assert [flag.allow_tf32 for flag in flags] == before
 
 
 def test_xformers_needs_an_nvidia_gpu():
