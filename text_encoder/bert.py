@@ -176,14 +176,18 @@ class TextEncoder(nn.Module):
             check_text("prompt", prompt)
         prompts = [unicodedata.normalize("NFC", prompt) for prompt in prompts]
         with TOKENIZING:
-            lengths = [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
-            lost = [max(0, length - self.max_length) for length in lengths]
             batch = self.tokenizer(
                 prompts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
             )
-        if any(lost):
+        if any(lost := self.lost_tokens(prompts)):
             self._warn_of_overflow(prompts, lost)
         return TokenizedPrompts(batch["input_ids"], batch["attention_mask"].bool(), lost)
+
+    def lost_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Return how many tokens at the end of each prompt in NFC are cut off."""
+        with TOKENIZING:
+            tokens = self.tokenizer(list(prompts), verbose=False)["input_ids"]
+        return [max(0, len(ids) - self.max_length) for ids in tokens]
 
     def spans(self, prompt: str) -> list[tuple[int, int]]:
         """Return the characters, `start` to `stop`, that each token of a prompt in NFC stands for."""

@@ -29,6 +29,7 @@ Device = Annotated[str | None, Option(help="cpu, cuda or mps; by default the bes
 PrecisionOption = Annotated[Precision | None, Option("--precision", help="Default: bf16 where it is fast, else fp32.")]
 
 
+SAMPLES = "Folder for the grid and the PNGs, which are numbered on from those in it."
 NEGATIVE = "What to steer away from."
 SAMPLER = "ddpm, ddim, euler, dpmpp_2m or dpmpp_2m_sde."
 FIRST_SEED = "Seed of the first image; the others get seed + 1, ..."
@@ -53,7 +54,7 @@ def sample(
     prompts: Annotated[list[str] | None, Argument(help="One or more prompts, each in quotes.")] = None,
     model: Model = None,
     file: Annotated[str | None, Option("--file", "-f", help="File with one prompt per line; - for stdin.")] = None,
-    output: Annotated[Path, Option("--output", "-o", help="Folder for the PNGs and the grid.")] = Path("samples"),
+    output: Annotated[Path, Option("--output", "-o", help=SAMPLES)] = Path("samples"),
     num_images: Annotated[int, setting("num_images", "--num-images", "-n")] = FIELDS["num_images"].default,
     seed: Annotated[int | None, setting("seed", help=f"{FIRST_SEED} Default: random.")] = FIELDS["seed"].default,
     num_steps: Annotated[int, setting("num_steps", "--steps")] = FIELDS["num_steps"].default,
@@ -80,7 +81,7 @@ def sample(
         seed=seed, num_images=num_images, height=height, width=width,
     )  # fmt: skip
     captions, images = [prompt for prompt in requested for _ in range(num_images)], []
-    for number, (image, caption) in enumerate(zip(pictures, captions, strict=True), start=1):
+    for number, (image, caption) in enumerate(zip(pictures, captions, strict=True), start=_next_number(output)):
         name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "picture"
         image.save(path := output / f"{number:04d}-{name}.png")  # at once: an interrupted command keeps what is done
         images.append(image)
@@ -88,6 +89,12 @@ def sample(
     grid = labeled_grid(images, captions, columns=min(8, round(len(images) ** 0.5)))
     grid.save(path := output / "grid.png")
     yield path
+
+
+def _next_number(folder: Path) -> int:
+    """Return the number after those of the pictures in a folder, so that none is overwritten."""
+    numbers = (re.match(r"\d{4,}(?=-)", path.name) for path in folder.glob("*.png"))
+    return 1 + max((int(found[0]) for found in numbers if found), default=0)
 
 
 def evaluate(

@@ -77,6 +77,7 @@ class CheckReport:
     source: str
     image_size: int
     max_tokens: int | None  # limit per caption; None: not checked
+    max_broken: float  # share of the training pictures that may be broken
     train: SplitReport
     validation: SplitReport
     duplicates: int  # pictures with the same pixels as an earlier one, after cropping and resizing
@@ -97,9 +98,17 @@ class CheckReport:
             f"{self.shared} of them are validation pictures that are also in train",
             *lines_about(self.left_out, self.remarks),
             f"quarantined: {self.quarantined}",
-            f"written to {self.output}: report.json (all names), contact_sheet.png, quarantine.txt (broken pictures); "
-            f"to train without them, set data.quarantine={self.output}/quarantine.txt",
+            f"written to {self.output}: report.json (all names), contact_sheet.png, quarantine.txt (broken pictures)",
+            *self._advice(),
         ]
+
+    def _advice(self) -> Iterator[str]:
+        if self.quarantined:
+            broken, total = sum(self.train.broken.values()), self.train.pictures
+            stops = broken > self.max_broken * total
+            yield (f"training {'stops' if stops else 'goes on without them'}, as {broken} of {total} pictures are "
+                   f"broken and data.max_broken={self.max_broken:g}; to leave them out beforehand, set "
+                   f"data.quarantine={self.output}/quarantine.txt")  # fmt: skip
 
 
 def check_source(config: DataConfig, output: Path, tokenizer: Any = None) -> CheckReport:
@@ -120,7 +129,7 @@ def check_source(config: DataConfig, output: Path, tokenizer: Any = None) -> Che
     train, validation = open_source(config.model_copy(update={"quarantine": None}), left_out)
     output.mkdir(parents=True, exist_ok=True)
     with (output / "quarantine.txt").open("w", encoding="utf-8") as quarantine:
-        scan = _Scan(config, tokenizer, quarantine, len(train) + len(validation))
+        scan = _Scan(config, tokenizer, quarantine, left_out, len(train) + len(validation))
         splits = scan.split("train", train), scan.split("validation", validation)
     # A duplicate has the hash of an earlier picture.
     _, firsts, groups = np.unique(np.frombuffer(scan.digests, f"S{DIGEST}"), return_index=True, return_inverse=True)
@@ -134,6 +143,7 @@ def check_source(config: DataConfig, output: Path, tokenizer: Any = None) -> Che
         source=config.source,
         image_size=config.image_size,
         max_tokens=scan.max_tokens,
+        max_broken=config.max_broken,
         train=splits[0],
         validation=splits[1],
         duplicates=len(duplicates),
@@ -153,10 +163,12 @@ def check_source(config: DataConfig, output: Path, tokenizer: Any = None) -> Che
 class _Scan:
     """State of a check over both splits: a 16-byte hash per picture, and the contact sheet."""
 
-    def __init__(self, config: DataConfig, tokenizer: Any, quarantine: TextIO, num_pictures: int) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: Any, quarantine: TextIO, left_out: LeftOut, num_pictures: int
+    ) -> None:
         limit = getattr(tokenizer, "model_max_length", None)
         self.max_tokens = int(limit) if limit is not None and limit < NO_LIMIT else None
-        self.config, self.tokenizer, self.quarantine = config, tokenizer, quarantine
+        self.config, self.tokenizer, self.quarantine, self.left_out = config, tokenizer, quarantine, left_out
         self.digests = bytearray()  # pixel hashes; a broken picture has its unique index instead
         self.sheet_indices = set(np.linspace(0, num_pictures - 1, SHEET_PICTURES).round().astype(int).tolist())
         self.sheet: list[tuple[Image.Image, str]] = []
@@ -169,9 +181,14 @@ class _Scan:
         for row, captions in enumerate(tqdm(source.all_captions(), desc=name, total=len(source), unit="picture")):
             captions_each[len(captions)] += 1
             characters.update(map(len, captions))
-            if limit is not None and captions:
+            if not captions:
+                self.left_out.remark(f"{name} pictures without a caption", [source.name(row)])
+            elif limit is not None:
                 # verbose=False: otherwise the tokenizer warns about overlong captions itself.
-                tokens.update(map(len, self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]))
+                lengths = [len(ids) for ids in self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
+                tokens.update(lengths)
+                if max(lengths) > limit:
+                    self.left_out.remark(f"{name} pictures with captions that are cut off", [source.name(row)])
             index = len(self.digests) // DIGEST
             digest = index.to_bytes(DIGEST, "big")
             try:

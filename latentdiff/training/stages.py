@@ -22,9 +22,8 @@ from vae import VAE
 
 from ..config import Config
 from ..data.cache import LatentCache, TextCache, pictures_digest
-from ..data.left_out import LeftOut
 from ..data.shards import changed_inputs, remove_others
-from ..data.sources import Source, open_source
+from ..data.sources import Source
 from ..diffusion.process import Process
 from ..errors import LatentDiffError
 from ..files.export import begin_model, save_model
@@ -37,6 +36,7 @@ from .latent import LatentTraining
 from .launch import Launch, launched
 from .loop import run_training
 from .parallel import gather_full
+from .pictures import open_pictures, say_what_is_broken, say_what_is_cut_off
 from .vae import VAETraining
 from .vae_finish import finish_seconds, finish_vae, kept_encodings
 
@@ -104,6 +104,7 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
         sources = open_pictures(run)
         torch.manual_seed(config.seed)
         text_encoder = open_text_encoder(config, sources[0]).to(run.device)
+        say_what_is_cut_off(run, sources, text_encoder)
         unet = new_unet(config, vae, text_encoder)
         for line in _pretrained_warnings(config):
             run.report(f"warning: unet.pretrained={config.unet.pretrained}: {line}")
@@ -159,25 +160,13 @@ def preflight(run: Launch) -> None:
     config = run.config
     check_batches(run)
     scheduler_config(config.diffusion.process())
-    encoder = open_text_encoder(config, open_pictures(run)[0])
+    sources = open_pictures(run)
+    encoder = open_text_encoder(config, sources[0])
+    say_what_is_cut_off(run, sources, encoder)
     pretrained = config.vae.pretrained
     vae = VAE.from_pretrained(find_part(pretrained, "vae")) if pretrained else None
     with torch.device("meta"):
         new_unet(config, vae or VAE(config.vae.build(config.data.image_size)), encoder)
-
-
-def open_pictures(run: Launch) -> tuple[Source, Source]:
-    """Open the training pictures and the held-out ones, and say what is left out and how many lack captions."""
-    left_out = LeftOut()
-    sources = open_source(run.config.data, left_out)
-    for line in left_out.lines():
-        run.say_once(f"{run.config.data.source}: {line}")
-    if left_out.names:
-        run.say_once(f"{run.config.data.source}: `latentdiff data check` writes down all that is left out")
-    for name, source in zip(("training", "held-out"), sources, strict=True):
-        if without := sum(not captions for captions in source.all_captions()):
-            run.say_once(f"{run.config.data.source}: {without} of {len(source)} {name} pictures have no caption")
-    return sources
 
 
 def check_batches(run: Launch) -> None:
@@ -285,6 +274,7 @@ def make_caches(run: Launch, sources: tuple[Source, Source], vae: VAE, encoder: 
             latents = LatentCache(folder / f"{name}-latents", source, vae, data, flips=flips, memo=memo,
                                   encoded=kept.encoded if kept else None, workers=config.workers)  # fmt: skip
             _build_cache(run, latents, f"{name} pictures")
+            say_what_is_broken(run, name, latents)
         if config.train_latent.cache and not config.text_encoder.train:
             text = TextCache(folder / f"{name}-text", source, encoder.eval())
             _build_cache(run, text, f"{name} captions")

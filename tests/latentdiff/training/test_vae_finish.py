@@ -147,3 +147,42 @@ def test_an_estimate_of_the_time_changes_nothing(run, task, tmp_path):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in task.inner.state_dict().items())
     assert task.inner.training
     assert all(tensor.requires_grad for name, tensor in task.inner.named_parameters() if name.startswith("vae"))
+
+
+def test_the_finished_vae(uninterrupted, pictures):
+    """Mean 0 and std 1 of the latents, measured again; the decoder's scale in the metadata; the same in diffusers."""
+    import math
+
+    import diffusers
+    from safetensors import safe_open
+
+    from latentdiff.config import load_config
+    from latentdiff.data.cache import read_pixels, to_pixels
+    from latentdiff.data.sources import open_source
+    from vae import VAE
+
+    data = load_config("debug", [f"data.source={pictures}"]).data
+    source, _ = open_source(data)
+    pixels = torch.cat([to_pixels(torch.from_numpy(read_pixels(source, index, data))[None]) for index in range(24)])
+    folder = uninterrupted("fp32") / "vae"
+    vae = VAE.from_pretrained(folder)
+    with torch.no_grad():
+        posterior = vae.latent_posterior(pixels)
+        draws = torch.cat([posterior.sample() for _ in range(200)])
+        errors = torch.stack(
+            [(pixels - vae(pixels, torch.randn_like(posterior.mean))[0]).abs().mean() for _ in range(20)]
+        )
+    assert draws.mean((0, 2, 3)).abs().max() < 0.02
+    assert (draws.std((0, 2, 3)) - 1).abs().max() < 0.02
+    with safe_open(folder / "diffusion_pytorch_model.safetensors", "pt") as file:
+        facts = file.metadata()
+    assert facts["decoder_likelihood"] == "laplace"
+    assert math.isclose(math.exp(float(facts["decoder_log_scale"])), float(errors.mean()), rel_tol=0.05)
+    kept = {name: facts[name] for name in ("decoder_likelihood", "decoder_log_scale")}
+    assert VAE.from_pretrained(folder.parent / "model" / "vae").facts == kept
+    theirs = diffusers.AutoencoderKL.from_pretrained(folder)
+    assert theirs.config.scaling_factor == 1.0
+    assert torch.allclose(theirs.encode(pixels).latent_dist.mean, posterior.mean, atol=1e-5)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["half_precision"]["bf16"] < 60
+    assert max(abs(value - 1) for value in report["std"]) < 1e-6

@@ -1,0 +1,61 @@
+"""The pictures of a run: opened, with a word on each that is left out or not used as one might expect."""
+
+from collections.abc import Callable, Sequence
+from unicodedata import normalize
+
+import numpy as np
+
+from text_encoder import TextEncoder
+
+from ..data.cache import LatentCache
+from ..data.left_out import LeftOut
+from ..data.sources import Source, open_source
+from ..errors import several
+from .launch import Launch
+
+FEW_HELD_OUT = 8
+
+Sources = tuple[Source, Source]  # the training pictures and those held out
+
+
+def open_pictures(run: Launch) -> Sources:
+    """Open the training pictures and the held-out ones, and say what is left out and which lack captions."""
+    left_out, where = LeftOut(), run.config.data.source
+    sources = open_source(run.config.data, left_out)
+    for line in left_out.lines():
+        run.say_once(f"{where}: {line}")
+    if left_out.names:
+        run.say_once(f"{where}: `latentdiff data check` writes down all that is left out")
+    _say_which(run, sources, "have no caption", lambda captions: not captions)
+    if (held_out := len(sources[1])) < FEW_HELD_OUT:
+        run.say_once(f"{where}: only {held_out} of {sum(map(len, sources))} pictures held out, so that the validation "
+                     "loss says little; data.validation_share sets how many")  # fmt: skip
+    return sources
+
+
+def say_what_is_cut_off(run: Launch, sources: Sources, encoder: TextEncoder) -> None:
+    """Say which pictures have captions longer than the text encoder reads."""
+    limit = encoder.max_length
+
+    def is_cut(captions: Sequence[str]) -> bool:
+        long = [normalize("NFC", caption) for caption in captions if 2 * len(caption) > limit]  # most are far shorter
+        return bool(long) and any(encoder.lost_tokens(long))
+
+    what = f"have captions of more than {limit} tokens, the text encoder's maximum, and lose the rest"
+    _say_which(run, sources, what, is_cut)
+
+
+def say_what_is_broken(run: Launch, name: str, cache: LatentCache) -> None:
+    """Say which pictures of a split could not be read."""
+    if broken := np.flatnonzero(~cache.good).tolist():
+        names = several(map(cache.source.name, broken))
+        run.report(f"{run.config.data.source}: {len(broken)} of {len(cache.source)} pictures in {name} are broken and "
+                   f"not used: {names}; `latentdiff data check` says why")  # fmt: skip
+
+
+def _say_which(run: Launch, sources: Sources, what: str, is_so: Callable[[list[str]], bool]) -> None:
+    for name, source in zip(("training", "held-out"), sources, strict=True):
+        pairs = zip(source.names(), source.all_captions(), strict=True)
+        if found := [picture for picture, captions in pairs if is_so(captions)]:
+            run.say_once(f"{run.config.data.source}: {len(found)} of {len(source)} {name} pictures {what}: "
+                         f"{several(found)}")  # fmt: skip
