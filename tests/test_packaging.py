@@ -132,7 +132,7 @@ def test_metadata_names_what_is_imported(wheel):
         ("file", r"text_encoder.py hides the package 'text_encoder' of latentdiff: rename or move it, or run from"),
         ("folder", r"/vae hides the package 'vae' of latentdiff: rename or move it, or run from another folder"),
         ("symbolic link", None),
-        ("zip file", None),
+        pytest.param("zip file", None, marks=pytest.mark.slow),
     ],
 )
 def test_import_names_taken_by_others(wheel, tmp_path, case, message):

@@ -47,7 +47,7 @@ def python_blocks(path: Path) -> list[str]:
 @pytest.mark.filterwarnings("ignore::text_encoder.TokenOverflowWarning")  # this model's prompts have only 8 tokens
 @pytest.mark.parametrize("page", ["README.md", "docs/using.md"])
 def test_drawing(folder, tmp_path, monkeypatch, page):
-    """Run a page's LatentPipeline code, with a small model as `runs/mine`."""
+    """Run a page's LatentPipeline code, with a small model as `runs/mine` and as the one that ships."""
     LatentPipeline(
         vae=VAE.from_pretrained(folder / "vae"),
         unet=UNet.from_pretrained(folder / "unet"),
@@ -57,7 +57,7 @@ def test_drawing(folder, tmp_path, monkeypatch, page):
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in python_blocks(README.parent / page):
-        exec(block, names)
+        exec(block.replace("from_pretrained()", 'from_pretrained("runs/mine")'), names)
     assert len(names["images"]) == (2 if page == "README.md" else 4)
 
 

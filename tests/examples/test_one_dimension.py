@@ -132,6 +132,7 @@ def test_a_seed_gives_one_picture(tmp_path, monkeypatch, capsys):
     assert pictures["a"] != pictures["c"]
 
 
+@pytest.mark.slow
 def test_the_script_draws_its_picture(tmp_path):
     path = tmp_path / "new" / "picture.png"
     run = subprocess.run(

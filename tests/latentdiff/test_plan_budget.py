@@ -172,7 +172,7 @@ def test_the_text_says_what_a_budget_buys_and_when_pictures_are_memorized():
         assert any("estimate 21.0 minutes, 35% of 1h" in line for line in bought)
 
 
-@pytest.mark.parametrize(("number", "passes"), [(5000, 0), (120_000, 40_000)])
+@pytest.mark.parametrize(("number", "passes"), [pytest.param(5000, 0, marks=pytest.mark.slow), (120_000, 40_000)])
 def test_without_a_budget_the_total_is_that_of_all_stages(number: int, passes: int):
     """Of more than 50,000 pictures, only a part is encoded to finish the VAE, and the cache encodes all once more."""
     found = plan(load_config("debug"), **SLOW, dataset_size=number)

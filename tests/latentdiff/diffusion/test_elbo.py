@@ -44,7 +44,9 @@ def _no_denormals():
     torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize(("T", "expected"), [(100, 0.014), (1000, 0.0014), (4000, 0.0004)])
+@pytest.mark.parametrize(
+    ("T", "expected"), [(100, 0.014), (1000, 0.0014), pytest.param(4000, 0.0004, marks=pytest.mark.slow)]
+)
 def test_gap_shrinks_as_one_over_T(mixture, T, expected):
     data = mixture([0.5, 0.5], [-1, 1], [0.5, 0.5])
     found = gap(data, T, "beta")

@@ -19,8 +19,8 @@ def test_the_error_of_a_model_that_predicts_zero_is_sigma_squared(zero_terminal_
         vae=VAE(VAEConfig(block_out_channels=(8, 16), latent_channels=4, norm_groups=4, layers_per_block=1)),
         unet=UNet(
             UNetConfig(
-                block_out_channels=(32, 64),
-                attention_levels=(0, 1),
+                block_out_channels=(16, 16),
+                attention_levels=(1,),
                 num_heads=1,
                 context_dim=32,
                 norm_groups=8,

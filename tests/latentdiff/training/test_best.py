@@ -10,7 +10,7 @@ from latentdiff import LatentPipeline
 # Ten validations; a rate so high that the held-out loss falls and then rises.
 SETTINGS = ("train_latent.steps=40", "train_latent.validate_every=4", "train_latent.checkpoint_every=6",
             "train_latent.log_every=40", "train_latent.learning_rate=1e-2", "train_latent.warmup_steps=10",
-            "validation.num_steps=1")  # fmt: skip
+            "validation.num_steps=1", "validation.prompts=[a]", "validation.timestep_bands=2")  # fmt: skip
 
 
 @pytest.fixture

@@ -47,15 +47,24 @@ def stage_alone(train, uninterrupted):
     return run
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_is_a_function_of_its_list(stage_alone, state, stage, tmp_path):
-    """Killed five times, at steps and while saving: every tensor equal, and no decision added."""
+KILLS = (("kill at step", 7), ("kill while saving", 25), ("kill at step", 5), ("kill at step", 3),
+         ("kill while saving", 10))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "kills"),
+    [
+        *((stage, KILLS[:2]) for stage in STAGES),
+        *(pytest.param(stage, KILLS, marks=pytest.mark.slow) for stage in STAGES),
+    ],
+)
+def test_a_run_is_a_function_of_its_list(stage_alone, state, stage, kills, tmp_path):
+    """Killed again and again, at steps and while saving: every tensor equal, and no decision added."""
     assert stage_alone(stage, "example") == 0
     for name in ("one", "two"):
         write_list(tmp_path / name, stage, decisions(tmp_path / "example", stage)[0])
     assert stage_alone(stage, "one") == 0
-    for accident, at in (("kill at step", 7), ("kill while saving", 25), ("kill at step", 5), ("kill at step", 3),
-                         ("kill while saving", 10)):  # fmt: skip
+    for accident, at in kills:
         assert stage_alone(stage, "two", accident=accident, at=at) == -9
     assert stage_alone(stage, "two") == 0
     assert entries(tmp_path / "two", stage) == list(LIST)
