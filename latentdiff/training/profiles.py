@@ -54,27 +54,30 @@ def inner_products(rows: Sequence[Profile], columns: Sequence[Profile]) -> Array
     return product
 
 
-def closest_mixture(available: Sequence[Profile], wanted: Profile) -> Mixture:
-    """Return the mixture of the available profiles, with weights that sum to 1, that is closest to the wanted one.
+def closest_mixtures(available: Sequence[Profile], wanted: Sequence[Profile]) -> list[Mixture]:
+    """Return the mixtures of the available profiles, with weights that sum to 1, that are closest to the wanted ones.
 
     Without the condition the sum misses 1 by up to 1e-4 (24 snapshots), and all weights of the model would be off by
     that much, which is as far as two averages of different lengths are apart.
     """
-    norms = np.sqrt(np.diag(inner_products(available, available)))
-    products = inner_products(available, available) / norms[:, None] / norms
-    towards = inner_products(available, [wanted])[:, 0] / norms
-    # Stationary points of the Lagrangian; profiles of norm 1 keep the system well scaled.
-    system = np.block([[products, 1 / norms[:, None]], [1 / norms[None, :], np.zeros((1, 1))]])
-    scaled = np.linalg.lstsq(system, np.append(towards, 1.0), rcond=None)[0][:-1]
-    square = float(inner_products([wanted], [wanted])[0, 0])
-    missed = square - 2 * scaled @ towards + scaled @ products @ scaled
-    return Mixture((scaled / norms).tolist(), float(np.sqrt(max(0.0, missed) / square)))
+    products = inner_products(available, available)
+    norms = np.sqrt(np.diag(products))[:, None]
+    products /= norms * norms.T  # profiles of norm 1 keep the system well scaled
+    towards = inner_products(available, wanted) / norms
+    # Stationary points of the Lagrangian.
+    system = np.block([[products, 1 / norms], [1 / norms.T, np.zeros((1, 1))]])
+    scaled = np.linalg.lstsq(system, np.vstack([towards, np.ones(len(wanted))]), rcond=None)[0][:-1]
+    squares = np.diag(inner_products(wanted, wanted))
+    missed = squares + (scaled * (products @ scaled - 2 * towards)).sum(0)
+    relative = np.sqrt(np.maximum(missed, 0) / squares)
+    return [Mixture(*found) for found in zip((scaled / norms).T.tolist(), relative.tolist(), strict=True)]
 
 
 def reachable(available: Sequence[Profile], step: int) -> tuple[float, float] | None:
     """Return the shortest and the longest length at a step that a mixture misses by little enough; None if none is."""
     lengths = np.geomspace(SHORTEST, 0.999 * MAX_SIGMA_REL, TRIED).tolist()
-    near = [length for length in lengths if closest_mixture(available, Profile(step, length)).missed <= MOST_MISSED]
+    found = closest_mixtures(available, [Profile(step, length) for length in lengths])
+    near = [length for length, each in zip(lengths, found, strict=True) if each.missed <= MOST_MISSED]
     return (near[0], near[-1]) if near else None
 
 

@@ -26,7 +26,7 @@ from .latent import submodule_state
 from .launch import launched
 from .manifest import DamagedCheckpoint, read_metadata
 from .parallel import evaluation_mode
-from .profiles import MOST_MISSED, Mixture, Profile, closest_mixture, reachable
+from .profiles import MOST_MISSED, Mixture, Profile, closest_mixtures, reachable
 from .stages import new_latent_training, open_vae
 
 Average = dict[str, Tensor]  # by parameter name
@@ -44,7 +44,7 @@ class Series:
 
     def mixture(self, sigma_rel: float) -> Mixture:
         """Return the mixture for a length at the last step; raise LatentDiffError if it misses that by too much."""
-        found = closest_mixture(self.profiles, Profile(self.step, sigma_rel))
+        (found,) = closest_mixtures(self.profiles, [Profile(self.step, sigma_rel)])
         if found.missed > MOST_MISSED:
             reach = reachable(self.profiles, self.step)
             can = f"they reach {reach[0]:.3f} to {reach[1]:.3f}" if reach else "they reach no length"
@@ -61,9 +61,10 @@ class Series:
     def average(self, mixture: Mixture) -> Average:
         """Add up the averages of the snapshots, each tensor in float64; the result is float32."""
         opened = [(open_file(path)[0], weight) for path, weight in zip(self.files, mixture.weights, strict=True)]
+        names = tqdm(opened[0][0], desc="averaging", unit=" tensors", leave=False, disable=None)
         return {name: sum((tensors[name].read(torch.float64) * weight for tensors, weight in opened),
                           torch.zeros((), dtype=torch.float64)).float()
-                for name in tqdm(opened[0][0], desc="averaging", unit=" tensors", leave=False)}  # fmt: skip
+                for name in names}  # fmt: skip
 
 
 def read_series(run: Path) -> Series:
@@ -71,7 +72,7 @@ def read_series(run: Path) -> Series:
     folder, stage = run / "train_latent" / "snapshots", run / "train_latent"
     left_out = {f"step-{step:08d}": "is missing" for step in _recorded(stage / "checkpoints")}
     intact: dict[int, Path] = {}
-    for step, path in tqdm(step_folders(folder), desc="verifying", unit=" snapshots", leave=False):
+    for step, path in tqdm(step_folders(folder), desc="verifying", unit=" snapshots", leave=False, disable=None):
         if step not in intact and (damage := verify(path)) is None:
             intact[step] = path
         elif step not in intact:
