@@ -295,6 +295,8 @@ class TrainLatentSection(TrainSection):
     """Encode every picture (and, with a frozen text encoder, every caption) once before training."""
     keep_best: bool = True
     """Keep the EMA with the lowest held-out loss without captions in `model-best/`, beside the last one."""
+    ema_snapshots: Count = 0
+    """Snapshots to keep, 8 bytes per weight each; from 24, `latentdiff ema` makes EMAs of widths 0.023 to 0.25."""
     text_learning_rate: PositiveFloat | None = None
     """Learning rate of the text encoder; None: the same as `learning_rate`."""
 

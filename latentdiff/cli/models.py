@@ -114,7 +114,7 @@ def evaluate(
 
     Example: latentdiff evaluate --model runs/mine data.source=my-pictures
     """
-    data = _data_config(model, overrides or ())
+    data = data_config(model, overrides or ())
     from ..evaluation.evaluate import evaluate
 
     output.mkdir(parents=True, exist_ok=True)  # fail now rather than after the evaluation
@@ -185,7 +185,7 @@ def _prompts(given: list[str] | None, file: str | None) -> list[str]:
     return prompts
 
 
-def _data_config(model: str | None, overrides: Sequence[str]) -> DataConfig:
+def data_config(model: str | None, overrides: Sequence[str]) -> DataConfig:
     """Return the data settings of a model's training: from the recipe if the model ships, else from its run.json."""
     from ..config import load_config, parse_config, with_overrides
     from ..files.open import find_model, read_json

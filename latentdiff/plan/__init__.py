@@ -162,9 +162,12 @@ class _Planner:
 
         parts = {"unet": models.unet, "text encoder": models.text_encoder, "vae": models.vae}
         parameters = {name: count(part) for name, part in parts.items()}
-        return self._training("train_latent", section, list(parts.values()), parameters,
-                              lambda _, batch: loss(batch, True),
-                              lambda autocast, batch: autocast.backward(loss(batch, section.cache)))  # fmt: skip
+        stage = self._training("train_latent", section, list(parts.values()), parameters,
+                               lambda _, batch: loss(batch, True),
+                               lambda autocast, batch: autocast.backward(loss(batch, section.cache)))  # fmt: skip
+        number = section.ema_snapshots  # each has two averages
+        kept = {f"{number} snapshots of averages": number * 8 * stage.trained} if number else {}
+        return replace(stage, disk=stage.disk | kept)
 
     def encode(self, number: int) -> Stage:
         """Plan encoding, in float32 without autocast: the cache does not depend on the training precision."""

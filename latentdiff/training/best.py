@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, discard, save_checkpoint, step_folders, verify
+from .checkpoint import Checkpoint, discard, intact_metadata, save_checkpoint, step_folders, verify
 from .launch import Launch
 from .manifest import read_metadata
 from .optimizer import TrainState
@@ -43,11 +43,7 @@ class Best:
 
     def delete_others(self) -> None:
         """Delete what no checkpoint refers to; the main process calls this once a checkpoint has been saved."""
-        records = [
-            read_metadata(path).get("best")
-            for _, path in step_folders(self.checkpoints)
-            if verify(path, rehash=False) is None
-        ]
+        records = [metadata.get("best") for metadata in intact_metadata(self.checkpoints)]
         needed = {record["step"] for record in (*records, self.record) if record}
         for step, path in step_folders(self.folder):
             if step not in needed:

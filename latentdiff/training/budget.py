@@ -85,8 +85,9 @@ class Pacer:
     """
 
     def __init__(
-        self, run: Launch, timetable: Timetable, decisions: Decisions, limit: float | None, num_bytes: int
-    ) -> None:
+        self, run: Launch, timetable: Timetable, decisions: Decisions, limit: float | None, num_bytes: int,
+        num_snapshots: int = 0,
+    ) -> None:  # fmt: skip
         """Begin a stage that must have ended `limit` seconds after the launch; its checkpoints have `num_bytes`."""
         self.run, self.timetable, self.decisions, self.limit = run, timetable, decisions, limit
         self.budget = run.budget or 0.0
@@ -95,13 +96,14 @@ class Pacer:
         self.decided = -math.inf  # when the newest decision was made in this launch
         self.length = math.inf if limit is None else max(1.0, limit - self.begin)
         self.validation, self.checkpoint = Cost(self.begin), Cost(self.begin, num_bytes / DISK_SPEED)
+        self.num_snapshots, self.snapshot = num_snapshots, Cost(self.begin, num_bytes / 2 / DISK_SPEED)
         self.finishing = Cost()  # from the last checkpoint to the end of the stage
         self.overhead = 0.0  # seconds spent on validations and checkpoints
         self.speed, self.num_steps = Speed(MEMORY * self.length), 0  # of this launch
 
     @contextmanager
     def timing(self, cost: Cost) -> Iterator[None]:
-        """Count the time inside as that of a validation or checkpoint, not of a step."""
+        """Count the time inside as that of a validation, checkpoint or snapshot, not of a step."""
         cost.start = self.mark = self.run.clock.elapsed()
         try:
             yield
@@ -110,7 +112,7 @@ class Pacer:
             cost.seconds = cost.last - cost.start
             # The average lags behind when the machine has just become busy.
             cost.pace = max(self.speed.per_step(), self.speed.newest) if cost is self.validation else 0.0
-            self.overhead += cost.seconds
+            self.overhead += cost.seconds if cost is not self.snapshot else 0.0
 
     def after(self, step: int, reason: StopReason, rehearse: Callable[[], tuple[float, float]]) -> Due:
         """Say what follows a step; all processes call this at every step.
@@ -212,10 +214,10 @@ class Pacer:
         return Decision(self.timetable.stage, step, start, last - start, self.budget)
 
     def _seconds_per_step(self) -> float:
-        """Seconds per step, including the validations and checkpoints in between."""
+        """Seconds per step, including the validations, checkpoints and snapshots in between."""
         pace = self.speed.per_step()
         share = PARTS * (self.validation.at(pace) + self.checkpoint.seconds) / self.length
-        return pace * (1 + min(OVERHEAD, share))
+        return pace * (1 + min(OVERHEAD, share) + self.num_snapshots * self.snapshot.seconds / self.length)
 
     def _tail(self) -> float:
         """Seconds to keep free after the last step."""

@@ -40,8 +40,8 @@ from .manifest import (
 )
 from .tensor_file import TensorFile
 
-__all__ = ["Checkpoint", "Tensors", "discard", "newest_checkpoint", "save_checkpoint", "step_folders", "sync_folder",
-           "verify"]  # fmt: skip
+__all__ = ["Checkpoint", "Tensors", "discard", "intact_metadata", "newest_checkpoint", "save_checkpoint",
+           "step_folders", "sync_folder", "verify"]  # fmt: skip
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # file name without suffix -> tensor name -> tensor
 
@@ -80,7 +80,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Tensors, metadata: Mapping[str, Any], *, keep: int = 2,
+    folder: Path, step: int, tensors: Tensors, metadata: Mapping[str, Any], *, keep: int | None = 2,
     pinned: Collection[int] = (),
 ) -> Checkpoint:  # fmt: skip
     """Write a checkpoint, verify it by reading it back, then delete the ones that are no longer needed.
@@ -94,13 +94,13 @@ def save_checkpoint(
         step: names the checkpoint; saving a step again replaces it.
         tensors: on any device, in any memory layout; file names may contain letters, digits, `_` and `-`.
         metadata: JSON-serializable; read back, tuples become lists and keys become strings.
-        keep: at least 1.
+        keep: at least 1; None: all, and none is read.
         pinned: steps whose checkpoints stay in any case, and are not counted.
 
     Raises:
         LatentDiffError: an argument is invalid or the disk is full or broken; older checkpoints are left as they were.
     """
-    if keep < 1 or step < 0:
+    if (keep is not None and keep < 1) or step < 0:
         raise LatentDiffError(f"keep={keep}, step={step}: keep must be at least 1 and step at least 0")
     files = _files(tensors, metadata)
     target = folder / f"step-{step:08d}"
@@ -114,7 +114,10 @@ def save_checkpoint(
             _publish(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        _rotate(target, step, keep, pinned)
+        if keep is None:
+            discard(_old(target))
+        else:
+            _rotate(target, step, keep, pinned)
     except OSError as error:
         reason = error.strerror or error
         raise LatentDiffError(f"{folder}: the checkpoint of step {step} cannot be written ({reason})") from error
@@ -209,7 +212,7 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> Entry:
 
 def _publish(staging: Path, target: Path) -> None:
     """Rename a finished checkpoint into place; an earlier one of the same step can be found until then."""
-    old = target.with_name(f"{target.name}.old")
+    old = _old(target)
     if _is_checkpoint(target) and verify(target) is None:
         discard(old)
         os.rename(target, old)
@@ -217,6 +220,10 @@ def _publish(staging: Path, target: Path) -> None:
         discard(target)
     os.rename(staging, target)
     sync_folder(target.parent)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f"{target.name}.old")
 
 
 def _rotate(newest: Path, step: int, keep: int, pinned: Collection[int]) -> None:
@@ -244,6 +251,11 @@ def step_folders(folder: Path) -> list[tuple[int, Path]]:
     except OSError as error:
         raise LatentDiffError(f"{folder}: cannot be searched for checkpoints ({error.strerror})") from None
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def intact_metadata(folder: Path) -> list[dict[str, Any]]:
+    """Return the metadata of all intact checkpoints; what this process has verified before is not read again."""
+    return [read_metadata(path) for _, path in step_folders(folder) if verify(path, rehash=False) is None]
 
 
 def _is_checkpoint(path: Path) -> bool:

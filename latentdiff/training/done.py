@@ -10,6 +10,8 @@ from ..errors import LatentDiffError
 from .fingerprint import first_difference
 from .launch import Launch
 
+ORIGIN = "ema.json"  # in a model that `latentdiff ema` has written: what it was computed from
+
 
 def find_done(
     folder: Path, settings: dict[str, Any], run: Launch, *, steps: int = 0, budget: float | None = None

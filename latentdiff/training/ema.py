@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..errors import LatentDiffError
 
+# Two lengths from which snapshots give all others (section 3.2), by the names of their files.
+TRACKED = {"ema_050": 0.05, "ema_100": 0.10}
 MAX_SIGMA_REL = 12**-0.5  # at gamma = 0, the plain mean of all weights so far
 
 

@@ -26,6 +26,7 @@ from ..sampling.loop import Network
 from ..sampling.settings import SamplingSettings
 from .best import Best
 from .budget import no_limit, seconds_of
+from .ema import TRACKED
 from .fingerprint import fingerprint
 from .graphs import GradientGraph, Parts
 from .launch import Launch, wants_fsdp
@@ -33,6 +34,7 @@ from .logging import MetricLogger
 from .optimizer import TrainState
 from .parallel import evaluation_mode, gather_full, no_sync, sharded
 from .preview import sample_preview
+from .snapshots import Snapshots
 from .spikes import Spikes
 from .timetable import Timetable
 
@@ -137,6 +139,7 @@ class LatentTraining:
                                   None if trains_text else self.text_encoder, run.device, run.autocast)  # fmt: skip
         self.state = self._train_state()
         self.states: Mapping[str, TrainState] = {"model": self.state}
+        self.snapshots = Snapshots(run, folder, section.ema_snapshots, self.timetable, self.state)
         self.graph = GradientGraph(run, section, self.states)
         size = config.data.image_size // vae.config.downsampling
         self.latent_shape = (vae.config.latent_channels, size, size)
@@ -194,13 +197,13 @@ class LatentTraining:
     def validate(self, step: int, check_time: Callable[[], None]) -> dict[str, float]:
         """Compute the unweighted loss on held-out images per timestep band, with EMA and raw weights; save samples."""
         with evaluation_mode(self.inner):
-            losses = self._held_out_loss(self.captioned, check_time)
+            losses = self.held_out_loss(self.captioned, check_time)
             values = {f"validation_loss_raw{name}": value for name, value in losses.items()}
             with self.state.ema.swapped([tensor.detach() for tensor in self.state.local.values()]):
-                losses = self._held_out_loss(self.captioned, check_time)
+                losses = self.held_out_loss(self.captioned, check_time)
                 values |= {f"validation_loss{name}": value for name, value in losses.items()}
                 if self.section.keep_best:
-                    values["validation_loss_unconditional"] = self._held_out_loss(self.uncaptioned, check_time)[""]
+                    values["validation_loss_unconditional"] = self.held_out_loss(self.uncaptioned, check_time)[""]
                 images = self._preview(self.run.config.validation.sampling(), check_time)
         if self.section.keep_best:
             self.best.offer(step, values["validation_loss_unconditional"], self.state)
@@ -217,8 +220,8 @@ class LatentTraining:
         settings = self.run.config.validation.sampling()
         few = settings.model_copy(update={"num_steps": min(2, settings.num_steps)})
         with evaluation_mode(self.inner):
-            self._held_out_loss(self.captioned, rounds=1)  # the first pass prepares
-            batch = seconds_of(lambda: self._held_out_loss(self.captioned, rounds=1))
+            self.held_out_loss(self.captioned, rounds=1)  # the first pass prepares
+            batch = seconds_of(lambda: self.held_out_loss(self.captioned, rounds=1))
             preview = seconds_of(lambda: self._preview(few))
         rounds = math.ceil(len(self.captioned) / self.run.accelerator.num_processes) * (2 + self.section.keep_best)
         pictures = len(self.prompts) * (1 if settings.guidance_scale == 1 else 2) * (settings.num_steps - few.num_steps)
@@ -231,12 +234,12 @@ class LatentTraining:
         state = {name: tensor.detach().cpu() for name, tensor in {**frozen, **average}.items()}
         with torch.device("meta"):
             unet = UNet(self.inner.unet.config)
-        unet.load_state_dict(_submodule_state("unet.", state), assign=True)
+        unet.load_state_dict(submodule_state("unet.", state), assign=True)
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         encoder = self.text_encoder
         if self.inner.text_encoder is not None:
             model = type(encoder.model)(encoder.model.config)
-            model.load_state_dict(_submodule_state("text_encoder.model.", state))
+            model.load_state_dict(submodule_state("text_encoder.model.", state))
             encoder = TextEncoder(model, encoder.tokenizer, encoder.max_length,
                                   use_attention_mask=encoder.use_attention_mask)  # fmt: skip
         return unet.eval(), encoder.cpu().eval()
@@ -253,7 +256,8 @@ class LatentTraining:
         text = {name: p for name, p in trained.items() if name.startswith("text_encoder.")}
         unet = {name: p for name, p in trained.items() if name not in text}
         groups = [(unet, rate)] + ([(text, section.text_learning_rate or rate)] if text else [])
-        return TrainState(groups, section, self.timetable, fp16=self.run.precision == "fp16")
+        return TrainState(groups, section, self.timetable, fp16=self.run.precision == "fp16",
+                          tracked=TRACKED if section.ema_snapshots else None)  # fmt: skip
 
     def _batches(
         self, source: Source, plan: BatchPlan, caches: Caches, caption_dropout: float, flip: bool
@@ -271,7 +275,7 @@ class LatentTraining:
         trained = self.inner.text_encoder is not None
         return (self.inner(None, None, given) if trained else self.text_encoder.encode(*given)).float()
 
-    def _held_out_loss(
+    def held_out_loss(
         self, batches: ValidationBatches, check_time: Callable[[], None] = no_limit, rounds: int | None = None
     ) -> dict[str, float]:
         """Mean loss over all timesteps and per band; in each round every process takes one of the batches."""
@@ -293,7 +297,8 @@ class LatentTraining:
         return {"": total} | {f"_band_{band}": value for band, value in enumerate(means)}
 
 
-def _submodule_state(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def submodule_state(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a module within the model, under its own names."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..data.cache import check_broken
 from ..data.order import BatchPlan
 from ..data.shards import digest
 from ..data.sources import Source
@@ -19,6 +18,7 @@ from ..data.workers import WorkersDiedError
 from ..errors import LatentDiffError, several
 from ..sections import TrainSection
 from .best import Best
+from .broken import read_broken, too_many_broken, write_broken
 from .budget import OutOfTime, Pacer, no_limit
 from .checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from .decisions import Decisions, read_decisions
@@ -28,6 +28,7 @@ from .launch import Launch
 from .logging import MetricLogger
 from .optimizer import TrainState
 from .signals import StopFlag, StopReason
+from .snapshots import Snapshots
 from .spikes import Spikes
 from .stopped import Stopped
 from .timetable import Timetable
@@ -42,6 +43,7 @@ class Training(Protocol):
     source: Source  # the training pictures
     timetable: Timetable
     spikes: Spikes
+    snapshots: Snapshots
 
     @property
     def section(self) -> TrainSection:
@@ -109,8 +111,8 @@ def run_training(
     skipped, decisions = SkippedSteps(run.device), Decisions(folder / "checkpoints", training.fingerprint)
     step = restore(training, run, folder, skipped, decisions)
     begin()
-    pacer = Pacer(run, timetable, decisions, limit, checkpoint_bytes(training))
-    broken = _read_broken(folder, run)
+    pacer = Pacer(run, timetable, decisions, limit, checkpoint_bytes(training), training.snapshots.number)
+    broken = read_broken(folder, run)
     log = MetricLogger(run, folder, training.name, step, timetable.steps, section.batch_size)
     if step == 0 and section.validate_first:
         with log.untimed(), pacer.timing(pacer.validation):
@@ -127,7 +129,7 @@ def run_training(
                 metrics, step_is_finite = training.train_step(parts, step, log)
             skipped.add(step_is_finite)
             log.add(metrics, step_is_finite)
-            why = too_many_broken(broken, training, run)
+            why = too_many_broken(broken, len(training.source), run)
             wanted = flag.requested() or (StopReason.BROKEN_PICTURES if why else StopReason.NONE)
             reason, save_is_due, validation_is_due = pacer.after(
                 step, wanted, partial(rehearse, training, finishing, log)
@@ -139,8 +141,9 @@ def run_training(
                 report_spikes(training, run, log)
                 if longest >= section.max_skipped:
                     reason, why = StopReason.NOT_FINITE, no_step_taken(longest, section)
-                _write_broken(broken, folder, run)
+                write_broken(broken, folder, run)
             with log.untimed():
+                take_snapshot(training, pacer, step)  # before a checkpoint, which records it
                 if (validation_is_due or finished) and not reason:
                     validate(training, log, pacer, step)
                 if save_is_due or finished or reason:
@@ -196,6 +199,13 @@ def validate(training: Training, log: MetricLogger, pacer: Pacer, step: int) -> 
         pacer.run.report(f"{training.name} {step}: no time is left in the budget for a validation")
 
 
+def take_snapshot(training: Training, pacer: Pacer, step: int) -> None:
+    """Take a snapshot of the averages if one is due."""
+    if training.snapshots.is_due(step):
+        with pacer.timing(pacer.snapshot):
+            training.snapshots.take(step, training.fingerprint)
+
+
 def rehearse(training: Training, finishing: Callable[[], float], log: MetricLogger) -> tuple[float, float]:
     """Return the estimated seconds of a validation, and of finishing the stage after the last step."""
     with log.untimed():
@@ -225,11 +235,12 @@ def save(training: Training, run: Launch, folder: Path, step: int, skips: Skippe
         current = [decision for decision in training.timetable.decisions if decision.step <= step][-1:]
         metadata = {"key": digest(training.fingerprint), **training.fingerprint, "steps": training.timetable.steps,
                     "seconds": run.clock.elapsed(), "decisions": _decisions_before(step, training),
-                    "best": training.best.record if training.best else None}  # fmt: skip
+                    "best": training.best.record if training.best else None, **training.snapshots.facts()}  # fmt: skip
         save_checkpoint(folder / "checkpoints", step, tensors, metadata, keep=training.section.keep_checkpoints,
                         pinned={decision.decay_start for decision in current})  # fmt: skip
         if training.best:
             training.best.delete_others()
+        training.snapshots.delete_others()
     run.accelerator.wait_for_everyone()
 
 
@@ -242,6 +253,7 @@ def restore(
     checkpoint = newest_checkpoint(folder / "checkpoints", run.report)
     _check_same_step(checkpoint, run)
     if checkpoint is None:
+        training.snapshots.go_on_from(0, [])
         return 0
     _check_same_run(checkpoint, training)
     for name, state in training.states.items():
@@ -255,22 +267,15 @@ def restore(
     run.clock.go_on_from(checkpoint.metadata.get("seconds", 0.0))
     if training.best:
         training.best.record = checkpoint.metadata.get("best")
+    training.snapshots.go_on_from(checkpoint.step, checkpoint.metadata.get("snapshots", []))
     run.report(f"{training.name}: going on from step {checkpoint.step}")
     return checkpoint.step
 
 
 def checkpoint_bytes(training: Training) -> int:
-    """Return the size of a checkpoint: weights, average and two moments in float32."""
-    return 16 * sum(p.numel() for state in training.states.values() for p in state.parameters.values())
-
-
-def too_many_broken(broken: Mapping[str, str], training: Training, run: Launch) -> str | None:
-    """Return why the run must stop if more images are broken than `data.max_broken` allows, else None."""
-    try:
-        check_broken(len(broken), len(training.source), run.config.data.max_broken)
-    except LatentDiffError as error:
-        return str(error)
-    return None
+    """Return the size of a checkpoint: weights, averages and two moments in float32."""
+    return sum(4 * len(state.kinds) * p.numel() for state in training.states.values()
+               for p in state.parameters.values())  # fmt: skip
 
 
 def _check_same_step(checkpoint: Checkpoint | None, run: Launch) -> None:
@@ -299,17 +304,3 @@ def _check_same_run(checkpoint: Checkpoint, training: Training) -> None:
 def _decisions_before(step: int, training: Training) -> list[dict[str, Any]]:
     """The decisions that led to a step, for the metadata of its checkpoint."""
     return [asdict(decision) for decision in training.timetable.decisions if decision.step < step]
-
-
-def _read_broken(folder: Path, run: Launch) -> dict[str, str]:
-    path = folder / f"broken-{run.accelerator.process_index}.txt"
-    if not path.is_file():
-        return {}
-    entries = (line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines())
-    return {name: reason for name, _, reason in entries}
-
-
-def _write_broken(broken: Mapping[str, str], folder: Path, run: Launch) -> None:
-    if broken:
-        lines = "".join(f"{name}\t{reason}\n" for name, reason in sorted(broken.items()))
-        (folder / f"broken-{run.accelerator.process_index}.txt").write_text(lines, encoding="utf-8")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..errors import LatentDiffError, several
 from ..sections import TrainSection
 from .ema import EMA
 from .parallel import gather_full, local_shard
@@ -31,7 +32,9 @@ class TrainState:
         timetable: Timetable | None = None,
         *,
         fp16: bool = False,
+        tracked: Mapping[str, float] | None = None,
     ) -> None:
+        """Begin with the weights as they are; `tracked` are lengths of further averages, by name."""
         self.section, self.timetable = section, timetable or Timetable(section)
         self.parameters = {name: parameter for group, _ in groups for name, parameter in group.items()}
         self.local = {name: local_shard(parameter) for name, parameter in self.parameters.items()}
@@ -49,7 +52,13 @@ class TrainState:
                 "exp_avg": torch.zeros_like(tensor, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(tensor, requires_grad=False),
             }
-        self.ema = EMA([tensor.detach() for tensor in self.local.values()], section.ema_sigma_rel)
+        weights = [tensor.detach() for tensor in self.local.values()]
+        self.ema = EMA(weights, section.ema_sigma_rel)
+        self.averages = {"ema": self.ema}  # which has two names if its length is tracked anyway
+        for name, sigma_rel in (tracked or {}).items():
+            self.averages[name] = self.ema if sigma_rel == section.ema_sigma_rel else EMA(weights, sigma_rel)
+        further = [name for name, average in self.averages.items() if average is not self.ema]
+        self.kinds = ("weights", "ema", *further, "exp_avg", "exp_avg_sq")  # of tensors in a checkpoint
         self.fp16 = fp16
         self.loss_scale = torch.full((), FP16_SCALE if fp16 else 1.0, device=device)
         self.since_growth = torch.zeros((), device=device)
@@ -78,14 +87,15 @@ class TrainState:
         optimizer.grad_scale = torch.where(step_is_finite > 0, clip * self.loss_scale, torch.ones_like(clip))
         optimizer.found_inf = 1.0 - step_is_finite
         self.optimizer.step()
-        self.ema.update(step, step_is_finite)
+        for average in dict.fromkeys(self.averages.values()):
+            average.update(step, step_is_finite)
         if self.fp16:
             self._adjust_scale(step_is_finite)
         for tensor in (*self.parameters.values(), *self.local.values()):
             tensor.grad = None
 
     def named(self, what: str, *, keep: bool = True) -> dict[str, Tensor]:
-        """Return full tensors of `weights`, `ema`, `exp_avg` or `exp_avg_sq` by parameter name.
+        """Return full tensors of `weights`, an average, `exp_avg` or `exp_avg_sq` by parameter name.
 
         Collective under FSDP: tensors are gathered to the CPU one at a time, and dropped if not `keep`.
         """
@@ -95,14 +105,17 @@ class TrainState:
 
     def tensors(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """Return everything a checkpoint must hold; collective under FSDP, even for processes that keep nothing."""
-        tensors = {what: self.named(what, keep=keep) for what in ("weights", "ema", "exp_avg", "exp_avg_sq")}
+        tensors = {what: self.named(what, keep=keep) for what in self.kinds}
         first = self.optimizer.state[next(iter(self.local.values()))]["step"]
         return {**tensors, "scalars": {"step": first, "scale": self.loss_scale, "since_growth": self.since_growth}}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Load what `tensors` returned."""
-        for what in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        if missing := set(self.kinds) - state.keys():
+            raise LatentDiffError(f"train_latent.ema_snapshots: the checkpoint lacks {several(missing)}, as the run "
+                                  "began without; set it to 0, or choose another `output`")  # fmt: skip
+        for what in self.kinds:
             parts = self._parts(what)
             for name, parameter in self.parameters.items():
                 value = state[what][name].to(parts[name].device)
@@ -117,8 +130,8 @@ class TrainState:
     def _parts(self, what: str) -> dict[str, Tensor]:
         if what == "weights":
             return {name: tensor.detach() for name, tensor in self.local.items()}
-        if what == "ema":
-            return dict(zip(self.local, self.ema.tensors, strict=True))
+        if what in self.averages:
+            return dict(zip(self.local, self.averages[what].tensors, strict=True))
         return {name: self.optimizer.state[tensor][what] for name, tensor in self.local.items()}
 
     def _adjust_scale(self, step_is_finite: Tensor) -> None:

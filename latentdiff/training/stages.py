@@ -30,7 +30,7 @@ from ..files.export import begin_model, save_model
 from ..files.open import read_json
 from ..files.scheduler import read_scheduler, scheduler_config
 from ..files.unfinished import find_part
-from .done import find_done, mark_done
+from .done import ORIGIN, find_done, mark_done
 from .fingerprint import fingerprint
 from .latent import LatentTraining
 from .launch import Launch, launched
@@ -99,17 +99,7 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
         if find_done(folder, settings, run, steps=config.train_latent.steps, budget=run.budget) is not None:
             run.report(f"{folder}: already done")
             return folder
-        check_batches(run)
-        scheduler_config(config.diffusion.process())  # raises now if the scheduler could not be saved at the end
-        sources = open_pictures(run)
-        torch.manual_seed(config.seed)
-        text_encoder = open_text_encoder(config, sources[0]).to(run.device)
-        say_what_is_cut_off(run, sources, text_encoder)
-        unet = new_unet(config, vae, text_encoder)
-        for line in _pretrained_warnings(config):
-            run.report(f"warning: unet.pretrained={config.unet.pretrained}: {line}")
-        caches = make_caches(run, sources, vae, text_encoder)
-        task = LatentTraining(run, run.folder / "train_latent", sources, vae, unet, text_encoder, caches)
+        task = new_latent_training(run, vae)
         run_training(task, run, run.folder / "train_latent", run.budget, begin=partial(_begin_model, task, run, folder))
         _save_average(task, run, folder)
         best = task.best.tensors() if config.train_latent.keep_best else None
@@ -120,12 +110,29 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
         return folder
 
 
+def new_latent_training(run: Launch, vae: VAE) -> LatentTraining:
+    """Open the pictures, create the models and the caches that are missing: latent training before its first step."""
+    config = run.config
+    check_batches(run)
+    scheduler_config(config.diffusion.process())  # raises now if the scheduler could not be saved at the end
+    sources = open_pictures(run)
+    torch.manual_seed(config.seed)
+    text_encoder = open_text_encoder(config, sources[0]).to(run.device)
+    say_what_is_cut_off(run, sources, text_encoder)
+    unet = new_unet(config, vae, text_encoder)
+    for line in _pretrained_warnings(config):
+        run.report(f"warning: unet.pretrained={config.unet.pretrained}: {line}")
+    caches = make_caches(run, sources, vae, text_encoder)
+    return LatentTraining(run, run.folder / "train_latent", sources, vae, unet, text_encoder, caches)
+
+
 def _save_average(task: LatentTraining, run: Launch, folder: Path, average: Mapping[str, Tensor] | None = None) -> None:
     """Save a model with an EMA of the weights, by default the present one; all processes call this."""
     unet, text_encoder = task.finish(average)
     if run.is_main:
         save_model(folder, vae=task.frozen.vae.cpu(), unet=unet, text_encoder=text_encoder,
                    process=run.config.diffusion.process())  # fmt: skip
+        (folder / ORIGIN).unlink(missing_ok=True)  # of an average that was there before
 
 
 def _best_sentence(task: LatentTraining, run: Launch) -> str:

@@ -49,6 +49,12 @@ class Timetable:
             return self.section.steps
         return self.decisions[-1].last if self.decisions else None
 
+    def steps_before(self, step: int) -> int | None:
+        """The number of the last step, as it was known before a step was taken."""
+        if not self.has_budget:
+            return self.section.steps
+        return next((decision.last for decision in reversed(self.decisions) if decision.step < step), None)
+
     def learning_rate(self, step: int) -> float:
         """Return the factor of the learning rate at a step: linear warm-up, then constant or decaying."""
         if not self.has_budget:

@@ -31,6 +31,7 @@ from .logging import MetricLogger
 from .optimizer import TrainState
 from .parallel import distributed, evaluation_mode, no_sync
 from .perceptual import PerceptualLoss
+from .snapshots import Snapshots
 from .spikes import Spikes
 from .timetable import Timetable
 from .vae_losses import adaptive_weight, load_perceptual, reconstruction_nll
@@ -128,6 +129,7 @@ class VAETraining:
         fp16 = run.precision == "fp16"
         trained = {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
         self.states = {"vae": TrainState([(trained, section.learning_rate)], section, self.timetable, fp16=fp16)}
+        self.snapshots = Snapshots(run, folder, 0, self.timetable, self.states["vae"])  # none of a VAE
         inner_discriminator, self.discriminator = None, None
         if section.adversarial_weight > 0:
             inner_discriminator = Discriminator(section.discriminator_width, section.discriminator_layers)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from latentdiff import LatentDiffError, LatentPipeline
 from latentdiff.cli import COMMANDS, app
-from latentdiff.cli.models import SAMPLER, _data_config
+from latentdiff.cli.models import SAMPLER, data_config
 from latentdiff.config import load_config
 from latentdiff.data.cache import read_pixels
 from latentdiff.data.pictures import to_pixels
@@ -155,13 +155,13 @@ def test_data_settings_of_a_run(place, tmp_path, monkeypatch, record, known):
     shutil.copytree(place / "runs/mine/model", tmp_path / "run/model")
     (tmp_path / "run/run.json").write_text(json.dumps(record))
     if known:
-        assert _data_config("run", []).source == "kept"
+        assert data_config("run", []).source == "kept"
         monkeypatch.chdir(tmp_path / "run/model")
-        assert _data_config(".", []).source == "kept"
+        assert data_config(".", []).source == "kept"
     else:
         with pytest.raises(LatentDiffError, match=r"run: no record of its training data; give data.source"):
-            _data_config("run", [])
-        assert _data_config("run", ["data.source=mine", "data.flip=false"]).source == "mine"
+            data_config("run", [])
+        assert data_config("run", ["data.source=mine", "data.flip=false"]).source == "mine"
 
 
 def test_inspect(invoke):

@@ -129,13 +129,18 @@ def test_fsdp_trains_saves_and_continues(train, state, log, weights, uninterrupt
     """Two processes with sharded weights match one process up to rounding, and resume bit for bit."""
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     bands = "validation.timestep_bands=3"  # three batches for two processes, which must call the model equally often
+    snapshots = "train_latent.ema_snapshots=2"
     for name in ("run", "again"):
         shutil.copytree(uninterrupted("fp32") / "vae", tmp_path / name / "vae")
-    assert train("run", bands, processes=2, stage="train_latent", environment=fsdp) == 0
-    assert train("again", processes=2, stage="train_latent", environment=fsdp, accident="terminate", at=4) == 143
+    assert train("run", bands, snapshots, processes=2, stage="train_latent", environment=fsdp) == 0
+    interrupted = {"processes": 2, "stage": "train_latent", "environment": fsdp}
+    assert train("again", snapshots, **interrupted, accident="terminate", at=4) == 143
     assert state("again")[0] == 4
-    assert train("again", processes=2, stage="train_latent", environment=fsdp) == 0
+    assert train("again", snapshots, **interrupted) == 0
     assert same(state("run")[1], state("again")[1])
+    averages = weights(tmp_path / "run" / "train_latent" / "snapshots" / "step-00000006" / "ema_100.safetensors")
+    assert same(averages, {name.removeprefix("model-ema/"): tensor for name, tensor in state("run")[1].items()
+                           if name.startswith("model-ema/")})  # fmt: skip
     for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
         sharded, one = (weights(f / "model" / f"{part}.safetensors") for f in (tmp_path / "run", uninterrupted("fp32")))
         assert sharded.keys() == one.keys()
