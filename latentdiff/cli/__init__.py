@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..installation import check_installation
-from . import likelihood, models, training
+from . import likelihood, models, report, training
 from .errors import plain_errors, visible
 
 COMMANDS: dict[str, Callable[..., Iterable[object]]] = {
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., Iterable[object]]] = {
     "sample": models.sample,
     "evaluate": models.evaluate,
     "likelihood": likelihood.likelihood,
+    "report": report.report,
     "inspect": models.inspect,
     "export": models.export,
     "schema": training.schema,

@@ -72,10 +72,11 @@ class MetricLogger:
         self.run.accelerator.log({f"{self.name}/{name}": value for name, value in values.items()}, step=step)
 
     def note(self, step: int, values: Mapping[str, object]) -> None:
-        """Write a line of any values to log.jsonl alone."""
+        """Write a line of any values to log.jsonl alone, with the seconds that the run has taken."""
         if self.run.is_main:
+            seconds = round(self.run.clock.elapsed(), 3)
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **values, "seconds": seconds}) + "\n")
 
     def _left(self, step: int, seconds_per_step: float) -> str:
         """Say what is left of the budget or, without one, of the stage."""

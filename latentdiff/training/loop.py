@@ -27,6 +27,7 @@ from .heartbeat import Heartbeat
 from .launch import Launch
 from .logging import MetricLogger
 from .optimizer import TrainState
+from .record import now
 from .signals import StopFlag, StopReason
 from .spikes import Spikes
 from .stopped import Stopped
@@ -112,6 +113,7 @@ def run_training(
     pacer = Pacer(run, timetable, decisions, limit, checkpoint_bytes(training))
     broken = _read_broken(folder, run)
     log = MetricLogger(run, folder, training.name, step, timetable.steps, section.batch_size)
+    log.note(step, {"resumed" if step else "began": now()})
     if step == 0 and section.validate_first:
         with log.untimed(), pacer.timing(pacer.validation):
             log.write(0, training.validate(0, no_limit))
@@ -147,6 +149,7 @@ def run_training(
                     with pacer.timing(pacer.checkpoint):
                         save(training, run, folder, step, skipped)
             if reason:
+                log.note(step, {"stopped": reason.sentence(why)})
                 raise Stopped(stop_message(training, run, folder, step, reason, why), reason)
     pacer.settle()
     log.close()

@@ -1,10 +1,12 @@
 """The stages of a run: VAE training, caches, latent training. A finished stage is skipped, an interrupted one resumed.
 
-<output>/run.json                  record of every launch: config, versions, seed, git
+<output>/run.json                  record of every launch: config, versions, seed, git, how it ended
+<output>/data.json                 how many pictures there are, and what was left out
 <output>/train_vae/, train_latent/ checkpoints, log.jsonl, preview images
 <output>/vae/                      finished VAE
 <output>/cache/                    latents and text features
 <output>/model/                    finished model, in diffusers' layout
+<output>/report.html               all of this on one page
 """
 
 import shutil
@@ -37,6 +39,7 @@ from .latent import LatentTraining
 from .launch import Launch, launched
 from .loop import run_training
 from .parallel import gather_full
+from .record import write_json
 from .vae import VAETraining
 from .vae_finish import finish_seconds, finish_vae, kept_encodings
 
@@ -174,9 +177,14 @@ def open_pictures(run: Launch) -> tuple[Source, Source]:
         run.say_once(f"{run.config.data.source}: {line}")
     if left_out.names:
         run.say_once(f"{run.config.data.source}: `latentdiff data check` writes down all that is left out")
-    for name, source in zip(("training", "held-out"), sources, strict=True):
-        if without := sum(not captions for captions in source.all_captions()):
-            run.say_once(f"{run.config.data.source}: {without} of {len(source)} {name} pictures have no caption")
+    counts = {name: {"pictures": len(source), "without_caption": sum(not texts for texts in source.all_captions())}
+              for name, source in zip(("training", "held-out"), sources, strict=True)}  # fmt: skip
+    for name, count in counts.items():
+        if without := count["without_caption"]:
+            run.say_once(f"{run.config.data.source}: {without} of {count['pictures']} {name} pictures have no caption")
+    if run.is_main:
+        record = {"source": run.config.data.source, **counts, "left_out": list(left_out.lines())}
+        write_json(run.folder / "data.json", record)
     return sources
 
 
