@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,7 @@ def draw(name: str, curves: Sequence[Curve], marks: Sequence[Mark] = (), *, x: s
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11,
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11,
              "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID, "xtick.color": INK,
              "ytick.color": INK, "text.parse_math": False, "path.simplify": True}  # fmt: skip
     with matplotlib.rc_context(style):
@@ -88,11 +88,12 @@ def draw(name: str, curves: Sequence[Curve], marks: Sequence[Mark] = (), *, x: s
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         file = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        canvas: Any = FigureCanvasSVG(figure)  # untyped
+        canvas.print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _for_page(file.getvalue(), name)
 
 
-def _add(axes, curve: Curve, left: float) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _add(axes: Any, curve: Curve, left: float) -> None:
     steps, values = np.maximum(np.asarray(curve.steps, float), left), np.asarray(curve.values, float)
     color = _color(curve.color)
     if curve.style == "smooth":
@@ -105,7 +106,7 @@ def _add(axes, curve: Curve, left: float) -> None:  # type: ignore[no-untyped-de
         axes.plot(steps, values, color=color, linewidth=1, linestyle="--", alpha=curve.opacity)
 
 
-def _plain_numbers(axis) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _plain_numbers(axis: Any) -> None:
     """Write 0.05 and 2000 rather than powers of ten, and name a few values between the powers if there are few."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -19,7 +19,7 @@ from ..files.card import without_folders
 from .card import card_html
 from .panels import Panel, panels
 from .pictures import Series, embed
-from .results import drawn_table, evaluation_tables, likelihood_figure, likelihood_table
+from .results import Table, drawn_table, evaluation_tables, likelihood_figure, likelihood_table
 from .run import STAGES, Run, mapping, read_run
 from .times import Spent, times
 
@@ -81,13 +81,15 @@ def _view(run: Run, count: int) -> dict[str, Any]:
     return {
         "run": run,
         "outcome": _guarded(run, "outcome", "", lambda: _outcome(run)),
-        "launches": _guarded(run, "launches", [], lambda: [_launch(launch) for launch in run.launches]),
+        "launches": _guarded(
+            run, "launches", list[dict[str, str]](), lambda: [_launch(launch) for launch in run.launches]
+        ),
         "config": _guarded(run, "config", "", lambda: _yaml(run.config)),
-        "prompts": _guarded(run, "prompts", [], lambda: _prompts(run)),
+        "prompts": _guarded(run, "prompts", list[str](), lambda: _prompts(run)),
         "pictures": pictures,
-        "quality": _guarded(run, "reconstruction quality", {}, lambda: _quality(run)),
+        "quality": _guarded(run, "reconstruction quality", dict[int, str](), lambda: _quality(run)),
         "times": _guarded(run, "times", list[Spent](), lambda: times(run)),
-        "tables": _guarded(run, "evaluation", [], lambda: list(evaluation_tables(run))),
+        "tables": _guarded(run, "evaluation", list[Table](), lambda: list(evaluation_tables(run))),
         "drawn": _guarded(run, "samples and their neighbors", None, lambda: drawn_table(run)),
         "likelihood": _guarded(run, "likelihood", None, lambda: likelihood_table(run)),
         "card": Markup(_guarded(run, "model card", "", lambda: card_html(run))),

@@ -10,7 +10,9 @@ from .run import Run, Stage
 
 TITLES = {"loss": "loss", "l1": "absolute error (l1)", "l2": "squared error (l2)", "perceptual": "perceptual loss",
           "kl": "KL divergence, nats per picture", "norm": "norm of the gradient", "psnr": "held-out PSNR, dB",
-          "ssim": "held-out SSIM", "pictures_per_second": "pictures per second"}  # fmt: skip
+          "ssim": "held-out SSIM", "pictures_per_second": "pictures per second",
+          "structural_loss": "held-out structural loss",
+          "loss_unconditional": "held-out loss without captions"}  # fmt: skip
 HELD_OUT, BAND = "validation_", "_band_"
 NOT_DRAWN = ("step", "seconds", "time_data", "time_model", "time_optimizer", "time_other", "spike")
 
@@ -66,7 +68,7 @@ def _curves(stage: Stage, quantity: str, color: int) -> list[Curve]:
 
 
 def _marks(stage: Stage, color: int) -> list[Mark]:
-    return [Mark(line["step"], kind, color) for line in stage.lines  # type: ignore[arg-type]
+    return [Mark(line["step"], kind, color) for line in stage.lines
             for kind in ("resumed", "stopped", "spike") if kind in line]  # fmt: skip
 
 
