@@ -5,15 +5,18 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
 from ..data.pictures import PictureError, open_picture, read_bounded
 
-MAX_WIDTH = 1280  # pixels: wider ones are shrunk
+MAX_WIDTH, MIN_WIDTH = 1280, 64  # pixels: wider ones are shrunk
 MAX_PIXELS = 40_000_000  # of a preview; a larger one is not opened
 QUALITY = 80  # of WebP
 MOST = 24  # pictures in a series
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,20 +45,24 @@ def embed(files: Sequence[tuple[int, Path]], limit: int) -> Series:
             opened.append((step, open_picture(read_bounded(path), max_pixels=MAX_PIXELS, background=(255, 255, 255))))
         except (PictureError, OSError) as error:
             broken.append(f"{path.name} cannot be shown ({error}).")
-    width, chosen, encoded = MAX_WIDTH, opened, [_encode(image, MAX_WIDTH) for _, image in opened]
-    while sum(len(picture.uri) for picture in encoded) > limit and width > 64:
-        if len(chosen) > 2:
-            chosen = _evenly(chosen, max(2, len(chosen) * 2 // 3))
-        else:
-            width = width * 2 // 3
-        encoded = [_encode(image, width) for _, image in chosen]
-    shown = [Picture(step, each.uri, each.width, each.height) for (step, _), each in zip(chosen, encoded, strict=True)]
+    chosen = [(step, image, _encode(image, MAX_WIDTH)) for step, image in opened]
+    while len(chosen) > 2 and _size(chosen) > limit:
+        chosen = _evenly(chosen, max(2, len(chosen) * 3 // 4))
+    width = MAX_WIDTH
+    while _size(chosen) > limit and width > MIN_WIDTH:
+        width = width * 2 // 3
+        chosen = [(step, image, _encode(image, width)) for step, image, _ in chosen]
+    shown = [Picture(step, each.uri, each.width, each.height) for step, _, each in chosen]
     notes = [f"{len(shown)} of {len(files)} are shown, evenly spaced."] if len(shown) + len(broken) < len(files) else []
-    shrunk = any(picture.width < image.width for picture, (_, image) in zip(shown, chosen, strict=True))
+    shrunk = any(picture.width < image.width for _, image, picture in chosen)
     return Series(shown, notes + (["They are shown smaller than they are."] if shrunk else []) + broken)
 
 
-def _evenly(items: Sequence[tuple[int, Path]] | Sequence[tuple[int, Image.Image]], most: int) -> list:  # type: ignore[type-arg]
+def _size(chosen: Sequence[tuple[int, Image.Image, Picture]]) -> int:
+    return sum(len(picture.uri) for _, _, picture in chosen)
+
+
+def _evenly(items: Sequence[T], most: int) -> list[T]:
     """Return at most `most` items, evenly spaced from the first to the last."""
     if len(items) <= most:
         return list(items)
