@@ -17,7 +17,7 @@ import latentdiff
 from ..errors import LatentDiffError, one_line
 from ..files.card import without_folders
 from .card import card_html
-from .panels import Panel, panels
+from .panels import COUNTS, Panel, panels
 from .pictures import Series, embed
 from .results import Table, drawn_table, evaluation_tables, likelihood_figure, likelihood_table
 from .run import STAGES, Run, mapping, read_run
@@ -88,6 +88,7 @@ def _view(run: Run, count: int) -> dict[str, Any]:
         "prompts": _guarded(run, "prompts", list[str](), lambda: _prompts(run)),
         "pictures": pictures,
         "quality": _guarded(run, "reconstruction quality", dict[int, str](), lambda: _quality(run)),
+        "counts": _guarded(run, "counts", list[str](), lambda: _counts(run)),
         "times": _guarded(run, "times", list[Spent](), lambda: times(run)),
         "tables": _guarded(run, "evaluation", list[Table](), lambda: list(evaluation_tables(run))),
         "drawn": _guarded(run, "samples and their neighbors", None, lambda: drawn_table(run)),
@@ -156,3 +157,10 @@ def _quality(run: Run) -> dict[int, str]:
     psnr, ssim = ({}, {}) if stage is None else (
         dict(zip(*stage.series(f"validation_{name}"), strict=True)) for name in ("psnr", "ssim"))  # fmt: skip
     return {step: f"PSNR {psnr[step]:.2f} dB, SSIM {ssim[step]:.3f}" for step in psnr.keys() & ssim.keys()}
+
+
+def _counts(run: Run) -> list[str]:
+    """Say how many steps were skipped and pictures broken in each stage that had any."""
+    found = [(STAGES[name], what, stage.series(key)[1]) for name, stage in run.stages.items()
+             for key, what in COUNTS.items()]  # fmt: skip
+    return [f"{stage} training: {values[-1]:.0f} {what}." for stage, what, values in found if values and values[-1]]

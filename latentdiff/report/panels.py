@@ -13,8 +13,10 @@ TITLES = {"loss": "loss", "l1": "absolute error (l1)", "l2": "squared error (l2)
           "ssim": "held-out SSIM", "pictures_per_second": "pictures per second",
           "structural_loss": "held-out structural loss",
           "loss_unconditional": "held-out loss without captions"}  # fmt: skip
+COUNTS = {"skipped": "steps skipped", "broken": "broken pictures"}  # so far; said in words
 HELD_OUT, BAND = "validation_", "_band_"
-NOT_DRAWN = ("step", "seconds", "time_data", "time_model", "time_optimizer", "time_other", "spike")
+NOT_DRAWN = ("step", "seconds", "time_data", "time_model", "time_optimizer", "time_other", "spike",
+             *COUNTS)  # fmt: skip
 
 
 @dataclass(frozen=True)
