@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ..sections import duration
 from .launch import Launch
+from .record import now
 
 PHASES = ("data", "model", "optimizer")
 
@@ -31,6 +33,11 @@ class MetricLogger:
         run.accelerator.init_trackers(name, config={"config": run.config.model_dump_json()})
         if run.is_main:
             _drop_lines_after(folder / "log.jsonl", first_step or -1)  # -1: a new run starts an empty log
+
+    def begin(self) -> Self:
+        """Note that a training begins or goes on."""
+        self.note(self.done, {"resumed" if self.done else "began": now()})
+        return self
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
