@@ -51,6 +51,8 @@ class Config(sections.Section):
     """Worker processes, per training process, that read and decode pictures."""
     trackers: tuple[str, ...] | None = None
     """`tensorboard`, `wandb` or other trackers of accelerate; None: tensorboard if installed."""
+    report: bool = True
+    """Write `report.html` at the end of every launch, whether it finished, was stopped or failed."""
     data: sections.DataConfig = sections.DataConfig()
     vae: sections.VAESection = sections.VAESection()
     text_encoder: sections.TextEncoderSection = sections.TextEncoderSection()

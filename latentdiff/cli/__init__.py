@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..installation import check_installation
-from . import ema, likelihood, models, training
+from . import ema, likelihood, models, report, training
 from .errors import plain_errors, visible
 
 COMMANDS: dict[str, Callable[..., Iterable[object]]] = {
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., Iterable[object]]] = {
     "evaluate": models.evaluate,
     "likelihood": likelihood.likelihood,
     "ema": ema.ema,
+    "report": report.report,
     "inspect": models.inspect,
     "export": models.export,
     "schema": training.schema,

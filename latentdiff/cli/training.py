@@ -20,12 +20,12 @@ def stage(function: str, summary: str, recipe: str = DEFAULT) -> Callable[..., I
     def command(overrides: Overrides = None, config: ConfigFile = recipe, budget: Budget = None) -> Iterator[object]:
         from ..config import load_config
         from ..training import stages
-        from ..training.launch import launch, process_start
+        from ..training.launch import launched, process_start
         from ..training.stopped import stops_between_steps
 
         loaded = load_config(config, _settings(overrides, budget))
-        with stops_between_steps(loaded.output):
-            result = getattr(stages, function)(loaded, launch(loaded, process_start()))
+        with stops_between_steps(loaded.output), launched(loaded, None, process_start()) as run:
+            result = getattr(stages, function)(loaded, run)
         if isinstance(result, Path) and os.environ.get("RANK", "0") == "0":  # rank 0 prints for all processes
             yield result
 

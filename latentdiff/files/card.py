@@ -7,7 +7,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
-from torch import nn
 
 from ..diffusion.process import Process
 
@@ -15,7 +14,8 @@ HEADER = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
 
 
 def model_card(
-    parts: Mapping[str, nn.Module],
+    parameters: Mapping[str, int],
+    encoder: str,
     process: Process,
     *,
     title: str,
@@ -27,23 +27,23 @@ def model_card(
 ) -> str:
     """Return the card as Markdown.
 
+    `parameters` are their numbers by part, and `encoder` is the class of the text encoder's network.
     `run` is the training output that has the recipe, seed, versions and metrics; `progress` of an unfinished one is a
     step, such as "step 300 of 2000".
     """
     launch = _last_launch(run)
     prompts = launch.get("config", {}).get("validation", {}).get("prompts") or ["your prompt"]
-    encoder = type(getattr(parts["text_encoder"], "model", parts["text_encoder"])).__name__.removesuffix("Model")
     text = HEADER.format(
         license=json.dumps(license),
         title=title,
         name=title,
         size=image_size,
-        encoder=encoder,
+        encoder=encoder.removesuffix("Model"),
         prompt=json.dumps(prompts[0], ensure_ascii=False),
     )
     text += "\n## Components\n\n| component | parameters |\n|---|---|\n"
-    for name, part in parts.items():
-        text += f"| {name} | {sum(parameter.numel() for parameter in part.parameters()):,} |\n"
+    for name, count in parameters.items():
+        text += f"| {name} | {count:,} |\n"
     curve = process.schedule.name
     text += (
         f"\n{process.schedule.num_timesteps} timesteps, {curve.name if curve else 'custom'} noise schedule"
@@ -59,8 +59,8 @@ def model_card(
 
 def _training(launch: Mapping[str, Any]) -> str:
     """Format the recipe, seed and versions, without paths and host names of the machine."""
-    config = {key: _without_folders(value) for key, value in launch["config"].items()
-              if key not in ("output", "trackers", "workers")}  # fmt: skip
+    config = {key: without_folders(value) for key, value in launch["config"].items()
+              if key not in ("output", "trackers", "workers", "report")}  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in launch.get("versions", {}).items())
     recipe = yaml.safe_dump(config, sort_keys=False, width=110)
     return (
@@ -69,10 +69,10 @@ def _training(launch: Mapping[str, Any]) -> str:
     )
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """Reduce every path in a config to its last component."""
     if isinstance(value, Mapping):
-        return {key: _without_folders(inner) for key, inner in value.items()}
+        return {key: without_folders(inner) for key, inner in value.items()}
     is_path = isinstance(value, str) and re.match(r"[/~.\\]|[A-Za-z]:[/\\]", value)
     return PureWindowsPath(value).name if is_path else value
 

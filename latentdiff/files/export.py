@@ -132,8 +132,10 @@ def export_model(
     models: dict[str, Any] = {"vae": parts.vae, "unet": parts.unet, "text_encoder": parts.text_encoder}
     size = (parts.unet.config.sample_size or 32) * parts.vae.config.downsampling
     run = opened.parent if (opened.parent / "run.json").is_file() else None
-    card = model_card(models, parts.process, title=output.stem if single else output.name, image_size=size, run=run,
-                      progress=parts.progress, license=license, data=data)  # fmt: skip
+    counts = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
+    encoder = type(getattr(parts.text_encoder, "model", parts.text_encoder)).__name__
+    card = model_card(counts, encoder, parts.process, title=output.stem if single else output.name, image_size=size,
+                      run=run, progress=parts.progress, license=license, data=data)  # fmt: skip
     if single:
         from .single_file import write_single_file
 

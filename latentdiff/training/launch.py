@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -21,16 +18,14 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
 
-import latentdiff
-
 from ..config import Config
 from ..data.order import BatchPlan
 from ..device import DTYPES, check_attention, computes_in_bf16
 from ..errors import LatentDiffError, check_choice
 from ..sections import TrainSection, duration
+from .record import begin_record, end_record
 from .signals import LAUNCHER_VARIABLES
 
-LIBRARIES = ("torch", "accelerate", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pillow")
 if sys.platform != "win32":
     import fcntl
 
@@ -147,21 +142,29 @@ def launch(config: Config, began: float | None = None) -> Launch:
     run = Launch(config, accelerator, Path(config.output), precision, report, parent, group, clock)
     if accelerator.is_main_process:
         _lock_folder(run.folder)
-        _write_record(run, threads)
+        device = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
+        begin_record(run.folder, {"config": config.model_dump(mode="json"), "device": device, "threads": threads,
+                                  "processes": accelerator.num_processes, "precision": precision})  # fmt: skip
     accelerator.wait_for_everyone()
     return run
 
 
 @contextmanager
-def launched(config: Config, run: Launch | None) -> Iterator[Launch]:
-    """Give the run, or launch one and unlock its folder at the end: a notebook that idles blocks nobody."""
+def launched(config: Config, run: Launch | None, began: float | None = None) -> Iterator[Launch]:
+    """Give the run, or launch one; at its end, record how it ended and unlock its folder for others."""
     if run is not None:
         yield run
         return
-    run = launch(config)
+    run = launch(config, began)
+    error: BaseException | None = None
     try:
         yield run
+    except BaseException as raised:
+        error = raised
+        raise
     finally:
+        if run.is_main:
+            end_record(run.folder, error, run.clock.elapsed(), run.report, report=run.config.report)
         _unlock_folder(run.folder)
 
 
@@ -258,34 +261,3 @@ def _lock_folder(folder: Path) -> None:
 def _unlock_folder(folder: Path) -> None:
     if (lock := LOCKS.pop((folder / ".lock").resolve(), None)) is not None:
         os.close(lock)
-
-
-def _write_record(run: Launch, threads: int) -> None:
-    """Append this launch to run.json."""
-    record = {
-        "command": sys.argv,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": run.config.model_dump(mode="json"),
-        "versions": {"latentdiff": latentdiff.__version__, **{name: version(name) for name in LIBRARIES}},
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine(),
-        "processes": run.accelerator.num_processes,
-        "threads": threads,
-        "precision": run.precision,
-        "git": _git_state(),
-    }
-    path = run.folder / "run.json"
-    try:
-        launches = json.loads(path.read_text(encoding="utf-8"))["launches"] if path.is_file() else []
-    except (OSError, ValueError, KeyError, TypeError):
-        launches = []
-    path.write_text(json.dumps({"launches": [*launches, record]}, indent=2) + "\n", encoding="utf-8")
-
-
-def _git_state() -> str | None:
-    """Commit of the running checkout, with `-dirty` if files were changed; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

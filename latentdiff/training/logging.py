@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ..sections import duration
 from .launch import Launch
+from .record import now
 
 PHASES = ("data", "model", "optimizer")
 
@@ -31,6 +33,11 @@ class MetricLogger:
         run.accelerator.init_trackers(name, config={"config": run.config.model_dump_json()})
         if run.is_main:
             _drop_lines_after(folder / "log.jsonl", first_step or -1)  # -1: a new run starts an empty log
+
+    def begin(self) -> Self:
+        """Note that a training begins or goes on."""
+        self.note(self.done, {"resumed" if self.done else "began": now()})
+        return self
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -72,10 +79,11 @@ class MetricLogger:
         self.run.accelerator.log({f"{self.name}/{name}": value for name, value in values.items()}, step=step)
 
     def note(self, step: int, values: Mapping[str, object]) -> None:
-        """Write a line of any values to log.jsonl alone."""
+        """Write a line of any values to log.jsonl alone, with the seconds that the run has taken."""
         if self.run.is_main:
+            seconds = round(self.run.clock.elapsed(), 3)
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **values, "seconds": seconds}) + "\n")
 
     def _left(self, step: int, seconds_per_step: float) -> str:
         """Say what is left of the budget or, without one, of the stage."""

@@ -113,7 +113,7 @@ def run_training(
     begin()
     pacer = Pacer(run, timetable, decisions, limit, checkpoint_bytes(training), training.snapshots.number)
     broken = read_broken(folder, run)
-    log = MetricLogger(run, folder, training.name, step, timetable.steps, section.batch_size)
+    log = MetricLogger(run, folder, training.name, step, timetable.steps, section.batch_size).begin()
     if step == 0 and section.validate_first:
         with log.untimed(), pacer.timing(pacer.validation):
             log.write(0, training.validate(0, no_limit))
@@ -150,7 +150,7 @@ def run_training(
                     with pacer.timing(pacer.checkpoint):
                         save(training, run, folder, step, skipped)
             if reason:
-                raise Stopped(stop_message(training, run, folder, step, reason, why), reason)
+                raise Stopped(stop_message(training, log, step, reason, why), reason)
     pacer.settle()
     log.close()
 
@@ -212,10 +212,10 @@ def rehearse(training: Training, finishing: Callable[[], float], log: MetricLogg
         return training.rehearse(), finishing()
 
 
-def stop_message(
-    training: Training, run: Launch, folder: Path, step: int, reason: StopReason, why: str | None
-) -> str:  # fmt: skip
-    """Say where training stopped and why, how to go on, and whether the run can be used as it is."""
+def stop_message(training: Training, log: MetricLogger, step: int, reason: StopReason, why: str | None) -> str:
+    """Note where training stopped and why; return that, how to go on, and whether the run can be used as it is."""
+    log.note(step, {"stopped": reason.sentence(why)})
+    run, folder = log.run, log.folder
     number = f"step {step}" + (f" of {training.timetable.steps}" if training.timetable.steps else "")
     message = f"stopped at {number}: {reason.sentence(why)}; saved in {folder / 'checkpoints'}"
     if reason in (StopReason.NOT_FINITE, StopReason.BROKEN_PICTURES):

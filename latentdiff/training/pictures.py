@@ -12,6 +12,7 @@ from ..data.left_out import LeftOut
 from ..data.sources import Source, open_source
 from ..errors import several
 from .launch import Launch
+from .record import write_json
 
 FEW_HELD_OUT = 8
 
@@ -26,10 +27,15 @@ def open_pictures(run: Launch) -> Sources:
         run.say_once(f"{where}: {line}")
     if left_out.names:
         run.say_once(f"{where}: `latentdiff data check` writes down all that is left out")
-    _say_which(run, sources, "have no caption", lambda captions: not captions)
+    without = _say_which(run, sources, "have no caption", lambda captions: not captions)
     if (held_out := len(sources[1])) < FEW_HELD_OUT:
         run.say_once(f"{where}: only {held_out} of {sum(map(len, sources))} pictures held out, so that the validation "
                      "loss says little; data.validation_share sets how many")  # fmt: skip
+    if run.is_main:
+        counts = [{"pictures": len(source), "without_caption": number}
+                  for source, number in zip(sources, without, strict=True)]  # fmt: skip
+        write_json(run.folder / "data.json", {"source": where, "training": counts[0], "held-out": counts[1],
+                                              "left_out": list(left_out.lines())})  # fmt: skip
     return sources
 
 
@@ -53,9 +59,14 @@ def say_what_is_broken(run: Launch, name: str, cache: LatentCache) -> None:
                    f"not used: {names}; `latentdiff data check` says why")  # fmt: skip
 
 
-def _say_which(run: Launch, sources: Sources, what: str, is_so: Callable[[list[str]], bool]) -> None:
+def _say_which(run: Launch, sources: Sources, what: str, is_so: Callable[[list[str]], bool]) -> list[int]:
+    """Say which pictures of either split are so; return how many."""
+    counts = []
     for name, source in zip(("training", "held-out"), sources, strict=True):
         pairs = zip(source.names(), source.all_captions(), strict=True)
-        if found := [picture for picture, captions in pairs if is_so(captions)]:
+        found = [picture for picture, captions in pairs if is_so(captions)]
+        counts.append(len(found))
+        if found:
             run.say_once(f"{run.config.data.source}: {len(found)} of {len(source)} {name} pictures {what}: "
                          f"{several(found)}")  # fmt: skip
+    return counts

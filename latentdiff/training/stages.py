@@ -1,10 +1,12 @@
 """The stages of a run: VAE training, caches, latent training. A finished stage is skipped, an interrupted one resumed.
 
-<output>/run.json                  record of every launch: config, versions, seed, git
+<output>/run.json                  record of every launch: config, versions, seed, git, how it ended
+<output>/data.json                 how many pictures there are, and what was left out
 <output>/train_vae/, train_latent/ checkpoints, log.jsonl, preview images
 <output>/vae/                      finished VAE
 <output>/cache/                    latents and text features
 <output>/model/                    finished model, in diffusers' layout
+<output>/report.html               all of this on one page
 """
 
 import shutil

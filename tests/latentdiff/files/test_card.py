@@ -2,7 +2,7 @@
 
 import pytest
 
-from latentdiff.files.card import _without_folders
+from latentdiff.files.card import without_folders
 
 
 @pytest.mark.parametrize(
@@ -12,4 +12,4 @@ from latentdiff.files.card import _without_folders
      ("builtin:emoji-mini", "builtin:emoji-mini"), ("someone/pictures", "someone/pictures"), (0.5, 0.5)],
 )  # fmt: skip
 def test_local_paths_are_not_published(path, expected):
-    assert _without_folders({"data": {"source": path}}) == {"data": {"source": expected}}
+    assert without_folders({"data": {"source": path}}) == {"data": {"source": expected}}

@@ -23,7 +23,7 @@ SHAPES, COLOURS = ("circle", "square"), ("red", "green", "blue", "yellow", "blac
 # half passes over the pictures.
 SIX_STEPS = ("steps=6", "batch_size=6", "micro_batch_size=3", "warmup_steps=2", "log_every=3", "checkpoint_every=3",
              "validate_every=6")  # fmt: skip
-SHORT = ("trackers=[]", "train_vae.adversarial_start=4",
+SHORT = ("trackers=[]", "report=false", "train_vae.adversarial_start=4",
          *(f"{stage}.{setting}" for stage in ("train_vae", "train_latent") for setting in SIX_STEPS))  # fmt: skip
 
 
