@@ -11,7 +11,6 @@ from latentdiff.assets import part_folder
 from latentdiff.config import load_config
 from latentdiff.data.cache import read_pixels
 from latentdiff.data.sources import open_source
-from latentdiff.evaluation import combinations, concepts
 from latentdiff.evaluation import evaluate as report
 from latentdiff.sampling.settings import SamplingSettings
 from latentdiff.sections import DataConfig
@@ -49,14 +48,13 @@ def copier(monkeypatch):
     """Sampling that returns the training picture of each prompt, optionally mirrored."""
 
     def install(data, *, mirrored):
-        def copies(_, captions, seeds, settings):
+        def copies(_, prompts, seeds, settings, folder):
             train, _ = open_source(data)
             indices = {train.captions(index)[0]: index for index in range(len(train))}
-            order = [indices[caption] for caption in captions for _ in range(settings.num_images)]
-            images = [read_pixels(train, index, data)[:, :: -1 if mirrored else 1] for index in order]
+            images = [read_pixels(train, indices[prompt], data)[:, :: -1 if mirrored else 1] for prompt in prompts]
             return [Image.fromarray(image) for image in images]
 
-        monkeypatch.setattr(concepts, "sample_concepts", copies)
+        monkeypatch.setattr(report, "draw", copies)
 
     return install
 
@@ -90,7 +88,8 @@ def test_a_perfect_copier_is_always_right(pipe, pictures, copier, monkeypatch, t
      ("builtin:emoji-mini", "builtin:emoji-mini")],
 )  # fmt: skip
 def test_the_source_is_named_without_its_folders(pipe, source, name):
-    assert report._settings(pipe, DataConfig(source=source), SamplingSettings(seed=0), "")["source"] == name
+    facts = report._settings(pipe, DataConfig(source=source), SamplingSettings(seed=0), "", 2, None, None)
+    assert facts["source"] == name
 
 
 def test_mirrored_copies_are_wrong_if_training_was_not_mirrored(pipe, pictures, copier):
@@ -134,16 +133,15 @@ def test_new_combinations(pipe, styles, monkeypatch, tmp_path, draws, right):
     """Of five held-out captions with a drawing, four ask for a known thing; the nearest picture shows what is drawn."""
     data = DataConfig(source=str(styles), image_size=64, flip=False)
 
-    def drawn(_, captions, seeds, settings):
+    def drawn(_, prompts, seeds, settings, folder):
         sources = {caption[0]: (source, index) for source in open_source(data)
                    for index, caption in enumerate(source.all_captions())}  # fmt: skip
         changed = {"what is asked": lambda caption: caption,
                    "the photo of it": lambda caption: caption.replace("drawing", "photo"),
                    "a drawing of something else": lambda _: "a drawing of thing 7"}[draws]  # fmt: skip
-        wanted = [changed(caption) for caption in captions for _ in range(settings.num_images)]
-        return [Image.fromarray(read_pixels(*sources[caption], data)) for caption in wanted]
+        return [Image.fromarray(read_pixels(*sources[changed(prompt)], data)) for prompt in prompts]
 
-    monkeypatch.setattr(combinations, "sample_concepts", drawn)
+    monkeypatch.setattr(report, "draw", drawn)
     settings = SamplingSettings(num_images=2, seed=3, num_steps=1)
     found = report.evaluate(pipe, data, settings, style="^a (photo|drawing) of ", num_concepts=8)
     assert (found.combinations.combinations, found.combinations.pictures) == (4, 8)
