@@ -96,7 +96,7 @@ class Reference:
         values[COPIED] = nearest.copied
         if self.network is not None and self.network.tokenizer is not None:
             values |= clip_scores(self.network, drawn.network[self.network.name], prompts)
-        figures = mean_figures(values, found.concepts, len(self.gallery.indices), self.seed)
+        figures = mean_figures(values, found.concepts, len(self.pictures), self.seed)
         more, left_out = set_figures(self.pictures, found, self.seed, clip=_clip(self.network))
         return figures + more, left_out, nearest
 
@@ -107,7 +107,7 @@ class Reference:
         """Measure drawn pictures, and those of another model: its name, features and prompt fidelity."""
         figures, left_out, nearest = self.measure(drawn, found)
         copied = self.nearest(held_out.latents).copied
-        (control,) = mean_figures({COPIED: copied}, range(len(copied)), len(self.gallery.indices), self.seed)
+        (control,) = mean_figures({COPIED: copied}, range(len(copied)), len(self.pictures), self.seed)
         others = [] if other is None else self.measure(other[1], other[2])[0]
         differences = [difference(*each) for each in zip(figures, others, strict=True)] if others else []
         grid = self.pairs(images, nearest, [row["prompt"] for row in found.rows])

@@ -65,7 +65,7 @@ def halve(real: Sequence[Hashable], drawn: Sequence[Hashable], seed: int = 0) ->
         chosen = np.zeros(len(ids), dtype=bool)
         for kind in (1, 2, 3):
             members = random.permutation(np.flatnonzero(kinds == kind))
-            chosen[members[: (len(members) + random.integers(2)) // 2]] = True
+            chosen[members[: max(1, (len(members) + random.integers(2)) // 2)]] = True
         found.append(
             (torch.from_numpy(np.flatnonzero(chosen[rows])), torch.from_numpy(np.flatnonzero(chosen[columns])))
         )
@@ -106,4 +106,5 @@ def _figure(name: str, value: float, by_half: Tensor, sizes: tuple[int, int], mo
         count = min(most, value * (1.0 - value) / error**2) if error and 0.0 < value < 1.0 else most
         center, spread = value + Z**2 / (2 * count), Z * (value * (1 - value) / count + Z**2 / (4 * count**2)) ** 0.5
         low, high = ((center + sign * spread) / (1.0 + Z**2 / count) for sign in (-1, 1))
+        low, high = min(low, value), max(high, value)  # which rounding could leave out
     return Figure(name, value, low, high, float(by_half.mean()), *sizes, by_half)
