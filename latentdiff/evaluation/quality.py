@@ -12,6 +12,7 @@ from .figures import Figure, estimate, halve
 from .networks import FeatureNetwork
 
 FEWEST = 16  # pictures of either kind
+CROWD = 64  # pictures that figures of neighbors need: of two dozen, their intervals are too short
 MOST = 4_000  # pictures compared pair by pair, chosen at random
 FRECHET, RELIABLE = 2_000, 10_000  # pictures that a Fréchet distance needs, and from which its bias is small
 NEIGHBORS = ("precision", "recall", "density", "coverage")
@@ -44,15 +45,18 @@ def set_figures(
     """
     if min(len(real), len(drawn)) < FEWEST:
         return [], [f"distances: {len(drawn)} drawn and {len(real)} real pictures; at least {FEWEST} of each needed"]
-    figures = []
+    figures: list[Figure] = []
+    crowd = min(len(real), len(drawn)) >= CROWD
+    left_out = [f"precision, recall, density, coverage: at least {CROWD} drawn and real pictures needed"]
+    left_out *= manifold and not crowd
     drawn_some = drawn.some(MOST, seed)
     for name in drawn.features:
-        if manifold:
+        if manifold and crowd:
             figures += _neighbor_figures(name, real.some(len(drawn_some), seed), drawn_some, seed)
         figures += _kernel_figures(name, real.some(MOST, seed), drawn_some, seed, cmmd=name == clip)
     if min(len(real), len(drawn)) < FRECHET:
-        return figures, [f"Fréchet distance (FID): {len(drawn)} drawn and {len(real)} real pictures; below {FRECHET:,} "
-                         "its bias exceeds what it measures, and the kernel distance has none"]  # fmt: skip
+        return figures, [*left_out, f"Fréchet distance (FID): {len(drawn)} drawn and {len(real)} real; "
+                         f"below {FRECHET:,} its bias exceeds what it measures; KID has none"]  # fmt: skip
     halves = halve(real.concepts, drawn.concepts, seed)
     for name, features in drawn.features.items():
         figures += estimate(

@@ -65,7 +65,7 @@ def test_a_model_against_itself(pipe, pictures):
     settings = SETTINGS.model_copy(update={"num_steps": 1})
     found = report.evaluate(pipe, data, settings, style="^a (photo|drawing) of ", num_concepts=18,
                             against=("twin", pipe)).quality  # fmt: skip
-    assert len(found.differences) == len(found.figures) == 3 + 5
+    assert len(found.differences) == len(found.figures) == 3 + 1
     assert all(each.low == each.value == each.high == 0.0 for each in found.differences)
     assert any("twin" in line and "difference 0 (0 to 0)" in line for line in found.lines())
     assert [each["name"] for each in found.record()["figures"]][:3] == [
