@@ -30,6 +30,7 @@ PrecisionOption = Annotated[Precision | None, Option("--precision", help="Defaul
 
 
 SAMPLES = "Folder for the grid and the PNGs, which are numbered on from those in it."
+FEATURES = "Folder with a CLIP, DINOv2 or ViT of transformers, to compare pictures by its features, too."
 NEGATIVE = "What to steer away from."
 SAMPLER = "ddpm, ddim, euler, dpmpp_2m or dpmpp_2m_sde."
 FIRST_SEED = "Seed of the first image; the others get seed + 1, ..."
@@ -102,25 +103,35 @@ def evaluate(
     model: Model = None,
     output: Annotated[Path, Option("--output", "-o", help="Folder for report and images.")] = Path("evaluation"),
     style: Annotated[str, Option(help="Regex to strip from captions; the rest is the concept.")] = EMOJI_STYLE,
-    num_concepts: Annotated[int, Option("--concepts", min=2, help="Training concepts to test, picked by seed.")] = 64,
-    num_images: Annotated[int, setting("num_images", "--num-images", "-n", min=1)] = 2,
+    num_concepts: Annotated[int, Option("--concepts", min=2, help="Training concepts to test, picked by seed.")] = 128,
+    num_images: Annotated[int, setting("num_images", "--num-images", "-n", min=1)] = 1,
     seed: Annotated[int, setting("seed", help=FIRST_SEED, min=0)] = 0,
     guidance_scale: Annotated[float, setting("guidance_scale", "--guidance", min=0)] = FIELDS["guidance_scale"].default,
     num_steps: Annotated[int, setting("num_steps", "--steps", min=1)] = FIELDS["num_steps"].default,
+    features: Annotated[Path | None, Option(help=FEATURES)] = None,
+    against: Annotated[str | None, Option(help="Another model, to compare on the same prompts and seeds.")] = None,
     device: Device = None,
     precision: PrecisionOption = None,
 ) -> Iterator[str]:
-    """Measure a model's reconstruction, denoising and prompt fidelity.
+    """Measure a model: reconstruction, denoising, prompt fidelity, quality, variety, copies.
+
+    The same command goes on after an interruption.
 
     Example: latentdiff evaluate --model runs/mine data.source=my-pictures
     """
     data = data_config(model, overrides or ())
     from ..evaluation.evaluate import evaluate
+    from ..evaluation.networks import open_network
 
     output.mkdir(parents=True, exist_ok=True)  # fail now rather than after the evaluation
     settings = SamplingSettings(num_images=num_images, guidance_scale=guidance_scale, num_steps=num_steps, seed=seed)
-    report = evaluate(open_pipeline(model, device, precision), data, settings, style=style, num_concepts=num_concepts,
-                      say=lambda line: echo(line, err=True))  # fmt: skip
+    pipe = open_pipeline(model, device, precision)
+    report = evaluate(
+        pipe, data, settings, style=style, num_concepts=num_concepts, output=output,
+        network=None if features is None else open_network(features, pipe.device),
+        against=None if against is None else (against, open_pipeline(against, device, precision)),
+        say=lambda line: echo(line, err=True),
+    )  # fmt: skip
     yield from report.lines()
     report.write(output)
     yield f"report and images written to {output}"

@@ -9,17 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from ..data.cache import read_pixels
 from ..data.sources import Source
-from ..sampling.parts import ModelParts
-from ..sampling.settings import SamplingSettings
 from ..sections import DataConfig
-from .concepts import GRID_COLUMNS, GRID_PICTURES, Agreement, agreement, concepts_of, sample_concepts
-from .gallery import Gallery, embed
+from .concepts import GRID_COLUMNS, GRID_PICTURES, Agreement, Asked, agreement, concepts_of
+from .gallery import Gallery
 from .grid import picture_grid
 
 
@@ -70,34 +67,31 @@ def new_combinations(train: Source, held_out: Source, style: str) -> list[int]:
 
 
 def compare_combinations(
-    pipe: ModelParts,
     galleries: tuple[Gallery, Gallery],
     sources: tuple[Source, Source],
     data: DataConfig,
     style: str,
-    chosen: Sequence[int],
-    settings: SamplingSettings,
+    requested: Asked,
+    images: Sequence[Image.Image],
+    drawn: Gallery,
 ) -> CombinationReport:
-    """Sample the captions of some held-out pictures, `num_images` times each, and compare with all pictures.
+    """Compare pictures drawn of held-out captions with all pictures.
 
-    `galleries` and `sources` are those of training and of held-out pictures; `chosen` are indices of the latter.
+    `galleries` and `sources` are those of training and of held-out pictures; `drawn` are features of the `images`.
     """
     shown = {name: [values[index] for gallery, values in zip(galleries, each, strict=True) for index in gallery.indices]
              for name, each in (("concept", [concepts_of(source, style) for source in sources]),
                                 ("attribute", [attributes_of(source, style) for source in sources]))}  # fmt: skip
-    sampled = [index for index in chosen for _ in range(settings.num_images)]
-    held_out = sources[1]
-    prompts, seeds = [held_out.captions(index)[0] for index in sampled], settings.seeds(len(sampled))
+    held_out, (prompts, seeds, _, sampled) = sources[1], requested
     asked = {"concept": concepts_of(held_out, style), "attribute": attributes_of(held_out, style)}
-    images = sample_concepts(pipe, prompts[:: settings.num_images], seeds, settings)
-    queries = embed(pipe.vae, enumerate(map(np.asarray, images)), pipe.image_size).features()
+    queries = drawn.features()
     rows: list[dict[str, Any]] = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
     found: dict[str, list[Agreement]] = {"concept": [], "attribute": []}
     for name, features in galleries[0].features().items():
         everything = torch.cat([features, galleries[1].features()[name]])
         for what, results in found.items():
-            requested = [asked[what][index] for index in sampled]
-            result, _, nearest = agreement(name, queries[name], everything, requested, shown[what], prompts)
+            wanted = [asked[what][index] for index in sampled]
+            result, _, nearest = agreement(name, queries[name], everything, wanted, shown[what], prompts)
             results.append(result)
             for row, number in zip(rows, nearest.tolist(), strict=True):
                 row.setdefault(name, {})[what] = shown[what][number]
@@ -107,5 +101,5 @@ def compare_combinations(
         real = [Image.fromarray(read_pixels(held_out, index, data)) for index in sampled[part]]
         sheet.extend([images[part], real])
         texts.extend([prompts[part], ["never shown in training"] * len(real)])
-    return CombinationReport(len(chosen), len(images), len(shown["concept"]), found["concept"], found["attribute"],
-                             rows, picture_grid(sheet, captions=texts))  # fmt: skip
+    sizes = (len(set(sampled)), len(images), len(shown["concept"]))
+    return CombinationReport(*sizes, found["concept"], found["attribute"], rows, picture_grid(sheet, captions=texts))

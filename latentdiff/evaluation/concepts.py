@@ -7,7 +7,7 @@ learning, not generalization: a model that copies its training pictures scores 1
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,15 +17,29 @@ from torch import Tensor
 from ..data.cache import read_pixels
 from ..data.sources import Source
 from ..errors import LatentDiffError
-from ..sampling.loop import Features
-from ..sampling.parts import ModelParts
 from ..sampling.settings import SamplingSettings
 from ..sections import DataConfig
-from .gallery import LATENTS, Gallery, embed
+from .gallery import LATENTS, Gallery
 from .grid import picture_grid
 
 GRID_PICTURES, GRID_COLUMNS = 64, 8
 QUERY_BATCH = 256  # queries compared with the gallery at a time
+
+
+class Asked(NamedTuple):
+    """The pictures to draw, one after the other."""
+
+    prompts: list[str]
+    seeds: list[int]
+    concepts: list[str]
+    pictures: list[int]  # in the source, whose captions the prompts are
+
+    @classmethod
+    def of(cls, source: Source, concepts: Sequence[str], chosen: Sequence[int], settings: SamplingSettings) -> Self:
+        """Ask for `num_images` pictures of the caption of each chosen picture, each with its own seed."""
+        sampled = [index for index in chosen for _ in range(settings.num_images)]
+        prompts = [source.captions(index)[0] for index in sampled]
+        return cls(prompts, settings.seeds(len(sampled)), [concepts[index] for index in sampled], sampled)
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class ConceptReport:
     pictures: int  # samples
     gallery: int  # training pictures
     agreements: list[Agreement]
-    rows: list[dict[str, Any]]  # per sample: prompt, seed, and in each feature space rank and nearest concept
+    rows: list[dict[str, Any]]  # per sample: prompt, seed, concept, and in each feature space rank and nearest concept
     grid: Image.Image  # each sample above its nearest training picture by latents
 
     def lines(self) -> Iterator[str]:
@@ -84,19 +98,6 @@ def choose(concepts: Sequence[str], count: int, seed: int | Sequence[int] | None
     for index, concept in enumerate(concepts):
         pictures.setdefault(concept, []).append(index)
     return [int(random.choice(pictures[names[number]])) for number in chosen]
-
-
-@torch.no_grad()
-def sample_concepts(
-    pipe: ModelParts, captions: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
-) -> list[Image.Image]:
-    """Sample each caption `num_images` times, every picture with its own seed.
-
-    Captions are taken literally, as in training: parentheses do not weight them.
-    """
-    context = pipe.text_encoder(captions).repeat_interleave(settings.num_images, 0)
-    null_context = None if settings.guidance_scale == 1 else pipe.text_encoder.null_context(len(context))
-    return list(pipe.sample_images(Features(context, null_context), seeds, settings))
 
 
 def ranks(queries: Tensor, gallery: Tensor, requested: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,28 +154,27 @@ def agreement(
 
 
 def compare(
-    pipe: ModelParts,
     gallery: Gallery,
     source: Source,
     data: DataConfig,
     concepts: Sequence[str],
-    chosen: Sequence[int],
-    settings: SamplingSettings,
+    asked: Asked,
+    images: Sequence[Image.Image],
+    queries: Gallery,
 ) -> ConceptReport:
-    """Sample the captions of some training pictures, and compare the samples with the gallery of all of them.
+    """Compare drawn pictures with the gallery of all training pictures.
 
-    `concepts` holds the concept of each picture in `source`, and `chosen` the indices of the pictures whose captions
-    are sampled, `num_images` times each.
+    `concepts` holds the concept of each picture in `source`; `queries` are features of the drawn `images`.
     """
-    sampled = [index for index in chosen for _ in range(settings.num_images)]
-    prompts, seeds = [source.captions(index)[0] for index in sampled], settings.seeds(len(sampled))
-    images = sample_concepts(pipe, prompts[:: settings.num_images], seeds, settings)
-    requested, shown = ([concepts[index] for index in indices] for indices in (sampled, gallery.indices))
-    queries = embed(pipe.vae, enumerate(map(np.asarray, images)), pipe.image_size).features()
-    rows: list[dict[str, Any]] = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+    prompts, seeds, requested, _ = asked
+    shown = [concepts[index] for index in gallery.indices]
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "seed": seed, "concept": concept}
+        for prompt, seed, concept in zip(prompts, seeds, requested, strict=True)
+    ]
     agreements, neighbors = [], {}
     for name, features in gallery.features().items():
-        result, ranking, nearest = agreement(name, queries[name], features, requested, shown)
+        result, ranking, nearest = agreement(name, queries.features()[name], features, requested, shown)
         agreements.append(result)
         neighbors[name] = [gallery.indices[number] for number in nearest.tolist()]
         for row, rank, index in zip(rows, ranking.tolist(), neighbors[name], strict=True):

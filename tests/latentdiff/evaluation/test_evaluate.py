@@ -6,42 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff import LatentDiffError, LatentPipeline
-from latentdiff.assets import part_folder
-from latentdiff.config import load_config
+from latentdiff import LatentDiffError
 from latentdiff.data.cache import read_pixels
 from latentdiff.data.sources import open_source
-from latentdiff.evaluation import combinations, concepts
 from latentdiff.evaluation import evaluate as report
 from latentdiff.sampling.settings import SamplingSettings
 from latentdiff.sections import DataConfig
-from text_encoder import TextEncoder, train_tokenizer
-from unet import UNet
-from vae import VAE
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    """A trained VAE of 64 px; UNet and BERT are untrained, as none of what is tested depends on them."""
-    config = load_config("debug", ["unet.block_out_channels=[16, 32]"])
-    encoder = TextEncoder.new(config.text_encoder.build(), train_tokenizer(["a"] * 2, vocab_size=60, max_length=16))
-    vae = VAE.from_pretrained(part_folder("builtin:emoji-64", "vae"))
-    unet = UNet(config.unet.build(vae.config.latent_channels, encoder.context_dim, 8))
-    return LatentPipeline(vae=vae, unet=unet, text_encoder=encoder, schedule=config.diffusion.build())
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """40 pictures of 20 things, one of them broken, and 2 held-out ones."""
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for number in range(42):
-        split = folder / ("train" if number < 40 else "validation")
-        split.mkdir(exist_ok=True)
-        small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        small.resize((64, 64), Image.Resampling.BICUBIC).save(split / f"{number:02}.png")
-        (split / f"{number:02}.txt").write_text(f"a {'drawing' if number % 2 else 'photo'} of thing {number // 2}")
-    (folder / "train/06.png").write_bytes(b"not a picture")
-    return folder
 
 
 @pytest.fixture
@@ -49,14 +19,13 @@ def copier(monkeypatch):
     """Sampling that returns the training picture of each prompt, optionally mirrored."""
 
     def install(data, *, mirrored):
-        def copies(_, captions, seeds, settings):
+        def copies(_, prompts, seeds, settings, folder):
             train, _ = open_source(data)
             indices = {train.captions(index)[0]: index for index in range(len(train))}
-            order = [indices[caption] for caption in captions for _ in range(settings.num_images)]
-            images = [read_pixels(train, index, data)[:, :: -1 if mirrored else 1] for index in order]
+            images = [read_pixels(train, indices[prompt], data)[:, :: -1 if mirrored else 1] for prompt in prompts]
             return [Image.fromarray(image) for image in images]
 
-        monkeypatch.setattr(concepts, "sample_concepts", copies)
+        monkeypatch.setattr(report, "draw", copies)
 
     return install
 
@@ -90,7 +59,8 @@ def test_a_perfect_copier_is_always_right(pipe, pictures, copier, monkeypatch, t
      ("builtin:emoji-mini", "builtin:emoji-mini")],
 )  # fmt: skip
 def test_the_source_is_named_without_its_folders(pipe, source, name):
-    assert report._settings(pipe, DataConfig(source=source), SamplingSettings(seed=0), "")["source"] == name
+    facts = report._settings(pipe, DataConfig(source=source), SamplingSettings(seed=0), "", 2, None, None)
+    assert facts["source"] == name
 
 
 def test_mirrored_copies_are_wrong_if_training_was_not_mirrored(pipe, pictures, copier):
@@ -134,16 +104,15 @@ def test_new_combinations(pipe, styles, monkeypatch, tmp_path, draws, right):
     """Of five held-out captions with a drawing, four ask for a known thing; the nearest picture shows what is drawn."""
     data = DataConfig(source=str(styles), image_size=64, flip=False)
 
-    def drawn(_, captions, seeds, settings):
+    def drawn(_, prompts, seeds, settings, folder):
         sources = {caption[0]: (source, index) for source in open_source(data)
                    for index, caption in enumerate(source.all_captions())}  # fmt: skip
         changed = {"what is asked": lambda caption: caption,
                    "the photo of it": lambda caption: caption.replace("drawing", "photo"),
                    "a drawing of something else": lambda _: "a drawing of thing 7"}[draws]  # fmt: skip
-        wanted = [changed(caption) for caption in captions for _ in range(settings.num_images)]
-        return [Image.fromarray(read_pixels(*sources[caption], data)) for caption in wanted]
+        return [Image.fromarray(read_pixels(*sources[changed(prompt)], data)) for prompt in prompts]
 
-    monkeypatch.setattr(combinations, "sample_concepts", drawn)
+    monkeypatch.setattr(report, "draw", drawn)
     settings = SamplingSettings(num_images=2, seed=3, num_steps=1)
     found = report.evaluate(pipe, data, settings, style="^a (photo|drawing) of ", num_concepts=8)
     assert (found.combinations.combinations, found.combinations.pictures) == (4, 8)

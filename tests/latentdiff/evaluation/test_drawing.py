@@ -1,0 +1,73 @@
+"""Drawn pictures are kept: a killed evaluation draws only what is missing, and never takes another's pictures."""
+
+import numpy as np
+import pytest
+
+from latentdiff import LatentDiffError
+from latentdiff.evaluation import drawing
+from latentdiff.evaluation import evaluate as report
+from latentdiff.sampling.settings import SamplingSettings
+from latentdiff.sections import DataConfig
+
+SETTINGS = SamplingSettings(num_steps=2, seed=0, batch_size=2)
+
+
+def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
+    """Killed in the third picture; the others are drawn afterwards, and all equal those of a run without a folder."""
+    prompts, seeds = ["a cat", "a dog", "a cat", "an owl"], [0, 1, 2, 3]
+    whole, calls = drawing.draw(pipe, prompts, seeds, SETTINGS, None), []
+
+    def dies(self, features, seeds, settings):
+        calls.append(len(seeds))
+        for number, image in enumerate(original(features, seeds, settings)):
+            if len(calls) == 1 and number == 2:
+                raise KeyboardInterrupt
+            yield image
+
+    original = pipe.sample_images
+    monkeypatch.setattr(type(pipe), "sample_images", dies)
+    with pytest.raises(KeyboardInterrupt):
+        drawing.draw(pipe, prompts, seeds, SETTINGS, tmp_path)
+    images = drawing.draw(pipe, prompts, seeds, SETTINGS, tmp_path)
+    assert calls == [4, 2]
+    for image, expected in zip(images, whole, strict=True):
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1  # batches differ by rounding
+    assert len(list(tmp_path.rglob("*"))) == 1 + 4
+    drawing.draw(pipe, prompts[:1], seeds[:1], SETTINGS.model_copy(update={"guidance_scale": 2.0}), tmp_path)
+    assert calls == [4, 2, 1]
+
+
+def test_other_weights_are_another_model(pipe):
+    before, bias = drawing.model_digest(pipe), pipe.unet.conv_in.bias
+    bias.data += 1e-3
+    after = drawing.model_digest(pipe)
+    bias.data -= 1e-3
+    assert before != after
+
+
+def test_another_evaluation_is_not_overwritten(pipe, pictures, tmp_path):
+    """The same command again uses the pictures that are there; other settings are refused before anything is drawn."""
+    data, style = DataConfig(source=str(pictures), image_size=64), "^a (photo|drawing) of "
+    options = {"style": style, "num_concepts": 2, "output": tmp_path}
+    found = report.evaluate(pipe, data, SETTINGS, **options)
+    found.write(tmp_path)
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*.png")}
+    again = report.evaluate(pipe, data, SETTINGS, **options)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*.png")} == drawn
+    assert again.concepts.rows == found.concepts.rows
+    with pytest.raises(LatentDiffError, match=r"another evaluation \(guidance_scale: 5.0, now 3.0\): choose another"):
+        report.evaluate(pipe, data, SETTINGS.model_copy(update={"guidance_scale": 3.0}), **options)
+
+
+def test_a_model_against_itself(pipe, pictures):
+    """On the same seeds nothing differs, and every figure says so."""
+    data = DataConfig(source=str(pictures), image_size=64, flip=False)
+    settings = SETTINGS.model_copy(update={"num_steps": 1})
+    found = report.evaluate(pipe, data, settings, style="^a (photo|drawing) of ", num_concepts=18,
+                            against=("twin", pipe)).quality  # fmt: skip
+    assert len(found.differences) == len(found.figures) == 3 + 1
+    assert all(each.low == each.value == each.high == 0.0 for each in found.differences)
+    assert any("twin" in line and "difference 0 (0 to 0)" in line for line in found.lines())
+    assert [each["name"] for each in found.record()["figures"]][:3] == [
+        "share of right concepts by latents", "share of right concepts by 32x32 RGB", "share of copies"
+    ]  # fmt: skip
