@@ -65,6 +65,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture
 def invoke(place, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setattr("latentdiff.evaluation.asking.PILOTS", 2)
 
     def run(line: str, **options):
         return CliRunner().invoke(app, shlex.split(line), **options)
