@@ -29,7 +29,7 @@ from ..diffusion.process import Process
 from ..errors import LatentDiffError
 from ..files.export import begin_model, save_model
 from ..files.open import read_json
-from ..files.scheduler import read_scheduler, scheduler_config
+from ..files.scheduler import SAVED, read_scheduler
 from ..files.unfinished import find_part
 from .done import find_done, mark_done
 from .fingerprint import fingerprint
@@ -100,7 +100,6 @@ def train_latent(config: Config, run: Launch | None = None) -> Path:
             run.report(f"{folder}: already done")
             return folder
         check_batches(run)
-        scheduler_config(config.diffusion.process())  # raises now if the scheduler could not be saved at the end
         sources = open_pictures(run)
         torch.manual_seed(config.seed)
         text_encoder = open_text_encoder(config, sources[0]).to(run.device)
@@ -158,7 +157,6 @@ def preflight(run: Launch) -> None:
     """Check data, vocabulary, batch sizes and models now rather than fail in the last stage after hours of training."""
     config = run.config
     check_batches(run)
-    scheduler_config(config.diffusion.process())
     encoder = open_text_encoder(config, open_pictures(run)[0])
     pretrained = config.vae.pretrained
     vae = VAE.from_pretrained(find_part(pretrained, "vae")) if pretrained else None
@@ -254,7 +252,7 @@ def _pretrained_unet(config: Config, pretrained: str, channels: int, width: int)
 def _saved_process(model: Path) -> Process | None:
     """The prediction and noise schedule of a saved model, or None if it has no scheduler config."""
     path = model / "scheduler" / "scheduler_config.json"
-    return read_scheduler(read_json(path, ""), path) if path.is_file() else None
+    return read_scheduler(read_json(path, ""), path, SAVED) if path.is_file() else None
 
 
 def _pretrained_warnings(config: Config) -> Iterator[str]:

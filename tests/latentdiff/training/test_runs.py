@@ -355,3 +355,14 @@ def test_the_finished_vae(uninterrupted, pictures):
     report = json.loads((folder / "report.json").read_text())
     assert report["half_precision"]["bf16"] < 60
     assert max(abs(value - 1) for value in report["std"]) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_run_that_predicts_the_mean_opens_while_it_trains_and_when_it_is_finished(train, tmp_path):
+    settings = ["diffusion.prediction=mean", "diffusion.weighting=elbo"]
+    assert train("run", *settings, accident="kill at step", at=12) == -9
+    with pytest.warns(UserWarning, match="its model is not finished"):
+        assert LatentPipeline.from_pretrained(tmp_path / "run").process.prediction == "mean"
+    assert train("run", *settings) == 0
+    (image,) = LatentPipeline.from_pretrained(tmp_path / "run")("a red apple", num_steps=4, seed=0)
+    assert np.asarray(image).std() > 0
