@@ -74,7 +74,7 @@ class Diffusion(nn.Module):
         return self.process.x0(self.network(x, t), x, t).clamp(-1, 1)
 
     @torch.no_grad()
-    def from_code(self, z: Tensor, steps: int = 50) -> Tensor:
+    def from_code(self, z: Tensor, steps: int = 25) -> Tensor:
         """Return what DDIM, which adds no noise, makes of x_T = z, as levels."""
         *_, last = sample(self.denoise, z, make_rows("ddim", self.process.schedule, steps))
         return to_levels(last.x)
@@ -84,15 +84,16 @@ class Diffusion(nn.Module):
         return torch.randn(count, 3, 16, 16, generator=generator)
 
     @torch.no_grad()
-    def draw(self, count: int, generator: torch.Generator, steps: int = STEPS) -> Tensor:
-        """Draw pictures by ancestral sampling."""
-        start, rows = self.new_code(count, generator), make_rows("ddpm", self.process.schedule, steps)
+    def draw(self, count: int, generator: torch.Generator, steps: int | None = None) -> Tensor:
+        """Draw pictures by ancestral sampling, by default in all T steps."""
+        schedule, start = self.process.schedule, self.new_code(count, generator)
+        rows = make_rows("ddpm", schedule, steps or schedule.num_timesteps)
         noise = lambda _: torch.randn(start.shape, generator=generator)  # noqa: E731
         *_, last = sample(self.denoise, start, rows, noise)
         return to_levels(last.x)
 
     @torch.no_grad()
-    def rebuild(self, x: Tensor, generator: torch.Generator, steps: int = 50) -> Tensor:
+    def rebuild(self, x: Tensor, generator: torch.Generator, steps: int = 25) -> Tensor:
         """Noise pictures halfway (alpha = sigma for the cosine schedule) and take them back by DDIM, as levels."""
         schedule = self.process.schedule
         rows = [row for row in make_rows("ddim", schedule, steps) if row.t <= schedule.num_timesteps // 2]
