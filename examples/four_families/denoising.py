@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from latentdiff import Schedule
 from latentdiff.diffusion.bound import bound_term, prior_term
-from latentdiff.diffusion.process import Process, add_noise, diffusion_loss, posterior, sample_timesteps
+from latentdiff.diffusion.process import Process, Weighting, add_noise, diffusion_loss, posterior, sample_timesteps
 from latentdiff.diffusion.samplers import make_rows, sample
 from latentdiff.evaluation.likelihood import discretized_log_prob
 from unet import UNet, UNetConfig
@@ -34,16 +34,20 @@ class Unconditional(nn.Module):
 class Diffusion(nn.Module):
     """A network for v, with the steps, the bound and the draws that follow from it."""
 
-    def __init__(self, network: nn.Module | None = None, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self, network: nn.Module | None = None, schedule: Schedule | None = None, weighting: Weighting = "simple"
+    ) -> None:
         super().__init__()
+        self.weighting = weighting
         self.network = network or Unconditional()
         self.process = Process(schedule or Schedule.named("cosine", STEPS), "v")
 
     def loss(self, x: Tensor) -> Tensor:
-        """Return the mean squared error of v at random timesteps."""
+        """Return the mean weighted squared error of v at random timesteps."""
         schedule, x0 = self.process.schedule, to_pixels(x)
         noise, t = torch.randn_like(x0), sample_timesteps(len(x), self.process.schedule.num_timesteps)
-        return diffusion_loss(self.network(add_noise(x0, noise, t, schedule), t), x0, noise, t, "v", schedule).mean()
+        output = self.network(add_noise(x0, noise, t, schedule), t)
+        return diffusion_loss(output, x0, noise, t, "v", schedule, weighting=self.weighting).mean()
 
     @torch.no_grad()
     def log_prob(self, x: Tensor, generator: torch.Generator, every: int = 5) -> Tensor:
