@@ -19,7 +19,7 @@ from unet import UNetError
 from vae import VAEError
 
 from . import sections
-from .diffusion.process import check_prediction
+from .diffusion.process import check_prediction, check_weighting
 from .diffusion.samplers import SAMPLERS
 from .errors import LatentDiffError, nearest
 
@@ -75,6 +75,7 @@ class Config(sections.Section):
                 latent_size = max(1, image_size // vae.downsampling)
                 self.unet.build(vae.latent_channels, self.text_encoder.width, latent_size)
             check_prediction(self.diffusion.prediction, self.diffusion.build())
+            check_weighting(self.diffusion.weighting, self.diffusion.prediction)
         except LatentDiffError as error:
             raise ValueError(f"{SECTION_OF.get(type(error), 'diffusion')}: {error}") from None
         if self.text_encoder.pretrained is None and not self.text_encoder.train:

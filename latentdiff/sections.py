@@ -193,7 +193,7 @@ class DiffusionSection(Section):
     zero_terminal_snr: bool = False
     """Make the last timestep pure noise (arXiv 2305.08891); prompts then take longer to learn (docs/recipes.md)."""
     prediction: Prediction = "v"
-    """What the UNet predicts: velocity `v`, noise `eps`, clean latents `x0`, or the `mean` of the reverse step."""
+    """Velocity `v`, noise `eps`, clean latents `x0`, or the `mean` of the reverse step, not with `simple`."""
     weighting: Weighting = "simple"
     """`min_snr` denoises better at low noise but learns prompts later (docs/recipes.md)."""
     min_snr_gamma: PositiveFloat = 5.0

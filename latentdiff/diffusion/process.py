@@ -33,6 +33,10 @@ class Process(NamedTuple):
     offset: int = 0  # added to the timesteps of "leading" spacing
     final_sigma_zero: bool = True  # False: end at the noise level of t = 0, as the original Stable Diffusion does
 
+    def x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the clean latents that the network's output at x_t implies."""
+        return to_x0(output, x_t, t, network_output(self.prediction), self.schedule)
+
 
 class Gaussian(NamedTuple):
     """A Gaussian with diagonal covariance; `var` broadcasts against `mean`."""
@@ -98,6 +102,27 @@ def check_prediction(prediction: str, schedule: Schedule) -> None:
             "prediction 'eps' does not work with zero terminal SNR: at the last timestep x_t is pure noise, so "
             "eps says nothing about x0 (x0 = (x_t - sigma * eps) / alpha with alpha = 0); use 'v' or 'x0'"
         )
+
+
+def check_weighting(weighting: str, prediction: Prediction) -> None:
+    """Raise LatentDiffError on an unknown loss weighting, or on `simple` with a network that predicts the mean."""
+    check_choice("weighting", weighting, WEIGHTINGS)
+    if prediction == "mean" and weighting == "simple":
+        raise LatentDiffError(
+            "weighting 'simple' does not work with prediction 'mean': most of the mean is x_t, so its unweighted error "
+            "counts an error of x0 c_0^2 times, below a millionth at high noise, where hardly anything would be "
+            "learned; use 'elbo' or 'min_snr'"
+        )
+
+
+def network_output(prediction: Prediction) -> Prediction:
+    """Return what the output F of a network estimates that is trained for a prediction.
+
+    That is the prediction itself, but for `mean`, which is asked for as g(x_t, t) = c_t x_t + c_0 F(x_t, t) with the
+    coefficients of the posterior (equation 7), since x_t is known. Comparing with that equation, F estimates x0, and
+    `to_x0` of g is F. The weights `elbo` and `min_snr` of g's error and of F's give one and the same loss.
+    """
+    return "x0" if prediction == "mean" else prediction
 
 
 def target(x0: Tensor, noise: Tensor, t: Tensor, prediction: Prediction, schedule: Schedule) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion.process import add_noise, to_x0
+from ..diffusion.process import add_noise
 from ..sampling.loop import CachedNetwork
 from ..sampling.parts import ModelParts
 
@@ -51,7 +51,7 @@ def denoising_errors(
             x = add_noise(x0, eps, times, schedule).to(pipe.device)
             for i, context in enumerate(contexts):
                 model = CachedNetwork(pipe.network, context[part].to(pipe.unet.conv_in.weight), [t])
-                predicted = to_x0(model(x, t).cpu(), x.cpu(), times, pipe.process.prediction, schedule)
+                predicted = pipe.process.x0(model(x, t).cpu(), x.cpu(), times)
                 sums[i] += (predicted - x0).double().square().mean((1, 2, 3)).sum()
         errors.append(DenoisingError(float(ratios[t]), *(sums / len(latents)).tolist()))
     return errors

@@ -30,7 +30,7 @@ from vae import DiagonalGaussian
 
 from ..device import without_tf32
 from ..diffusion.bound import bound_term, prior_term
-from ..diffusion.process import Process, Variance, add_noise, to_x0
+from ..diffusion.process import Process, Variance, add_noise
 from ..errors import LatentDiffError, check_choice
 from ..sampling.parts import ModelParts
 from .proposal import Proposal, Proposals, grid, stratified
@@ -124,7 +124,7 @@ class LatentBound:
             x_t = add_noise(x0, noise[part].double(), times, schedule)
             inputs = x_t.to(weights), times.to(weights.device), context[part].to(weights)
             output = self.pipe.unet(*inputs).double().cpu()
-            x0_hat = to_x0(output, x_t, times, self.process.prediction, schedule)
+            x0_hat = self.process.x0(output, x_t, times)
             found.append(bound_term(x0, x_t, x0_hat, times, self.variance, schedule))
         return torch.cat(found)
 

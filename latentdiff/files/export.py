@@ -17,7 +17,7 @@ from ..diffusion.process import Process
 from ..errors import LatentDiffError, reraise_as
 from .card import model_card
 from .open import find_model, open_model
-from .scheduler import scheduler_config
+from .scheduler import saved_config, scheduler_config
 from .tensors import CONFIG, staged, to_json
 
 DIFFUSERS_VERSION = "0.42.1"  # of this layout; the inpainting pipeline rejects a model without it
@@ -37,15 +37,14 @@ def save_model(
     """Write all parts, and model_index.json last: a folder that has one is complete.
 
     `dtype` None keeps the weights as they are; `variant` is part of the names of the weight files, such as `fp16`;
-    UNet and VAE weights above `max_shard_bytes` are sharded. Raise if diffusers has no name for the prediction.
+    UNet and VAE weights above `max_shard_bytes` are sharded.
     """
-    scheduler = scheduler_config(process)
     with suppress(OSError):
         (folder / INDEX).unlink(missing_ok=True)  # until the folder is complete again
     vae.save_pretrained(folder / "vae", dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
     unet.save_pretrained(folder / "unet", dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
     text_encoder.save_pretrained(folder / "text_encoder", folder / "tokenizer", dtype=dtype, variant=variant)
-    _write(folder / "scheduler" / "scheduler_config.json", to_json(scheduler))
+    _write(folder / "scheduler" / "scheduler_config.json", to_json(saved_config(process)))
     _write(folder / INDEX, to_json(model_index(text_encoder)))
 
 
@@ -72,7 +71,7 @@ def begin_model(
         (staging / CONFIG).write_text(to_json(unet.to_diffusers()), encoding="utf-8")
     begin_text_encoder(text_encoder.model, folder / "text_encoder", text_encoder.use_attention_mask, frozen)
     save_tokenizer(text_encoder.tokenizer, folder / "tokenizer", text_encoder.max_length)
-    _write(folder / "scheduler" / "scheduler_config.json", to_json(scheduler_config(process)))
+    _write(folder / "scheduler" / "scheduler_config.json", to_json(saved_config(process)))
 
 
 def model_index(text_encoder: TextEncoder) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def export_model(
         data: what the card says about the training images and their license.
 
     Raises:
-        LatentDiffError: the source cannot be opened or the output cannot be written.
+        LatentDiffError: the source cannot be opened, diffusers lacks its prediction, or the output cannot be written.
     """
     if single and output.suffix != ".safetensors":
         raise LatentDiffError(f"{output}: expected a name ending in .safetensors for a single file")
@@ -129,6 +128,7 @@ def export_model(
     if not single and output.is_dir() and any(output.iterdir()):
         raise LatentDiffError(f"{output}: the folder is not empty; choose another output or delete it")
     parts = open_model(source, device=torch.device("cpu"), dtype=torch.float32)
+    scheduler = scheduler_config(parts.process)
     models: dict[str, Any] = {"vae": parts.vae, "unet": parts.unet, "text_encoder": parts.text_encoder}
     size = (parts.unet.config.sample_size or 32) * parts.vae.config.downsampling
     run = opened.parent if (opened.parent / "run.json").is_file() else None
@@ -140,7 +140,7 @@ def export_model(
         from .single_file import write_single_file
 
         metadata = {"latentdiff.card": card, "modelspec.license": license}
-        write_single_file(output, **models, scheduler=scheduler_config(parts.process), metadata=metadata, dtype=dtype)
+        write_single_file(output, **models, scheduler=scheduler, metadata=metadata, dtype=dtype)
         return output
     save_model(output, **models, process=parts.process, dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
     _write(output / "README.md", card)

@@ -14,7 +14,7 @@ from ..assets import ASSETS, INDEX, shipped_models
 from ..diffusion.process import Process
 from ..errors import LatentDiffError, UnfinishedModelWarning
 from .names import NO_PICKLES, PICKLES
-from .scheduler import read_scheduler
+from .scheduler import SAVED, read_scheduler
 from .tensors import read_json
 from .unfinished import RECORD, open_unfinished, raise_if_alone, unfinished_run
 
@@ -107,7 +107,7 @@ def open_folder(folder: Path, *, device: torch.device, dtype: torch.dtype, varia
         )
     vae_folder, text_folder = FOLDERS[kind]
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    process = read_scheduler(read_json(scheduler, "it defines how the model denoises"), scheduler)
+    process = read_scheduler(read_json(scheduler, "it defines how the model denoises"), scheduler, SAVED)
     vae = VAE.from_pretrained(folder / vae_folder, device=device, dtype=dtype, variant=variant)
     unet = UNet.from_pretrained(folder / "unet", device=device, dtype=dtype, variant=variant)
     if "LDMBertModel" in str(index.get(text_folder)):

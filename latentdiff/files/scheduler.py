@@ -11,6 +11,7 @@ from ..diffusion.schedule import Schedule, rescale_to_zero_terminal_snr
 from ..errors import LatentDiffError
 
 PREDICTIONS: dict[Prediction, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours: diffusers'
+SAVED: dict[Prediction, str] = {**PREDICTIONS, "mean": "mean"}  # in model folders; diffusers knows no "mean"
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 # Schedulers with this forward process, by the `timestep_spacing` that each defaults to.
 LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DDIMInverseScheduler")
@@ -22,16 +23,21 @@ SPACINGS: dict[str, Spacing] = {**dict.fromkeys(LEADING, "leading"), **dict.from
 
 def scheduler_config(process: Process) -> dict[str, Any]:
     """Return the config of diffusers' DDIMScheduler; raise for the prediction `mean`, which diffusers does not have."""
-    schedule, prediction, spacing, offset, final_sigma_zero = process
-    if prediction not in PREDICTIONS:
+    if process.prediction not in PREDICTIONS:
         raise LatentDiffError(
-            f"diffusion.prediction={prediction}: diffusers has no scheduler for it; "
-            f"only models that predict {', '.join(PREDICTIONS)} can be saved"
+            f"diffusion.prediction={process.prediction}: diffusers has no scheduler for it; "
+            f"only models that predict {', '.join(PREDICTIONS)} can be exported"
         )
+    return saved_config(process)
+
+
+def saved_config(process: Process) -> dict[str, Any]:
+    """Return the config in a model's folder: `scheduler_config`, or with `mean` what diffusers refuses to sample by."""
+    schedule, prediction, spacing, offset, final_sigma_zero = process
     values: dict[str, Any] = {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": schedule.num_timesteps,
-        "prediction_type": PREDICTIONS[prediction],
+        "prediction_type": SAVED[prediction],
         "timestep_spacing": spacing,
         "clip_sample": False,
         "set_alpha_to_one": final_sigma_zero,
@@ -47,7 +53,9 @@ def scheduler_config(process: Process) -> dict[str, Any]:
     }
 
 
-def read_scheduler(values: Mapping[str, Any], where: object) -> Process:
+def read_scheduler(
+    values: Mapping[str, Any], where: object, predictions: Mapping[Prediction, str] = PREDICTIONS
+) -> Process:
     """Return the process that a `scheduler_config.json` describes, with diffusers' defaults; errors name `where`."""
     kind = values.get("_class_name", "DDIMScheduler")
     if not isinstance(kind, str) or kind not in SPACINGS:
@@ -60,7 +68,7 @@ def read_scheduler(values: Mapping[str, Any], where: object) -> Process:
                 return ours
         raise LatentDiffError(f"{where}: {key}={value!r} is not supported; choose one of {', '.join(choices.values())}")
 
-    prediction = choice("prediction_type", "epsilon", PREDICTIONS)
+    prediction = choice("prediction_type", "epsilon", predictions)
     spacing = choice("timestep_spacing", SPACINGS[kind], {name: name for name in ("leading", "trailing", "linspace")})
     final_sigma_zero = values.get("set_alpha_to_one", kind != "PNDMScheduler")
     offset = values.get("steps_offset", 0)
@@ -83,7 +91,7 @@ def check_scheduler(scheduler: Any, process: Process) -> None:
         raise LatentDiffError(f"sampler={scheduler!r:.200}: expected the name of a sampler or a diffusers scheduler")
     kind = type(scheduler).__name__
     advice = f"build it with {kind}.from_config(pipe.scheduler_config)"
-    if (found := scheduler.config.get("prediction_type")) != (wanted := PREDICTIONS.get(process.prediction)):
+    if (found := scheduler.config.get("prediction_type")) != (wanted := scheduler_config(process)["prediction_type"]):
         raise LatentDiffError(f"{kind} has prediction_type {found!r} but the model has {wanted!r}; {advice}")
     for key in ("clip_sample", "thresholding"):  # meant for pixels; latents exceed 1
         if scheduler.config.get(key):

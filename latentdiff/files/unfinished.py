@@ -19,7 +19,7 @@ from ..diffusion.process import Process
 from ..errors import LatentDiffError
 from ..training.checkpoint import Checkpoint, newest_checkpoint
 from ..training.manifest import DamagedCheckpoint
-from .scheduler import read_scheduler
+from .scheduler import SAVED, read_scheduler
 from .tensors import CONFIG, Stored, check_tensors, open_file, read_json
 
 RECORD = "run.json"  # every run has one
@@ -73,7 +73,7 @@ def open_unfinished(
     if missing := [name for name in BEGUN if not (model / name).is_file()]:
         raise LatentDiffError(f"{model / missing[0]}: no such file, as in runs of older versions; "
                               "give the training command again, which writes it")  # fmt: skip
-    process = read_scheduler(read_json(model / SCHEDULER, ""), model / SCHEDULER)
+    process = read_scheduler(read_json(model / SCHEDULER, ""), model / SCHEDULER, SAVED)
     vae = VAE.from_pretrained(model / "vae", device=device, dtype=dtype, variant=variant)
     unet, encoder = _read_unet(model / "unet", average, dtype), _read_text_encoder(model, average, dtype)
     return vae, unet.to(device), encoder.to(device), process, average

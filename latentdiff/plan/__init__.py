@@ -19,7 +19,7 @@ from ..data.encodings import MAX_ERROR_PICTURES
 from ..data.order import BatchPlan
 from ..data.pictures import to_pixels
 from ..device import DTYPES
-from ..diffusion.process import add_noise, diffusion_loss
+from ..diffusion.process import add_noise, diffusion_loss, network_output
 from ..errors import LatentDiffError, check_choice
 from ..sampling.loop import CachedNetwork
 from ..sections import TrainSection
@@ -152,7 +152,7 @@ class _Planner:
         models.vae.requires_grad_(False)
         inner = LatentModel(models.unet, models.text_encoder if trains_text else None).train()
         frozen = FrozenParts(models.vae, None if trains_text else models.text_encoder, META, nullcontext)
-        schedule, prediction = self.config.diffusion.build().to(META), self.config.diffusion.prediction
+        schedule, prediction = self.config.diffusion.build().to(META), network_output(self.config.diffusion.prediction)
 
         def loss(batch: int, cached: bool) -> Tensor:
             micro_batch = models.latent_batch(batch, cached=cached, caches_text=cached and not trains_text)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.guidance import Model, guide, steer, within
-from ..diffusion.process import Process, to_x0
+from ..diffusion.process import Process
 from ..diffusion.samplers import Step, rows_at, sample, timesteps
 from ..errors import LatentDiffError
 from ..files.scheduler import check_scheduler
@@ -172,7 +172,7 @@ def denoise(model: Model, process: Process, init: InitImage | None, x: Tensor, t
 
     This is all that inpainting needs: every row takes the kept part exactly to the next noise level.
     """
-    x0 = to_x0(model(x, t), x, torch.tensor(t), process.prediction, process.schedule)
+    x0 = process.x0(model(x, t), x, torch.tensor(t))
     return x0 if init is None or init.mask is None else torch.lerp(init.latents, x0, init.mask)
 
 

@@ -78,7 +78,7 @@ class LatentPipeline(ModelParts):
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the model to a folder that `from_pretrained` and diffusers' StableDiffusionPipeline can load."""
+        """Save the model to a folder for `from_pretrained` and, unless it predicts the mean, for stock diffusers."""
         save_model(Path(folder), vae=self.vae, unet=self.unet, text_encoder=self.text_encoder, process=self.process)
 
     @property

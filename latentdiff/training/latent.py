@@ -21,7 +21,7 @@ from ..data.order import BatchPlan
 from ..data.pictures import to_pixels
 from ..data.shards import digest
 from ..data.sources import Source
-from ..diffusion.process import add_noise, diffusion_loss
+from ..diffusion.process import add_noise, diffusion_loss, network_output
 from ..sampling.loop import Network
 from ..sampling.settings import SamplingSettings
 from .best import Best
@@ -183,10 +183,11 @@ class LatentTraining:
     def _gradients(self, parts: Parts) -> dict[str, Tensor]:
         """Leave the gradients of micro-batches (x0, noise, t, *text) in the weights; return their mean loss."""
         settings, total = self.run.config.diffusion, torch.zeros((), device=self.run.device)
+        predicted = network_output(settings.prediction)
         for number, (x0, noise, t, *text) in enumerate(parts):
             with no_sync(self.model, last=number == len(parts) - 1):
                 prediction = self.frozen.predict(self.model, add_noise(x0, noise, t, self.schedule), t, text)
-                losses = diffusion_loss(prediction, x0, noise, t, settings.prediction, self.schedule,
+                losses = diffusion_loss(prediction, x0, noise, t, predicted, self.schedule,
                                         weighting=settings.weighting, min_snr_gamma=settings.min_snr_gamma,
                                         variance=settings.variance)  # fmt: skip
                 loss = losses.mean() / len(parts)
@@ -279,7 +280,7 @@ class LatentTraining:
         self, batches: ValidationBatches, check_time: Callable[[], None] = no_limit, rounds: int | None = None
     ) -> dict[str, float]:
         """Mean loss over all timesteps and per band; in each round every process takes one of the batches."""
-        accelerator, prediction = self.run.accelerator, self.run.config.diffusion.prediction
+        accelerator, prediction = self.run.accelerator, network_output(self.run.config.diffusion.prediction)
         sums = torch.zeros(batches.num_bands, 2, device=self.run.device, dtype=torch.float64)
         for start in range(0, len(batches), accelerator.num_processes)[:rounds]:
             check_time()

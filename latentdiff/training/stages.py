@@ -30,7 +30,7 @@ from ..diffusion.process import Process
 from ..errors import LatentDiffError
 from ..files.export import begin_model, save_model
 from ..files.open import read_json
-from ..files.scheduler import read_scheduler, scheduler_config
+from ..files.scheduler import SAVED, read_scheduler
 from ..files.unfinished import find_part
 from .done import ORIGIN, find_done, mark_done
 from .fingerprint import fingerprint
@@ -116,7 +116,6 @@ def new_latent_training(run: Launch, vae: VAE) -> LatentTraining:
     """Open the pictures, create the models and the caches that are missing: latent training before its first step."""
     config = run.config
     check_batches(run)
-    scheduler_config(config.diffusion.process())  # raises now if the scheduler could not be saved at the end
     sources = open_pictures(run)
     torch.manual_seed(config.seed)
     text_encoder = open_text_encoder(config, sources[0]).to(run.device)
@@ -168,7 +167,6 @@ def preflight(run: Launch) -> None:
     """Check data, vocabulary, batch sizes and models now rather than fail in the last stage after hours of training."""
     config = run.config
     check_batches(run)
-    scheduler_config(config.diffusion.process())
     sources = open_pictures(run)
     encoder = open_text_encoder(config, sources[0])
     say_what_is_cut_off(run, sources, encoder)
@@ -252,7 +250,7 @@ def _pretrained_unet(config: Config, pretrained: str, channels: int, width: int)
 def _saved_process(model: Path) -> Process | None:
     """The prediction and noise schedule of a saved model, or None if it has no scheduler config."""
     path = model / "scheduler" / "scheduler_config.json"
-    return read_scheduler(read_json(path, ""), path) if path.is_file() else None
+    return read_scheduler(read_json(path, ""), path, SAVED) if path.is_file() else None
 
 
 def _pretrained_warnings(config: Config) -> Iterator[str]:

@@ -79,6 +79,7 @@ def test_nothing_changes_afterwards():
         ("text_encoder.train=false", ["text_encoder.train=false", "pretrained"]),
         ("diffusion.prediction=eps", ["diffusion:", "zero terminal SNR"]),
         ("diffusion.schedule=liner", ["diffusion:", "did you mean 'linear'"]),
+        ("diffusion.prediction=mean", ["diffusion:", "weighting 'simple' does not work with prediction 'mean'"]),
         ("validation.sampler=ddmp", ["validation.sampler='ddmp'", "ddpm"]),
         ("train_latent.micro_batch_size=3", ["train_latent.batch_size=8", "micro_batch_size=3"]),
         ("train_latent.warmup_steps=1000", ["train_latent.warmup_steps=1000", "train_latent.steps=20"]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentdiff import LatentDiffError
+from latentdiff import LatentDiffError, LatentPipeline
 from latentdiff.config import load_config
 from latentdiff.diffusion.process import to_x0
 from latentdiff.diffusion.samplers import make_rows, sample
@@ -70,10 +70,32 @@ def test_what_was_measured_of_the_decoder_is_kept(parts, tmp_path):
     assert VAE.from_pretrained(folder / "vae").facts == {}
 
 
-def test_a_prediction_that_diffusers_lacks_is_rejected():
-    settings = load_config("debug").diffusion.model_copy(update={"prediction": "mean"})
-    with pytest.raises(LatentDiffError, match=r"diffusion.prediction=mean: diffusers has no scheduler for it"):
-        scheduler_config(settings.process())
+def test_a_model_that_predicts_the_mean_is_ours_alone(parts, tmp_path):
+    """It is saved, opened and drawn with like the x0 that its output estimates; none of it reaches diffusers."""
+    drawn = {}
+    for prediction in ("mean", "x0"):
+        parts["process"] = parts["process"]._replace(prediction=prediction)
+        save_model(tmp_path / prediction, **parts)
+        pipe = LatentPipeline.from_pretrained(tmp_path / prediction)
+        assert pipe.process.prediction == prediction
+        *_, last = pipe.stream("a red apple", num_steps=5, guidance_scale=3, seed=0)
+        drawn[prediction] = last.x
+    assert torch.equal(drawn["mean"], drawn["x0"])
+    refusal = r"diffusion.prediction=mean: diffusers has no scheduler for it"
+    pipe = LatentPipeline.from_pretrained(tmp_path / "mean")
+    for export in (
+        lambda: export_model(tmp_path / "mean", tmp_path / "folder"),
+        lambda: export_model(tmp_path / "mean", tmp_path / "model.safetensors", single=True),
+        lambda: pipe("a red apple", sampler=diffusers.DDIMScheduler()),
+        lambda: pipe.scheduler_config,
+    ):
+        with pytest.raises(LatentDiffError, match=refusal):
+            export()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mean", "x0"]
+    theirs = diffusers.DDIMScheduler.from_pretrained(tmp_path / "mean", subfolder="scheduler")
+    theirs.set_timesteps(5)
+    with pytest.raises(ValueError, match="prediction_type given as mean"):
+        theirs.step(torch.zeros(1), 999, torch.zeros(1))
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])

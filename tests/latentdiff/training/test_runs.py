@@ -266,3 +266,14 @@ def test_the_full_recipe_takes_a_step(train, log, said, pictures):
     assert train("run", *settings, recipe="ldm-text2im-large") == 0, said("run")
     for stage in STAGES:
         assert log("run", stage=stage).keys() == {1}
+
+
+@pytest.mark.slow
+def test_a_run_that_predicts_the_mean_opens_while_it_trains_and_when_it_is_finished(train, tmp_path):
+    settings = ["diffusion.prediction=mean", "diffusion.weighting=elbo"]
+    assert train("run", *settings, accident="kill at step", at=12) == -9
+    with pytest.warns(UserWarning, match="its model is not finished"):
+        assert LatentPipeline.from_pretrained(tmp_path / "run").process.prediction == "mean"
+    assert train("run", *settings) == 0
+    (image,) = LatentPipeline.from_pretrained(tmp_path / "run")("a red apple", num_steps=4, seed=0)
+    assert np.asarray(image).std() > 0
