@@ -309,7 +309,7 @@ def test_a_gigabyte_before_the_pixels_is_not_read(tmp_path, photo, kind):
         file.write(data[place:])
     tracemalloc.start()
     started = time.perf_counter()
-    with pytest.raises(PictureError, match=r"too large: 1,000,000,\d+ bytes, more than 67,108,864 of them in its header"):
+    with pytest.raises(PictureError, match=r"too large: 1,000,000,\d+ bytes, more than .* in its header"):
         read_bounded(tmp_path / "a.png")
     assert time.perf_counter() - started < 2
     assert tracemalloc.get_traced_memory()[1] < 100e6
