@@ -26,7 +26,7 @@ from .errors import LatentDiffError, nearest
 # train_configs/ in a checkout is latentdiff/recipes/ in an installed package (see setup.cfg).
 PACKAGE = Path(__file__).parent
 RECIPES = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "train_configs"
-MAX_DEPTH, MAX_VALUES = 20, 100_000  # of a YAML file
+MAX_DEPTH, MAX_VALUES, MAX_BYTES = 20, 10_000, 1 << 20  # of a YAML file; the parser is slow
 SECTION_OF = {VAEError: "vae", TextEncoderError: "text_encoder", UNetError: "unet"}
 
 
@@ -181,6 +181,8 @@ def _read(name: str) -> tuple[str, bool]:
     file, names = Path(name), recipes()
     try:
         if file.is_file():
+            if (size := file.stat().st_size) > MAX_BYTES:
+                raise LatentDiffError(f"{file}: {size:,} bytes is too large; expected at most {MAX_BYTES:,}")
             return file.read_text(encoding="utf-8"), False
     except (OSError, UnicodeDecodeError) as error:
         raise LatentDiffError(f"{file}: cannot be read ({error})") from None
@@ -192,12 +194,14 @@ def _read(name: str) -> tuple[str, bool]:
 
 def _from_yaml(text: str, where: str) -> Any:
     try:
-        depth = 0
+        depth = number = 0
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise LatentDiffError(f"{where}: lists and sections are nested more than {MAX_DEPTH} deep")
-        if _num_values(yaml.compose(text, yaml.SafeLoader), {}) > MAX_VALUES:
+            if (number := number + isinstance(event, yaml.NodeEvent)) > MAX_VALUES:
+                break
+        if number > MAX_VALUES or _num_values(yaml.compose(text, yaml.SafeLoader), {}) > MAX_VALUES:
             raise LatentDiffError(f"{where}: has more than {MAX_VALUES:,} values, aliases (*name) spelled out")
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45

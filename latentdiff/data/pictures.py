@@ -23,6 +23,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp",
 PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # Pillow converts these to RGB by itself
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 BYTES_PER_PIXEL, EXTRA_BYTES = 16, 32 << 20  # most bytes of a file: 16 bits for each of 4 channels, twice, and metadata
+HEAD_BYTES = 64 << 20  # most bytes of a large file that are read for its size in pixels; Pillow reads a WebP as a whole
 PNG_SIGNATURE, PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -84,10 +85,14 @@ def read_bounded(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size - offset if size is None else size
         if size > EXTRA_BYTES:
+            part = _Part(file, offset, size, HEAD_BYTES)
             try:
                 with _warnings_lock, warnings.catch_warnings(action="ignore"):
-                    image = Image.open(io.BufferedReader(_Part(file, offset, size)), formats=FORMATS)
+                    image = Image.open(io.BufferedReader(part), formats=FORMATS)
+                    part.left = None  # the frames of a GIF are counted to its end, but not kept
                     frames = getattr(image, "n_frames", 1)
+            except PictureError:
+                raise
             except Exception as error:
                 raise PictureError(*_diagnose(b"?", error)) from None
             if size > (limit := BYTES_PER_PIXEL * image.width * image.height * frames + EXTRA_BYTES):
@@ -99,10 +104,10 @@ def read_bounded(path: Path, offset: int = 0, size: int | None = None) -> bytes:
 
 
 class _Part(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file as a file of its own, of which only `left` more bytes can be read; None: any number."""
 
-    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
-        self.file, self.offset, self.size, self.place = file, offset, size, 0
+    def __init__(self, file: BinaryIO, offset: int, size: int, left: int | None) -> None:
+        self.file, self.offset, self.size, self.place, self.left = file, offset, size, 0, left
 
     def readable(self) -> bool:
         return True
@@ -117,6 +122,10 @@ class _Part(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         self.file.seek(self.offset + self.place)
         data = self.file.read(max(0, min(len(buffer), self.size - self.place)))
+        if self.left is not None:
+            self.left -= len(data)
+            if self.left < 0:
+                raise PictureError("too large", f"{self.size:,} bytes, more than {HEAD_BYTES:,} of them in its header")
         buffer[: len(data)] = data
         self.place += len(data)
         return len(data)

@@ -55,6 +55,8 @@ def load_ahead(
         except RuntimeError as error:
             if not DIED.search(str(error)):
                 raise
+            for worker in getattr(items, "_workers", ()):  # one that hangs ignores torch's SIGTERM
+                worker.kill()
             deaths += 1
             if deaths == MOST_DEATHS:
                 raise WorkersDiedError(

@@ -199,9 +199,11 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "has more than 100,000 values"),
+        (BOMB, "has more than 10,000 values"),
         ("a: &a {<<: [*a]}", "has more than|not valid YAML"),
-        ("data: &d [*d]", "has more than 100,000 values"),
+        ("data: &d [*d]", "has more than 10,000 values"),
+        ("a: [" + "1, " * 50_000 + "1]", "has more than 10,000 values"),
+        ("a: " + "x" * 2**20, "1,048,579 bytes is too large; expected at most 1,048,576"),
         ("[" * 3000 + "]" * 3000, "nested more than 20 deep"),
         ("{a: " * 3000 + "}" * 3000, "nested more than 20 deep"),
         ("data: 2024-13-45", "not valid YAML"),

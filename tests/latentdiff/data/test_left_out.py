@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -17,6 +18,7 @@ from latentdiff.data.check import check_source
 from latentdiff.data.left_out import LeftOut
 from latentdiff.data.sources import open_source
 from latentdiff.errors import LatentDiffError
+from latentdiff.training.stages import open_pictures
 
 
 def opened(config):
@@ -289,35 +291,52 @@ def test_an_unwritable_cache_is_named(tmp_path, config, pictures, monkeypatch):
     assert "data.source" not in str(failure.value)
 
 
-KINDS = ["picture", "caption", "capital", "broken", "hidden", "linked", "foreign", "undecodable", "orphan", "archive"]
+KINDS = ["picture", "caption", "capital", "broken", "empty", "hidden", "linked", "linked picture", "nowhere", "pipe",
+         "foreign", "undecodable", "orphan", "archive", "shard"]  # fmt: skip
 NAMES = st.text("ab#é €'[", min_size=1, max_size=6).filter(lambda name: name.strip() == name)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    files=st.dictionaries(NAMES, st.sampled_from(KINDS), min_size=1, max_size=10), folder=st.sampled_from(["", "in/"])
-)
-def test_every_file_is_used_or_named(tmp_path_factory, config, picture, files, folder):
-    """Whatever lies in a folder, nothing is lost in silence; the check and the training count the same."""
+@pytest.mark.parametrize("size", [25, pytest.param(500, marks=pytest.mark.slow)])
+def test_every_file_is_used_or_named(tmp_path_factory, config, picture, size):
+    """Whatever lies in a folder, nothing is lost in silence; the check and the training say the same."""
+    names = st.dictionaries(NAMES, st.sampled_from(KINDS), min_size=1, max_size=10)
+
+    @settings(max_examples=size, deadline=None, database=None)
+    @given(files=names, folder=st.sampled_from(["", "in/"]))
+    def check(files, folder):
+        check_any_folder(tmp_path_factory, config, picture, files, folder)
+
+    check()
+
+
+def check_any_folder(tmp_path_factory, config, picture, files, folder):
     root = tmp_path_factory.mktemp("any")
     write_text(root, "first.png", picture(0)), write_text(root, "first.txt", "one")
     write_text(root, "second.png", picture(1)), write_text(root, "second.txt", "two")
     expected_used = {"first.png", "second.png"}
     for number, (name, kind) in enumerate(files.items()):
         stem = f"{folder}{name}"
-        if kind in ("picture", "caption", "capital", "broken", "undecodable"):
-            write_text(root, f"{stem}.png", picture(number) if kind != "broken" else b"no picture")
+        if kind in ("picture", "caption", "capital", "broken", "empty", "undecodable"):
+            write_text(root, f"{stem}.png", {"broken": b"no picture", "empty": b""}.get(kind, picture(number)))
             expected_used |= {f"{stem}.png"} if kind != "undecodable" else set()
         extra = {"caption": (".txt", b"a"), "capital": (".TXT", b"b"), "undecodable": (".txt", b"\xff\xfea"),
-                 "orphan": (".txt", b"c"), "foreign": (".avif", b"d"), "archive": (".zip", b"e")}.get(kind)  # fmt: skip
+                 "orphan": (".txt", b"c"), "foreign": (".avif", b"d"), "archive": (".zip", b"e"),
+                 "shard": (".tar", b"g")}.get(kind)  # fmt: skip
         if kind == "undecodable":
             extra = (".txt", b"caf\xe9 ")
         if extra:
             write_text(root, stem + extra[0], extra[1])
         if kind == "hidden":
             write_text(root, f"{folder}.{name}", b"f")
+        (root / folder).mkdir(exist_ok=True)
+        if kind == "linked picture":
+            (root / f"{stem}.png").symlink_to(root / "first.png")
+            expected_used |= {f"{stem}.png"}
+        if kind == "nowhere":
+            (root / f"{stem}.png").symlink_to(root / "no such file")
+        if kind == "pipe":
+            os.mkfifo(root / f"{stem}.png")
         if kind == "linked":
-            (root / folder).mkdir(exist_ok=True)
             (root / f"{stem}").symlink_to(root)
     try:
         used, left_out = opened(config(root))
@@ -342,5 +361,13 @@ def test_every_file_is_used_or_named(tmp_path_factory, config, picture, files, f
         report = check_source(config(root), root.parent / f"{root.name}-out")
         assert report.left_out == left_out.names
         assert report.train.pictures + report.validation.pictures == len(used)
+        listed = (root.parent / f"{root.name}-out/quarantine.txt").read_text(encoding="utf-8").splitlines()
+        assert {line.split("\t")[0] for line in listed} == {
+            f"{folder}{name}.png" for name, kind in files.items() if kind in ("broken", "empty")
+        }
+        said = []  # by a training, before its first step
+        open_pictures(SimpleNamespace(config=SimpleNamespace(data=config(root)), say_once=said.append))
+        assert said[: len(list(left_out.lines()))] == [f"{root}: {line}" for line in left_out.lines()]
+        assert set(left_out.lines()) <= set(report.lines())
     finally:
         shutil.rmtree(root)

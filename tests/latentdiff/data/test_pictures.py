@@ -1,6 +1,8 @@
 import io
 import pickle
 import struct
+import time
+import tracemalloc
 import warnings
 import zlib
 
@@ -149,8 +151,9 @@ def test_upright(kind, orientation):
     assert pixel[0] > 200
 
 
-def test_a_header_of_900_million_pixels_is_rejected_before_decoding():
-    data = png(30_000, 30_000, 8, 2, b"")
+@pytest.mark.parametrize("side", [30_000, 100_000])
+def test_a_header_of_too_many_pixels_is_rejected_before_decoding(side):
+    data = png(side, side, 8, 2, b"")
     assert reason(data) == "too large"
     assert reason(data, max_pixels=2_000_000_000) == "too large"  # Pillow's own limit
 
@@ -293,6 +296,24 @@ def test_a_file_is_bounded_before_it_is_read(tmp_path, photo, name):
         file.truncate(1 << 30)
     with pytest.raises(PictureError, match="format"):
         read_bounded(path)
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"junK"])
+def test_a_gigabyte_before_the_pixels_is_not_read(tmp_path, photo, kind):
+    """Pillow reads a chunk as a whole, and a compressed one several times over: 4.8 GB and 30 s for iTXt."""
+    data = encoded(photo)
+    place = data.index(b"IDAT") - 4
+    with (tmp_path / "a.png").open("wb") as file:
+        file.write(data[:place] + struct.pack(">I", 10**9) + kind + b"k\0")
+        file.seek(10**9, io.SEEK_CUR)  # a hole
+        file.write(data[place:])
+    tracemalloc.start()
+    started = time.perf_counter()
+    with pytest.raises(PictureError, match=r"too large: 1,000,000,\d+ bytes, more than .* in its header"):
+        read_bounded(tmp_path / "a.png")
+    assert time.perf_counter() - started < 2
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])

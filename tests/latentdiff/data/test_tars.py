@@ -126,13 +126,15 @@ def test_links_devices_and_surplus_members_are_skipped(tmp_path, config, samples
     link, device, folder = (tarfile.TarInfo(name) for name in ("link.png", "device.png", "folder"))
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     device.type, folder.type = tarfile.CHRTYPE, tarfile.DIRTYPE
-    bad = [link, device, folder, ("/abs.png", picture(1)), ("../up.png", picture(1))]
+    hard, sparse = tarfile.TarInfo("hard.png"), tarfile.TarInfo("sparse.png")
+    hard.type, hard.linkname, sparse.type = tarfile.LNKTYPE, "/etc/passwd", tarfile.GNUTYPE_SPARSE
+    bad = [link, device, folder, hard, sparse, ("/abs.png", picture(1)), ("../up.png", picture(1))]
     odd = [("000.jpg", picture(7)), ("only.txt", b"not a picture"), ("001.json", b"{"), ("001.txt.gz", b"?")]
     write_tar(tmp_path / "a.tar", [*bad, *samples(0, 2), *odd])
     with caplog.at_level(logging.WARNING):
         train, validation = open_source(config(tmp_path))
     assert everything(train, validation) == {"a.tar/000.png": ["number 0"], "a.tar/001.png": ["number 1"]}
-    assert "left out: links, devices or paths outside the shard: 4 (a.tar/../up.png, " in caplog.text
+    assert "left out: links, devices or paths outside the shard: 6 (a.tar/../up.png, " in caplog.text
     assert "left out: surplus pictures of a sample: 1 (a.tar/000.jpg)" in caplog.text
     assert "left out: caption files that are too long, not UTF-8 or not JSON: 1 (a.tar/001.json)" in caplog.text
     assert "left out: samples without a picture or truncated: 1 (a.tar/only)" in caplog.text

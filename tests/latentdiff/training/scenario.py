@@ -30,7 +30,8 @@ def run(overrides, stage="train", accident=None, at=0, environment=None, recipe=
     sys.stderr = sys.stdout = Path(f"{output}.{os.environ.get('RANK', '0')}.log").open("a", buffering=1)  # noqa: SIM115
     if accident:
         {"kill at step": kill_at_step, "kill while saving": kill_while_saving, "kill after deciding":
-         kill_after_deciding, "full disk": full_disk, "terminate": terminate, "not finite": not_finite,
+         kill_after_deciding, "full disk": full_disk, "terminate": terminate, "interrupt": interrupt,
+         "not finite": not_finite, "overflow": overflow,
          "float64": float64, "spike": spike, "kill workers": kill_workers, "hang": hang,
          "terminate while saving": terminate_while_saving}[accident](at)  # fmt: skip
     with plain_errors():
@@ -73,6 +74,23 @@ def full_disk(at):
 
 def terminate(at):
     before(TASKS, "train_step", at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def interrupt(at):
+    """Ctrl-C."""
+    before(TASKS, "train_step", at, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def overflow(at):
+    """Scale the loss of latent training by 1e38 from step `at` on."""
+    original = stages.LatentTraining.train_step
+
+    def train_step(self, batches, step, log):
+        if step >= at:
+            self.state.loss_scale = torch.full_like(self.state.loss_scale, 1e38)
+        return original(self, batches, step, log)
+
+    stages.LatentTraining.train_step = train_step
 
 
 def not_finite(at):
@@ -132,8 +150,15 @@ def hang(at):
 
 
 def terminate_while_saving(at):
-    """SIGTERM before step 2, and again at call number `at` of fsync, which is within the save that it leads to."""
+    """SIGTERM before step 2, and again at call number `at` of fsync, within the save that it leads to; a slow disk."""
     terminate(2)
+    synced = os.fsync
+
+    def slow(descriptor):
+        time.sleep(0.1)
+        return synced(descriptor)
+
+    os.fsync = slow
     before([os], "fsync", at, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 

@@ -1,6 +1,7 @@
 """Training runs that are killed, resumed, run by two processes or fed NaN."""
 
 import json
+import random
 import shutil
 
 import numpy as np
@@ -25,15 +26,19 @@ def expected(uninterrupted, precision, stage):
     return {f"{f}/{k}": t for f in checkpoint.names() for k, t in checkpoint.tensors(f).items()}
 
 
+def some_moment(seed):
+    """One of the 12 steps of both stages, or of the syncs of their four saves."""
+    generator = random.Random(seed)
+    kind, most = generator.choice((("kill at step", 12), ("kill while saving", 45)))
+    return generator.choice(("fp32", "bf16")), kind, generator.randint(1, most)
+
+
 @pytest.mark.parametrize(
     ("precision", "accident", "at"),
     [("fp32", "kill at step", 5), ("fp32", "kill while saving", 45), ("bf16", "kill at step", 9),
-     *(pytest.param(*case, marks=pytest.mark.slow)
-       for case in (("fp32", "kill at step", 1), ("fp32", "kill at step", 12), ("fp32", "kill while saving", 3),
-                    ("fp32", "kill while saving", 19), ("bf16", "kill while saving", 19),
-                    ("bf16", "kill while saving", 45)))],
+     *(pytest.param(*some_moment(seed), marks=pytest.mark.slow) for seed in range(20))],
 )  # fmt: skip
-def test_a_killed_run_continues_bit_for_bit(train, state, uninterrupted, precision, accident, at):
+def test_a_killed_run_continues_bit_for_bit(train, state, log, uninterrupted, precision, accident, at):
     """kill -9 at a step or between two syncs of a save, in either stage: all tensors equal an uninterrupted run's."""
     settings = [f"precision={precision}"]
     assert train("run", *settings, accident=accident, at=at) == -9
@@ -42,6 +47,7 @@ def test_a_killed_run_continues_bit_for_bit(train, state, uninterrupted, precisi
         step, tensors = state("run", stage)
         assert step == 6
         assert same(tensors, expected(uninterrupted, precision, stage)), stage
+        assert log("run", stage=stage) == log(uninterrupted(precision), stage=stage)
 
 
 def test_killed_again_and_again(train, state, log, uninterrupted):
@@ -67,19 +73,22 @@ def test_the_log_has_every_step_once(train, uninterrupted, tmp_path):
     assert list(uninterrupted("fp32").rglob("events.out.tfevents.*"))  # TensorBoard's, where it is installed
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_within_a_step(train, state, said, processes):
-    code = train("run", processes=processes, accident="terminate", at=10)
-    assert code == 128 + 15
+@pytest.mark.parametrize(
+    ("processes", "accident", "code", "name"),
+    [(1, "terminate", 143, "SIGTERM"), (2, "terminate", 143, "SIGTERM"), (1, "interrupt", 130, "SIGINT"),
+     pytest.param(2, "interrupt", 130, "SIGINT", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_signal_saves_within_a_step(train, state, said, processes, accident, code, name):
+    assert train("run", processes=processes, accident=accident, at=10) == code
     step, _ = state("run")
     assert step == 4
-    assert "stopped at step 4 of 6" in said("run")
+    assert f"stopped at step 4 of 6: {name}" in said("run")
     assert (
         'To go on, give the same command again; to sample from it as it is: latentdiff sample "a prompt" -m '
         in said("run")
     )
     assert "Traceback" not in said("run")
-    if processes == 1:
+    if processes == 1 and name == "SIGTERM":
         assert train("vae", accident="terminate", at=2) == 128 + 15
         assert "give the same command again; the VAE is not finished, so nothing can be sampled yet" in said("vae")
 
@@ -109,6 +118,23 @@ def test_two_processes_train_what_one_does(train, log, uninterrupted, precision,
         one, two = log("one", stage=stage), log("two", stage=stage)
         assert set(one) == set(range(1, 7))
         assert worst(one, two) < tolerance, stage
+
+
+@pytest.mark.parametrize("counts", [(2, 1), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
+def test_another_number_of_processes_goes_on(train, state, log, uninterrupted, counts):
+    """Stopped after every second step, and resumed by more or fewer processes: the same samples, up to rounding."""
+    settings = [f"vae.pretrained={uninterrupted('fp32')}", "train_latent.batch_size=8",
+                "train_latent.micro_batch_size=null", "train_latent.log_every=1"]  # fmt: skip
+    assert train("one", *settings, stage="train_latent") == 0
+    for number, processes in enumerate(counts, start=1):
+        accident = {"accident": "terminate", "at": 2} if number < len(counts) else {}
+        code = train("some", *settings, stage="train_latent", processes=processes, **accident)
+        assert code == (143 if accident else 0)
+        assert state("some")[0] == (2 * number if accident else 6)
+    assert worst(log("one"), log("some")) < 1e-5
+    (_, one), (_, some) = state("one"), state("some")
+    assert one.keys() == some.keys()
+    assert all(torch.allclose(one[name], some[name], atol=2e-5) for name in one)
 
 
 def test_two_processes_play_against_the_discriminator_as_one_does(train, log):
@@ -211,6 +237,20 @@ def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(train, state, said, tm
     assert state("run")[0] == 4  # steps 2 to 4 were not finite; the count is read when step 4 is logged
     assert "error: stopped at step 4 of 6: the loss was not finite in 3 steps in a row" in said("run")
     assert all(tensor.isfinite().all() for tensor in state("run")[1].values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_that_overflow_stop_the_run_with_a_checkpoint(train, state, said, uninterrupted, precision):
+    """The loss times 1e38 from step 3 on: no step is taken any more, and what was learned stays."""
+    settings = [f"precision={precision}", f"vae.pretrained={uninterrupted('fp32')}", "train_latent.checkpoint_every=2"]
+    assert train("short", *settings, "train_latent.steps=2", stage="train_latent") == 0
+    settings += ["train_latent.max_skipped=3", "train_latent.log_every=1", "train_latent.keep_checkpoints=3"]
+    assert train("run", *settings, stage="train_latent", accident="overflow", at=3) == 1
+    assert "error: stopped at step 5 of 6: the loss was not finite in 3 steps in a row" in said("run")
+    (step, after), (_, before) = state("run"), state("short")
+    assert step == 5
+    assert after["skips/counts"].tolist() == [3, 3]
+    assert same(*({name: t for name, t in found.items() if "skips" not in name} for found in (before, after)))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(train, state, said, tmp_path, uninterrupted):
