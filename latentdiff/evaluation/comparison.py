@@ -65,13 +65,14 @@ class Reference:
     data: DataConfig
     concepts: Sequence[str]  # of each picture in the source
     gallery: Gallery
+    same: float  # root mean squared difference up to which latents are of near-duplicates
     network: FeatureNetwork | None
     seed: int
 
     @cached_property
     def groups(self) -> Tensor:
         """Number of each picture of the gallery, the same for near-duplicates."""
-        return merge_duplicates(self.gallery.latents, self.gallery.indices)
+        return merge_duplicates(self.gallery.latents, self.gallery.indices, self.same)
 
     @cached_property
     def pictures(self) -> PictureSet:

@@ -2,7 +2,8 @@
 
 A picture is a copy if the nearest training picture, by the VAE's latents, is less than half as far as the second
 nearest (Yoon et al. 2023, who use a third). By pixels this fails: the VAE's errors are as large as the distance of two
-simple pictures. Near-duplicates in the training set are one picture, or no copy of them would ever count.
+simple pictures. Near-duplicates in the training set are one picture, or no copy of them would ever count: those whose
+latents differ by no more than a picture's and its reconstruction's usually do, as a copy differs by that much.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RATIO = 0.5  # of the distances to the nearest and the second nearest training picture
-DUPLICATES = 0.04  # root mean squared difference of near-duplicates' latents: a JPEG of quality 85 differs by 0.016
 BATCH = 256  # pictures compared with the training set at a time
 
 
@@ -30,14 +30,15 @@ class Nearest:
         return (self.ratio < RATIO).double()
 
 
-def merge_duplicates(latents: Tensor, indices: Sequence[int]) -> Tensor:
+def merge_duplicates(latents: Tensor, indices: Sequence[int], same: float) -> Tensor:
     """Number the training pictures so that near-duplicates, and a picture and its mirror image, have one number, (N,).
 
-    `latents` is (N, c, h, w), and `indices` says which picture each is of. Near-duplicates of near-duplicates are, too.
+    `latents` is (N, c, h, w), `indices` says which picture each is of, and near-duplicates differ by a root mean square
+    of at most `same`; near-duplicates of near-duplicates are, too.
     """
     groups = torch.unique(torch.tensor(indices), return_inverse=True)[1]
     features = latents.flatten(1)
-    limit = DUPLICATES * features.shape[1] ** 0.5
+    limit = same * features.shape[1] ** 0.5
     # Means over blocks differ less than the latents do, and are few: only pairs that are close by them are compared.
     block = max(1, min(latents.shape[2:]) // 4)
     means = F.avg_pool2d(latents, block).flatten(1) * block

@@ -223,7 +223,8 @@ def evaluate(
     studio = Studio(pipe, settings, network, folder, clock)
     if len(set(shown) - {""}) > 1:
         chosen = [gallery.indices[number] for number in choose(shown, num_concepts, settings.seed)]
-        reference = Reference(train, data, concepts, gallery, network, settings.seed)
+        same = float(others.quality[2].median())
+        reference = Reference(train, data, concepts, gallery, same, network, settings.seed)
         report, quality = studio.compare(reference, chosen, others, against)
     new = [index for index in new_combinations(train, held_out, style) if index in set(others.indices)]
     if style and len(new) > 1:
@@ -235,7 +236,7 @@ def evaluate(
     with clock("comparing", "reconstructions with the originals"):
         names = concepts_of(held_out, style)
         again, missing = reconstruction_figures(others, [names[index] for index in others.indices], network)
-    (psnr, ssim), latents = others.quality.mean(1).tolist(), gallery.statistics
+    (psnr, ssim, _), latents = others.quality.mean(1).tolist(), gallery.statistics
     vae = VAEReport(psnr, ssim, len(others.indices), latents.mean.tolist(), latents.std.tolist(), again, missing)
     return Evaluation(facts, broken, vae, errors, report, quality, combined, clock.seconds)
 

@@ -37,7 +37,7 @@ class Gallery:
     latents: Tensor  # (N, c, h, w) float32 on the CPU: scaled mode of the posterior
     thumbnails: Tensor  # (N, 3, 32, 32) in [-1, 1]
     statistics: LatentStatistics
-    quality: Tensor  # (2, N): PSNR in dB and SSIM of the reconstructions; (2, 0) if there are none
+    quality: Tensor  # (3, N): PSNR in dB, SSIM and latent difference of the reconstructions; (3, 0) if there are none
     network: dict[str, Tensor]  # (N, D), by the network's name; empty without one
     reconstructed: dict[str, Tensor]  # `pooled()` of the reconstructions; empty if there are none
 
@@ -48,6 +48,11 @@ class Gallery:
     def pooled(self) -> dict[str, Tensor]:
         """Return the features that sets of pictures are compared by, (N, D) each, by name."""
         return {LATENTS: pool(self.latents), **self.network}
+
+
+def root_mean_square(latents: Tensor) -> Tensor:
+    """Return the root mean square of each of some latents (N, c, h, w), (N,) float64."""
+    return latents.double().square().flatten(1).mean(1).sqrt()
 
 
 def pool(latents: Tensor) -> Tensor:
@@ -87,7 +92,7 @@ def embed(
     weights = next(vae.parameters())
     statistics = LatentStatistics(vae.config.latent_channels)
     indices: list[int] = []
-    latents, thumbnails, quality = [], [], [torch.zeros(2, 0, dtype=torch.float64)]
+    latents, thumbnails, quality = [], [], [torch.zeros(3, 0, dtype=torch.float64)]
     seen: list[Tensor] = []
     again: dict[str, list[Tensor]] = {}
     while batch := list(islice(pictures, encode_batch_size(image_size))):
@@ -101,10 +106,13 @@ def embed(
             seen.append(network.images([picture for _, picture in batch]))
         if reconstruct:
             decoded = vae.decode(posterior.mode().to(weights.dtype)).float().cpu()
-            quality.append(torch.stack([psnr(pixels, decoded), ssim(pixels, decoded)]))
             images = [np.asarray(image) for image in to_images(decoded)]
             shown = to_pixels(torch.from_numpy(np.stack(images))).to(weights)
-            again.setdefault(LATENTS, []).append(pool(vae.latent_posterior(shown).mode().float().cpu()))
+            encoded = vae.latent_posterior(shown).mode().float().cpu()
+            again.setdefault(LATENTS, []).append(pool(encoded))
+            quality.append(
+                torch.stack([psnr(pixels, decoded), ssim(pixels, decoded), root_mean_square(encoded - latents[-1])])
+            )
             if network is not None:
                 again.setdefault(network.name, []).append(network.images(images))
     if not indices:
