@@ -188,6 +188,8 @@ def _read(root: Path, path: str, offset: int = 0, size: int | None = None) -> by
         raise PictureError("unreadable", f"{path} is outside {root}")
     try:
         data = read_bounded(root / path, offset, size)
+    except PictureError:  # a ValueError as well
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise PictureError("unreadable", str(error)) from None
     if size is not None and len(data) < size:

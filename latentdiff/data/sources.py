@@ -19,7 +19,7 @@ from datasets import config as datasets_config  # type: ignore[import-untyped]
 from datasets.utils import logging as datasets_logging  # type: ignore[import-untyped]
 
 from ..assets import pictures_folder
-from ..errors import LatentDiffError, reraise_as
+from ..errors import LatentDiffError, one_line, reraise_as
 from ..sections import DataConfig
 from .folders import open_metadata, open_text_folder, split_of_file
 from .left_out import LeftOut
@@ -114,7 +114,7 @@ def _open_splits(config: DataConfig, left_out: LeftOut) -> dict[str, Source]:
         return _open_files(path, config, left_out)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return open_remote(config)
-    raise LatentDiffError(f"data.source={source!r}: no such file or folder")
+    raise LatentDiffError(f"data.source={one_line(repr(source))}: no such file or folder")
 
 
 def _open_folder(root: Path, config: DataConfig, left_out: LeftOut) -> dict[str, Source]:

@@ -183,7 +183,7 @@ def test_every_flipped_bit_is_noticed(tmp_path, size):
             (path / name).write_bytes(changed)
             lines: list[str] = []
             assert newest_checkpoint(tmp_path, lines.append).step == 1, f"{name}, bit {position}"
-            assert name in lines[0]
+            assert name in lines[0] or name == "manifest.json"  # a hash in it is another file's
         (path / name).write_bytes(whole)
     assert newest_checkpoint(tmp_path, no_report).step == 2
 
