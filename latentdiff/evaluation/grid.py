@@ -1,7 +1,9 @@
 """Grids of pictures for visual inspection."""
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -12,14 +14,14 @@ from ..errors import LatentDiffError
 
 CELL = 128  # approximate side of an enlarged small picture, in pixels
 GAP = 4  # pixels between cells and around the sheet
-FONT_SIZE = 11
+FONT_SIZE = 10
 LINE = 14  # pixels from one line of text to the next
 MAX_LINES = 4  # per caption; a longer one ends in an ellipsis
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 AMPLIFICATION = 4.0  # of differences in a comparison
 
 Picture = Image.Image | np.ndarray
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Font = ImageFont.FreeTypeFont
 
 
 def comparison_grid(pixels: Tensor, reconstruction: Tensor) -> Image.Image:
@@ -77,7 +79,7 @@ def _strip(
 ) -> Image.Image:
     """Draw one row: label, pictures, and below them captions; as high as the longest caption needs."""
     width, height = size
-    font = ImageFont.load_default(FONT_SIZE)
+    font = _font()
     texts = [_wrap(caption, width, font) for caption in captions or ()]
     top = 0 if label is None else LINE
     bottom = top + height
@@ -91,6 +93,14 @@ def _strip(
         for number, line in enumerate(lines):
             draw.text((GAP + column * (width + GAP), bottom + number * LINE), line, BLACK, font)
     return strip
+
+
+@cache
+def _font() -> Font:
+    """Return DejaVu Sans, which comes with matplotlib and has Latin with accents, Greek, Cyrillic and more."""
+    from matplotlib import get_data_path  # imported here, as most commands draw no text
+
+    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
 
 
 def _cell(picture: Picture) -> Image.Image:

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
 from latentdiff.errors import LatentDiffError
 from latentdiff.evaluation.grid import (
     CELL,
-    FONT_SIZE,
     GAP,
     LINE,
     MAX_LINES,
+    _font,
     _wrap,
     comparison_grid,
     labeled_grid,
@@ -81,13 +81,19 @@ def test_comparison():
     assert np.asarray(sheet)[: GAP + LINE].min() < 100  # the row label
 
 
+def test_letters_of_many_languages_are_drawn():
+    """Pillow's own font drew boxes for letters with accents."""
+    box, *letters = (np.asarray(labeled_grid([plain("white")], [text])) for text in ("\ue000", *"äéñøßЖΩ"))
+    assert not any(np.array_equal(box, letter) for letter in letters)
+
+
 def test_captions():
     images = [plain("white") for _ in range(5)]
     empty = np.asarray(labeled_grid(images, [""] * 5, columns=2))
     captions = ["a dog", "a dog that is a good deal too long for one line of text", "", "x", "five"]
     sheet = labeled_grid(images, captions, columns=2)
     assert sheet.width == empty.shape[1] == 2 * (CELL + GAP) + GAP
-    lines = len(_wrap(captions[1], CELL, ImageFont.load_default(FONT_SIZE)))
+    lines = len(_wrap(captions[1], CELL, _font()))
     assert 1 < lines <= MAX_LINES
     assert sheet.height == GAP + 3 * (CELL + GAP) + LINE * (lines + 1 + 1)
     ink = np.asarray(sheet).min(2) < 200
@@ -98,7 +104,7 @@ def test_captions():
 
 @pytest.mark.parametrize("text", ["", "a", "word " * 50, "w" * 200, "short " + "w" * 200 + " end", " two  spaces "])
 def test_wrapped_lines_fit(text):
-    font = ImageFont.load_default(FONT_SIZE)
+    font = _font()
     lines = _wrap(text, CELL, font)
     assert 1 <= len(lines) <= MAX_LINES
     assert all(font.getlength(line) <= CELL for line in lines)
