@@ -56,11 +56,12 @@ def merge_duplicates(latents: Tensor, indices: Sequence[int], same: float) -> Te
 def find_nearest(queries: Tensor, latents: Tensor, groups: Tensor) -> Nearest:
     """Find the training picture nearest to each of some pictures, all latents (., c, h, w); `groups` merges them."""
     gallery, rows, ratios = latents.flatten(1).double(), [], []
+    alone = int(groups.max()) == 0  # there is no second nearest, as with a VAE that was not trained
     for part in torch.split(queries.flatten(1).double(), BATCH):
         distances = torch.cdist(part, gallery)
         by_group = torch.full((len(part), int(groups.max()) + 1), torch.inf, dtype=torch.float64)
         by_group.scatter_reduce_(1, groups.expand(len(part), -1), distances, "amin")
         rows.append(distances.argmin(1))
-        first, second = by_group.topk(2, largest=False).values.T
+        first, second = by_group.topk(2 - alone, largest=False).values[:, [0, -1]].T
         ratios.append(first / second.clamp(min=1e-12))
     return Nearest(torch.cat(rows), torch.cat(ratios))

@@ -111,7 +111,8 @@ def load_main():
     return module
 
 
-@pytest.mark.parametrize("names", [("VAE",), pytest.param(tuple(training.RECIPES), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("VAE",), tuple(training.RECIPES)])
 def test_one_seed_gives_one_table_and_nothing_is_done_twice(names, tmp_path, monkeypatch):
     main, some = load_main(), torch.randint(256, (166, 3, 4, 4), generator=torch.Generator().manual_seed(0))
     data = some.repeat_interleave(4, 2).repeat_interleave(4, 3)

@@ -160,7 +160,11 @@ def test_full_size_models_have_their_known_parameters():
     assert sum(p.numel() for p in models.vae.parameters()) == 83_653_863
 
 
-@pytest.mark.parametrize("name", recipes())
+QUICK = ("debug", "emoji-256", "ldm-text2im-large")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in recipes()])  # fmt: skip
 def test_every_recipe_is_planned_fast_and_in_little_memory(name: str):
     """Catches a planner that allocates the weights it counts, or imports diffusers."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
