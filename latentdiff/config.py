@@ -204,6 +204,8 @@ def _from_yaml(text: str, where: str) -> Any:
         if number > MAX_VALUES or _num_values(yaml.compose(text, yaml.SafeLoader), {}) > MAX_VALUES:
             raise LatentDiffError(f"{where}: has more than {MAX_VALUES:,} values, aliases (*name) spelled out")
         return yaml.safe_load(text)
+    except LatentDiffError:  # a ValueError as well
+        raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise LatentDiffError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
 

@@ -186,7 +186,7 @@ def _quiet_datasets(source: str) -> Iterator[None]:
         if isinstance(cause, OSError) and not _is_writable(folder := Path(datasets_config.HF_DATASETS_CACHE)):
             raise LatentDiffError(f"{folder}: cannot be written ({cause.strerror}); `datasets` keeps its tables there, "
                                   "so set HF_DATASETS_CACHE, or HF_HOME, to a folder that can") from error  # fmt: skip
-        where = f"data.source={source!r}"
+        where = f"data.source={one_line(repr(source))}"
         if isinstance(cause, ConnectionError) or "ffline" in str(cause):
             where += ": no such local folder, and it cannot be fetched"
         message = " ".join(str(cause).split())[:300]

@@ -21,7 +21,7 @@ from .readers import Source, TarReader, clean_captions, stamp_of
 from .tables import CAPTION_NAMES
 from .texts import SURROGATES, decode, json_as_written, lines_of
 
-MAX_TEXT = 1 << 20  # bytes of a caption file
+MAX_TEXT = 1 << 20  # bytes of a caption file, or of a header
 BLOCK = 512
 FORMAT = 2  # of the index: `datasets` does not notice that this file has changed
 TEXT, NUMBER = Value("string"), Value("int64")
@@ -73,7 +73,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """
     size = os.fstat(file.fileno()).st_size
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:  # type: ignore[call-overload]
             while member := archive.next():
                 if not member.issparse() and member.offset_data + member.size > size:  # else its size when unpacked
                     raise tarfile.ReadError(f"{member.name} is truncated")
@@ -85,6 +85,19 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     file.seek(end)
     if file.read(BLOCK) != bytes(BLOCK):
         raise tarfile.ReadError(f"neither header nor end-of-archive marker at byte {end}")
+
+
+class _Headers:
+    """A tar file as the reader of its headers sees it: a header that says it is a gigabyte long is not read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        """Read a header, an extended one or the name of a member."""
+        if size > MAX_TEXT:
+            raise tarfile.ReadError(f"a header of {size:,} bytes; at most {MAX_TEXT:,} are read")
+        return self._read(size)
 
 
 class _Shard:

@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers  # noqa: F401 (these are imported once, so that a fork shows what a command itself takes)
 import pyarrow.parquet  # noqa: F401
 
+from latentdiff import config  # noqa: F401
 from latentdiff.cli import main
 from latentdiff.data import check  # noqa: F401
 from latentdiff.evaluation import grid  # noqa: F401

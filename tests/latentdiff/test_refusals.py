@@ -56,12 +56,14 @@ def check(command, good, *arguments):
     """Run a command that refuses its input; return its line, after checking what it took beyond a good one."""
     for _ in range(3):  # seconds are those of the wall clock, and another program may have been busy
         result = command(*arguments)
+        took = f"{result['cpu'] - good['cpu']:.2f} s, {result['MiB'] - good['MiB']:.0f} MiB"
+        assert result["cpu"] - good["cpu"] < SECONDS, took  # at once: the next time, some of it may be in a cache
+        assert result["MiB"] - good["MiB"] < MIB, took
         if result["seconds"] - good["seconds"] < SECONDS:
             break
     took = f"{result['seconds'] - good['seconds']:.2f} s, {result['MiB'] - good['MiB']:.0f} MiB"
     assert "Traceback" not in result["stdout"] + result["stderr"], result["stderr"]
     assert result["seconds"] - good["seconds"] < SECONDS, took
-    assert result["MiB"] - good["MiB"] < MIB, took
     sys.stdout.write(f"{' '.join(arguments[:2])}: {took}\n")
     return result
 
@@ -92,7 +94,7 @@ CONFIGS = {
     "many values": ("data: [" + "1, " * 300_000 + "1]", "has more than 10,000 values"),
     "long number": ("seed: " + "9" * 5000, "not valid YAML"),
     "ten million values": ("data: [" + "1, " * 10_000_000 + "1]", "expected at most 1,048,576"),
-    "long text": ("data: {source: " + "x" * 100_000 + "}", "no such file or folder"),
+    "long text": ("data: {source: " + "x" * 100_000 + "}", "File name too long"),
     "no text": ("\0\1\2" * 1000, "not valid YAML"),
 }
 
