@@ -239,7 +239,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(train, state, said, tm
     assert all(tensor.isfinite().all() for tensor in state("run")[1].values())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_gradients_that_overflow_stop_the_run_with_a_checkpoint(train, state, said, uninterrupted, tmp_path, precision):
     """The loss times 1e38 from step 3 on: no step is taken any more, and what was learned stays."""
     settings = [f"precision={precision}", f"vae.pretrained={uninterrupted('fp32')}", *(f"train_latent.{setting}" for
