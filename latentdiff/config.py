@@ -5,6 +5,7 @@ A file holds only what differs from the defaults. `section.key=value` on the com
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -26,6 +27,7 @@ from .errors import LatentDiffError, nearest
 # train_configs/ in a checkout is latentdiff/recipes/ in an installed package (see setup.cfg).
 PACKAGE = Path(__file__).parent
 RECIPES = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "train_configs"
+INTEGER = "tag:yaml.org,2002:int"
 MAX_DEPTH, MAX_VALUES, MAX_BYTES = 20, 10_000, 1 << 20  # of a YAML file; the parser is slow
 SECTION_OF = {VAEError: "vae", TextEncoderError: "text_encoder", UNetError: "unet"}
 
@@ -112,7 +114,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         LatentDiffError: if the file is missing or not valid YAML, or a key or value is unknown, wrong or inconsistent.
     """
-    name = str(path or "emoji-64")
+    name = "emoji-64" if path is None else str(path)
     text, is_recipe = _read(name)
     where = f"recipe {name}" if is_recipe else name
     values = _from_yaml(text, where) or {}
@@ -184,40 +186,62 @@ def _read(name: str) -> tuple[str, bool]:
             if (size := file.stat().st_size) > MAX_BYTES:
                 raise LatentDiffError(f"{file}: {size:,} bytes is too large; expected at most {MAX_BYTES:,}")
             return file.read_text(encoding="utf-8"), False
+        if name and file.is_dir():
+            raise LatentDiffError(f"{file}: is a folder; expected a YAML file or the name of a recipe")
     except (OSError, UnicodeDecodeError) as error:
         raise LatentDiffError(f"{file}: cannot be read ({error})") from None
     if name in names:
         return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), True
     listed = f"the recipes are {', '.join(names)}"
-    raise LatentDiffError(f"{name}: no such file or recipe; {listed}{nearest(file.stem, names)}")
+    raise LatentDiffError(f"{name or repr(name)}: no such file or recipe; {listed}{nearest(file.stem, names)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with decimal numbers only: to YAML 1.1, 010 is 8 and 1:30 is 90."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [entry for entry in entries if entry[0] != INTEGER]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(INTEGER, re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
 
 def _from_yaml(text: str, where: str) -> Any:
     try:
         depth = number = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
+        for event in yaml.parse(text, _Loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise LatentDiffError(f"{where}: lists and sections are nested more than {MAX_DEPTH} deep")
             if (number := number + isinstance(event, yaml.NodeEvent)) > MAX_VALUES:
                 break
-        if number > MAX_VALUES or _num_values(yaml.compose(text, yaml.SafeLoader), {}) > MAX_VALUES:
+        if number > MAX_VALUES or _num_values(yaml.compose(text, _Loader), {}, where) > MAX_VALUES:
             raise LatentDiffError(f"{where}: has more than {MAX_VALUES:,} values, aliases (*name) spelled out")
-        return yaml.safe_load(text)
+        return _Loader(text).get_single_data()
     except LatentDiffError:  # a ValueError as well
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise LatentDiffError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
-def _num_values(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Count the values of a document with each alias replaced by what it stands for; infinite if one is in itself."""
+def _num_values(node: yaml.Node | None, known: dict[int, float], where: str) -> float:
+    """Count the values of a document with each alias replaced by what it stands for; infinite if one is in itself.
+
+    Raises LatentDiffError if a key is there twice, as one of the two would be lost.
+    """
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in known:
         known[id(node)] = math.inf
-        inside = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
-        known[id(node)] = 1 + sum(_num_values(inner, known) for inner in inside)
+        inside = list(chain(*node.value)) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_num_values(inner, known, where) for inner in inside)
+        keys = Counter(str(key.value) for key in inside[::2]) if isinstance(node, yaml.MappingNode) else Counter[str]()
+        if twice := [key for key, count in keys.items() if count > 1 and key != "<<"]:
+            line = node.start_mark.line + 1
+            raise LatentDiffError(
+                f"{where}: the key {twice[0]!r} is there twice in the section that begins in line {line}"
+            )
     return known[id(node)]
 
 

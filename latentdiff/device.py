@@ -39,6 +39,8 @@ def multiplies_bf16(cpu: Mapping[str, Any]) -> bool:
 
 def as_device(device: torch.device | str | None) -> torch.device:
     """Return the device, `best_device()` for None; raise LatentDiffError if it is not available."""
+    if str(device).startswith("meta"):
+        raise LatentDiffError(f"device={str(device)!r}: holds no values; choose cpu, cuda or mps")
     try:
         return best_device() if device is None else torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:

@@ -44,6 +44,7 @@ def python_blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:prompt .* knows none of its words")
 @pytest.mark.filterwarnings("ignore::text_encoder.TokenOverflowWarning")  # this model's prompts have only 8 tokens
 @pytest.mark.parametrize("page", ["README.md", "docs/using.md"])
 def test_drawing(folder, tmp_path, monkeypatch, page):

@@ -189,6 +189,12 @@ class TextEncoder(nn.Module):
             tokens = self.tokenizer(list(prompts), verbose=False)["input_ids"]
         return [max(0, len(ids) - self.max_length) for ids in tokens]
 
+    def knows(self, prompt: str) -> bool:
+        """Return whether any word of a prompt in NFC is in the vocabulary; the empty prompt is known."""
+        with TOKENIZING:
+            ids = self.tokenizer(prompt, verbose=False, add_special_tokens=False)["input_ids"]
+        return not ids or any(each != self.tokenizer.unk_token_id for each in ids)
+
     def spans(self, prompt: str) -> list[tuple[int, int]]:
         """Return the characters, `start` to `stop`, that each token of a prompt in NFC stands for."""
         with TOKENIZING:

@@ -18,7 +18,7 @@ from .left_out import LeftOut
 from .listing import Listing
 from .metadata import columns_and_names, table_rows
 from .readers import FileReader, Source, clean_captions, stamp_of
-from .tables import find_caption_columns
+from .tables import CAPTION_NAMES, find_caption_columns
 from .texts import decode, encoding_of, lines_of
 
 TEXT = Value("string")
@@ -41,6 +41,10 @@ def open_metadata(listing: Listing, config: DataConfig, left_out: LeftOut) -> di
     left_out.add("tables below the folder of another", sorted(set(listing.tables) - set(tables)))
     scanned = {table: columns_and_names(root / table) for table in tables}
     columns = [_caption_columns(root / table, found, config) for table, (found, _) in scanned.items()]
+    if not config.caption_columns:
+        others = (f"{name} of {table}" for (table, (found, _)), chosen in zip(scanned.items(), columns, strict=True)
+                  for name in CAPTION_NAMES if name in found and name not in chosen)  # fmt: skip
+        left_out.remark("columns with a usual name for captions that are not read (data.caption_columns)", others)
     files = (posixpath.normpath(posixpath.join(posixpath.dirname(table), name))
              for table, (_, names) in scanned.items() for name in names)  # fmt: skip
     within = (root / file for file in files if not file.startswith(("/", "..")))

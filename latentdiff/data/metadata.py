@@ -1,6 +1,7 @@
 """Tables of captions that lie beside pictures: JSON Lines, CSV or Parquet, all values as they were written."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,8 @@ def columns_and_names(path: Path) -> tuple[list[str], list[str]]:
     for row in table_rows(path, chosen):
         columns |= dict.fromkeys(row)
         names.append(str(row.get("file_name") or ""))
+    if not names:
+        raise LatentDiffError(f"{path}: has no rows")
     return list(columns), names
 
 
@@ -50,12 +53,21 @@ def _csv_rows(path: Path, file: Any) -> Iterator[Row]:
     csv.field_size_limit(MAX_FIELD)
     reader = csv.reader(file, strict=True)
     columns = next(reader, [])
-    for values in reader:
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        _refuse(path, 1, f"the column {twice[0]!r} is there twice; rename one, and name both in data.caption_columns")
+    while True:
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            _refuse(path, reader.line_num, f"not valid CSV ({error})")
+        if values is None:
+            return
         if len(values) > len(columns):
             _refuse(path, reader.line_num, f"{len(values)} values for {len(columns)} columns; "
                                            "a caption with a comma in it needs quotes around it")  # fmt: skip
         if values:
-            yield dict(zip(columns, values, strict=False))  # a row that is cut short has no caption
+            texts = (_text(value, path, reader.line_num) for value in values)
+            yield dict(zip(columns, texts, strict=False))  # a row that is cut short has no caption
 
 
 def _json_rows(path: Path, file: Any) -> Iterator[Row]:
@@ -79,8 +91,8 @@ def _text(value: Any, path: Path, number: int) -> Any:
         return [_text(inner, path, number) for inner in value]
     if isinstance(value, bytes):
         return value.decode()
-    if isinstance(value, str) and SURROGATES.search(value):
-        _refuse(path, number, f"{ascii(value)[:60]} is not valid Unicode")
+    if isinstance(value, str) and ("\0" in value or SURROGATES.search(value)):
+        _refuse(path, number, f"{ascii(value)[:60]} is not valid text")
     if value is None or isinstance(value, str | dict):
         return value
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -82,6 +82,8 @@ def read_bounded(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     Raises OSError, and PictureError if it has far more bytes than its header has pixels: a file is not read to memory
     just because its name ends in .png.
     """
+    if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+        raise PictureError("unreadable", f"{path.name} is not a file")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size - offset if size is None else size
         if size > EXTRA_BYTES:

@@ -36,4 +36,12 @@ def lines_of(text: str) -> list[str]:
 
 def json_as_written(text: str) -> Any:
     """Parse JSON with numbers as they are written; NaN, which some writers put for a missing value, is None."""
-    return json.loads(text, parse_float=str, parse_int=str, parse_constant=lambda _: None)
+    return json.loads(text, parse_float=str, parse_int=str, parse_constant=lambda _: None, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found

@@ -28,6 +28,8 @@ class Inversion(NamedTuple):
 
 def init_image(parts: ModelParts, image: Picture, strength: float, settings: SamplingSettings) -> InitImage:
     """Encode an image to start from, at the size that the settings ask for."""
+    if isinstance(image, list | tuple):
+        raise LatentDiffError(f"{len(image)} images to start from: expected one; call it for each")
     return InitImage(parts.encode(image, size=parts.pixel_size(settings)), check_strength(strength))
 
 

@@ -14,9 +14,12 @@ from ..data.pictures import open_picture, read_bounded, to_images, to_pixels, up
 from ..errors import LatentDiffError
 
 MAX_PIXELS = 200_000_000  # per image file
+OVERSHOOT = 0.25  # of a mask that was resized with a filter, beyond its range
+LABELS = 16  # a mask whose largest value is less has numbers of classes, not gray values
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 Picture = Image.Image | str | Path
+Mask = Picture | Tensor | np.ndarray[Any, Any]
 
 
 def load_images(images: Sequence[Picture], size: tuple[int, int]) -> Tensor:
@@ -27,7 +30,7 @@ def load_images(images: Sequence[Picture], size: tuple[int, int]) -> Tensor:
     return to_pixels(torch.from_numpy(np.stack(arrays)))
 
 
-def load_mask(mask: Picture | np.ndarray[Any, Any], image: Picture, size: tuple[int, int]) -> Tensor:
+def load_mask(mask: Mask, image: Picture, size: tuple[int, int]) -> Tensor:
     """Load a mask (1, 1, height, width) in [0, 1], cropped and resized like the image, whose size it must have."""
     opened, picture = _open_mask(mask), _open(image)
     if opened.size != picture.size:
@@ -67,19 +70,31 @@ def _open(image: Picture, background: tuple[int, int, int] = WHITE) -> Image.Ima
         raise LatentDiffError(f"{name}: cannot be read ({error})") from None
 
 
-def _open_mask(mask: Picture | np.ndarray[Any, Any]) -> Image.Image:
+def _open_mask(mask: Mask) -> Image.Image:
     """Open a mask as gray values 0 to 255; 0 and 1, or booleans, are understood, and transparent parts are kept."""
-    if isinstance(mask, np.ndarray):
-        if mask.ndim != 2:
-            raise LatentDiffError(f"the mask has shape {mask.shape}: expected (height, width)")
-        values = mask.astype(np.float32)
+    if isinstance(mask, Tensor):
+        mask = mask.detach().cpu().numpy()
     elif isinstance(mask, Image.Image) and mask.mode in ("I", "F"):
-        values = np.asarray(mask, np.float32)  # 0 to 255 in 32 bits, which no picture has
-    else:
-        values = np.asarray(_open(mask, BLACK).convert("L"), np.float32)
-    if values.size and values.max() <= 1:
-        values = values * 255
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        mask = np.asarray(mask)  # 0 to 255 in 32 bits, which no picture has
+    elif not isinstance(mask, np.ndarray):
+        mask = np.asarray(_open(mask, BLACK).convert("L"))
+    if mask.ndim != 2 or not mask.size:
+        raise LatentDiffError(f"the mask has shape {mask.shape}: expected (height, width)")
+    return Image.fromarray(_gray_levels(mask))
+
+
+def _gray_levels(mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return gray values 0 to 255 of a mask of booleans, of numbers from 0 to 1 or to 255, or of 16 bits."""
+    if mask.dtype.kind not in "buif":
+        raise LatentDiffError(f"the mask has values of type {mask.dtype}: expected numbers or booleans")
+    values = mask.astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    full = 65535.0 if mask.dtype == np.uint16 and high > 255 else 255.0
+    if high <= 1 + OVERSHOOT:
+        full = 1.0
+    if not low >= -OVERSHOOT * full or not high <= full * (1 + OVERSHOOT) or (full > 1 and high < LABELS):
+        raise LatentDiffError(f"the mask has values from {low:g} to {high:g}: expected 0 to 1, or 0 to 255")
+    return (values * (255 / full)).round().clip(0, 255).astype(np.uint8)
 
 
 def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

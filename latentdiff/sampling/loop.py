@@ -84,7 +84,9 @@ class SeededNoise:
 
     def draw(self) -> Tensor:
         """Return the next noise of every stream."""
-        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+        noise = torch.stack(
+            [torch.randn(self.shape, generator=generator, dtype=torch.float32) for generator in self.generators]
+        )
         if self.device.type == "cuda":
             noise = noise.pin_memory()  # otherwise the host would wait for all that came before
         return noise.to(self.device, non_blocking=True)

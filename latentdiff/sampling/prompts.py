@@ -5,6 +5,7 @@ Other parentheses are text, and so are a time or a ratio such as (at 10:30) and 
 
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -66,6 +67,9 @@ def text_features(
     parsed = {prompt: parse(prompt) for prompt in prompts}
     encode = encode or encoder
     context = encode([text for text, _ in parsed.values()])
+    for text, _ in parsed.values():
+        if not encoder.knows(text):
+            warnings.warn(f"prompt {text!r:.200}: the text encoder knows none of its words", stacklevel=4)
     weights = torch.stack([token_weights(encoder, *parts) for parts in parsed.values()])
     if bool((weights != 1).any()):
         empty = encode([""])

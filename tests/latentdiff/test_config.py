@@ -209,6 +209,10 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("data: 2024-13-45", "not valid YAML"),
         ("seed: " + "9" * 5000, "not valid YAML"),
         ("? [a]\n: b", "not valid YAML"),
+        ("data: {image_size: 32}\ndata: {flip: true}", "the key 'data' is there twice"),
+        ("data:\n  flip: true\n  image_size: 32\n  flip: false", "'flip' is there twice in the section .* line 2"),
+        ("seed: 010", "seed='010': expected a valid integer"),
+        ("seed: 1:30", "seed='1:30': expected a valid integer"),
     ],
 )
 def test_yaml_that_would_hang_or_overflow(tmp_path, text, message):

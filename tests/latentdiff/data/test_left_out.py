@@ -234,6 +234,16 @@ def test_values_stay_as_written(tmp_path, config, write, kind):
         ("metadata.jsonl", '[{"file_name": "1.png"}]\n', r"metadata\.jsonl line 1: expected an object"),
         ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', r"metadata\.jsonl: file_name=None"),
         ("metadata.csv", b"file_name,text\n1.png,caf\xe9\n", r"metadata\.csv: cannot be read"),
+        ("metadata.csv", "file_name,text,text\n1.png,a,b\n", r"metadata\.csv line 1: the column 'text' is there twice"),
+        ("metadata.csv", 'file_name,text\n1.png,"a"b"\n', r"metadata\.csv line 2: not valid CSV"),
+        ("metadata.csv", "file_name,text\n1.png,a\0b\n", r"metadata\.csv line 2: 'a\\x00b' is not valid text"),
+        ("metadata.csv", "file_name,text\n", r"metadata\.csv: has no rows"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "1.png", "text": "a", "text": "b"}\n',
+            r"metadata\.jsonl line 1: not valid JSON \(the key 'text' is there twice\)",
+        ),
+        ("metadata.jsonl", '{"file_name": "1.png", "text": "\\u0000"}\n', r"metadata\.jsonl line 1: .*not valid text"),
     ],
 )
 def test_tables_that_are_not_what_they_should_be(tmp_path, config, write, name, text, message):
@@ -241,6 +251,17 @@ def test_tables_that_are_not_what_they_should_be(tmp_path, config, write, name, 
     write_text(tmp_path, name, text)
     with pytest.raises(LatentDiffError, match=message):
         open_source(config(tmp_path))
+
+
+def test_a_second_column_of_captions_is_named(tmp_path, config, write):
+    write(tmp_path, "1.png", "2.png", "3.png")
+    rows = [{"file_name": f"{name}.png", key: name} for name, key in (("1", "text"), ("2", "caption"), ("3", "text"))]
+    write_text(tmp_path, "metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    found, left_out = opened(config(tmp_path))
+    assert found == {"1.png": ["1"], "2.png": [], "3.png": ["3"]}
+    assert list(left_out.remarks.values()) == [["caption of metadata.jsonl"]]
+    found, left_out = opened(config(tmp_path, caption_columns=("text", "caption")))
+    assert (found, left_out.remarks) == ({"1.png": ["1"], "2.png": ["2"], "3.png": ["3"]}, {})
 
 
 def test_missing_values_and_odd_links(tmp_path, config, write):

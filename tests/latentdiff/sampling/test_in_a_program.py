@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import time
 
 import numpy as np
@@ -137,7 +138,8 @@ def test_masks_say_what_is_drawn(pipe):
     expected = load_mask(Image.fromarray(left), picture(), (32, 32))
     see_through = Image.fromarray(np.dstack([np.full((32, 32, 3), 255, np.uint8), left]))
     ones = Image.fromarray((left > 0).astype(np.uint8))
-    for mask in (see_through, ones, left > 0, left, left / 255, Image.fromarray(left > 0)):
+    arrays = (left > 0, left, left / 255, left / 250.0 - 0.01, left * np.uint16(257), torch.from_numpy(left > 0))
+    for mask in (see_through, ones, *arrays, Image.fromarray(left > 0)):
         assert torch.equal(load_mask(mask, picture(), (32, 32)), expected)
     with pytest.warns(UserWarning, match="the mask is all black: nothing is drawn"):
         load_mask(np.zeros((32, 32)), picture(), (32, 32))
@@ -145,3 +147,30 @@ def test_masks_say_what_is_drawn(pipe):
         load_mask(np.ones((32, 32), bool), picture(), (32, 32))
     with pytest.raises(LatentDiffError, match=r"the mask has shape \(2, 3, 4\)"):
         load_mask(np.zeros((2, 3, 4)), picture(), (32, 32))
+    for bad in (left / 127.5 - 1, np.where(left, np.nan, 0), left // 100, left * 300.0, left.astype(str), left + 1j):
+        with pytest.raises(LatentDiffError, match="the mask has values"):
+            load_mask(bad, picture(), (32, 32))
+
+
+def test_noise_does_not_depend_on_the_default_dtype(pipe):
+    before = pipe("a red apple", num_steps=1, seed=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert np.array_equal(*(np.asarray(each[0]) for each in (before, pipe("a red apple", num_steps=1, seed=0))))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_is_not_one_picture(pipe, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(LatentDiffError, match=r"pipe\.png is not a file"):
+        pipe.img2img("a red apple", tmp_path / "pipe.png")
+    with pytest.raises(LatentDiffError, match="2 images to start from: expected one"):
+        pipe.img2img("a red apple", [picture(), picture()])
+    with pytest.raises(LatentDiffError, match="device='meta': holds no values"):
+        pipe.to("meta")
+
+
+def test_a_prompt_of_unknown_words_is_said(pipe):
+    with pytest.warns(UserWarning, match="the text encoder knows none of its words"):
+        pipe("\u7ea2\u82f9\u679c", num_steps=1)
