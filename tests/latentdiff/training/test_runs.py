@@ -299,6 +299,7 @@ def test_workers_change_nothing(train, state, uninterrupted):
         assert same(state("run", stage)[1], expected(uninterrupted, "fp32", stage))
 
 
+@pytest.mark.slow
 def test_the_full_recipe_takes_a_step(train, log, said, pictures):
     """ldm-text2im-large.yaml itself, at 256 px, both stages, with widths and counts reduced by overrides."""
     settings = ["vae.block_out_channels=[8, 8, 8, 8]", "vae.norm_groups=4", "vae.layers_per_block=1",

@@ -87,7 +87,7 @@ def test_the_last_checkpoint_of_a_run_is_its_model(uninterrupted, tmp_path):
     assert not same(unfinished(run, "step 3 of 6; step-00000006: model-weights.safetensors is truncated"), finished)
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP"])
+@pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=pytest.mark.slow)], ids=["DDP", "FSDP"])
 def test_two_processes(train, uninterrupted, tmp_path, environment):
     """What is not trained is written whole where every process has a part of it."""
     shutil.copytree(uninterrupted("fp32") / "vae", tmp_path / "run" / "vae")
