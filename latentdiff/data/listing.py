@@ -18,7 +18,9 @@ ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SYSTEM = ("$recycle.bin", "system volume information", "__macosx", "@eadir", "lost+found", "thumbs.db", "desktop.ini")
 # What latentdiff itself writes: a run's folders, and pictures that lie beside a certain file.
 RUN_FILE, RUN_FOLDERS = "run.json", ("train_vae", "train_latent", "vae", "model", "model-best")
-OWN_PICTURES = {"contact_sheet.png": "quarantine.txt", "concepts.png": "evaluation.json"}
+OWN_PICTURES = {"contact_sheet.png": "quarantine.txt",
+                **dict.fromkeys(("concepts.png", "combinations.png", "copies.png"), "evaluation.json")}  # fmt: skip
+EVALUATED = re.compile(r"(?:.*/)?drawn/[0-9a-f]{12}/[0-9a-f]{20}\.png")  # drawn to be evaluated
 DRAWN = re.compile(r"\d{4,}-[a-z0-9-]+\.png")  # names that `latentdiff sample` gives, besides grid.png
 DRAWN_MARK, DRAWN_HEAD = b"guidance_scale", 1 << 16  # in the metadata, within the first bytes of such a file
 
@@ -101,7 +103,9 @@ def _sort(listing: Listing, folder: str, files: list[str], left_out: LeftOut) ->
         path, lower = f"{folder}{name}", name.lower()
         if lower.endswith(EXTENSIONS):
             text = texts.get(name.rpartition(".")[0])
-            is_drawn = text is None and _was_drawn_here(listing.root / folder, name, files)
+            is_drawn = text is None and (
+                EVALUATED.fullmatch(path) is not None or _was_drawn_here(listing.root / folder, name, files)
+            )
             if OWN_PICTURES.get(name) in known or is_drawn:
                 left_out.add(OWN, [path])
                 continue

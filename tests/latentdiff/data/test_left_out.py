@@ -110,6 +110,8 @@ def test_outputs_of_latentdiff(tmp_path, config, pictures, write):
     for name in ("0001-a-cat.png", "0002-a-dog.png"):
         Image.new("RGB", (20, 20)).save(tmp_path / "samples" / name, pnginfo=info)
     Image.new("RGB", (20, 20)).save(tmp_path / "samples/grid.png")
+    write(tmp_path, f"evaluation/drawn/{'0a' * 6}/{'1b' * 10}.png", "evaluation/copies.png", "evaluation/concepts.png")
+    write_text(tmp_path, "evaluation/evaluation.json", "{}")
     write(tmp_path, "0001-not-ours.png")
     found, left_out = opened(config(tmp_path))
     assert set(found) == set(first) | {"0001-not-ours.png"}
