@@ -263,5 +263,7 @@ def _format_error(entry: Any) -> str:
         return f"unknown key {path!r}{nearest(parts[-1], known)} (allowed: {', '.join(known)})"
     if entry["type"] == "value_error" and not parts:  # of the whole config; the message names the settings
         return str(entry["ctx"]["error"])
+    if entry["type"] == "missing":  # of a list with a fixed number of values
+        return f"{path.rpartition('.')[0]}={entry['input']!r}: expected more values"
     message = entry["msg"].removeprefix("Input ").removeprefix("should be ").removeprefix("Value error, ")
     return f"{path}={entry['input']!r}: expected {message}"

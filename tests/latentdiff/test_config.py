@@ -87,6 +87,7 @@ def test_nothing_changes_afterwards():
         ("steps", ["'steps'", "section.key=value"]),
         ("seed.more=1", ["seed"]),
         ("data.caption_columns=[", ["not valid YAML"]),
+        ("data.background=[1,2]", ["data.background=(1, 2): expected more values"]),
     ],
 )
 def test_one_line_says_what_is_wrong(override, words):
