@@ -88,5 +88,5 @@ def _config(run: Path, overrides: list[str]) -> Config:
         recorded = dict(read_json(run / "run.json", "every run has one")["launches"][-1]["config"])
     except (LookupError, TypeError):
         raise LatentDiffError(f"{run / 'run.json'}: has no record of a training") from None
-    settings = ["train_latent.ema_snapshots=0", "trackers=[]", f"output={run}"]
+    settings = ["train_latent.ema_snapshots=0", "trackers=[]", "report=false", f"output={run}"]
     return parse_config(with_overrides(recorded, [*overrides, *settings]), str(run / "run.json"))

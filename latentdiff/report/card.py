@@ -6,7 +6,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from ..files.card import model_card
-from ..files.scheduler import read_scheduler
+from ..files.scheduler import SAVED, read_scheduler
 from ..files.tensors import CONFIG, open_file, read_json
 from .run import Run, number
 
@@ -37,7 +37,7 @@ def _made(folder: Path) -> str:
     size = int(number(configs["unet"].get("sample_size")) or 0) * 2 ** (levels - 1)
     encoder = str((configs["text_encoder"].get("architectures") or ["text"])[0])
     scheduler = model / "scheduler" / "scheduler_config.json"
-    process = read_scheduler(read_json(scheduler, "it defines how the model denoises"), scheduler)
+    process = read_scheduler(read_json(scheduler, "it defines how the model denoises"), scheduler, SAVED)
     return model_card(counts, encoder, process, title=folder.resolve().name, image_size=size, run=folder)
 
 

@@ -25,8 +25,10 @@ from .times import Spent, times
 
 MAX_RUNS = 8  # there are as many colors
 PICTURE_BYTES = 4_000_000  # of all data URIs
-GRIDS = ("concepts.png", "combinations.png")
-SHARES = {"train_latent": 0.6, "train_vae": 0.2, "concepts.png": 0.1, "combinations.png": 0.1}
+GRIDS = {"concepts.png": "Samples above their nearest training pictures",
+         "combinations.png": "New combinations above the held-out pictures",
+         "copies.png": "Samples most like a training picture, above it"}  # fmt: skip
+SHARES = {"train_latent": 0.6, "train_vae": 0.2, "concepts.png": 0.08, "combinations.png": 0.06, "copies.png": 0.06}
 NAME = "report.html"
 
 T = TypeVar("T")
@@ -66,7 +68,7 @@ def render(runs: Sequence[Run], refresh: float | None = None) -> str:
     environment = Environment(loader=PackageLoader("latentdiff.report", ""), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)  # fmt: skip
     return environment.get_template("report.html.j2").render(
-        views=views, curves=curves, likelihood=Markup(likelihood), refresh=refresh,
+        views=views, grids=GRIDS, curves=curves, likelihood=Markup(likelihood), refresh=refresh,
         version=latentdiff.__version__, now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Figures of `latentdiff evaluate` and `latentdiff likelihood`, with 95 % intervals, as tables and curves."""
+"""Figures of `latentdiff evaluate` and `latentdiff likelihood`, with their intervals, as tables and curves."""
 
 import math
 from collections.abc import Iterator
@@ -43,6 +43,12 @@ def evaluation_tables(run: Run) -> Iterator[Table]:
         if rows:
             note = f"{_text(part.get('pictures'), '.0f')} samples, {_text(part.get('gallery'), '.0f')} pictures."
             yield Table(title, ["compared by", "share (95 % interval)", "chance", "shuffled prompts"], rows, note)
+    quality = mapping(found.get("quality"))
+    for title, part, of in (("Samples as a whole, against training pictures", quality, str(quality.get("drawn", ""))),
+                            ("Reconstructions as a whole, against the originals", vae, "")):  # fmt: skip
+        rows = [_figure(mapping(row)) for row in sequence(part.get("figures"))]
+        if rows:
+            yield Table(title, ["figure", "value (90 % interval)", "pictures"], rows, of)
     denoising = [mapping(row) for row in sequence(found.get("denoising"))]
     rows = [[_text(row.get(key), ".3g") for key in ("level", "error", "without_caption")] for row in denoising]
     if rows:
@@ -91,6 +97,12 @@ def likelihood_table(run: Run) -> Table | None:
             half = INTERVAL * stdev(values) / math.sqrt(len(values))
             found.append([what, f"{fmean(values):.4g} ± {half:.2g}", str(len(values))])
     return Table("Likelihood", ["measure", "mean (95 % interval)", "pictures"], found) if found else None
+
+
+def _figure(row: dict[str, Any]) -> list[str]:
+    value, low, high = (_text(row.get(key), ".3g") for key in ("value", "low", "high"))
+    counts = (_text(row.get(key), ".0f") for key in ("drawn", "real"))
+    return [str(row.get("name", "?")), f"{value} ({low} to {high})", " against ".join(counts)]
 
 
 def _agreement(row: dict[str, Any]) -> list[str]:

@@ -1,10 +1,12 @@
-"""The broken pictures of a stage: which there are, on disk, and whether they are too many."""
+"""The broken pictures of a run: which there are, said and on disk, and whether they are too many."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..data.cache import check_broken
-from ..errors import LatentDiffError
+import numpy as np
+
+from ..data.cache import LatentCache, check_broken
+from ..errors import LatentDiffError, several
 from .launch import Launch
 
 
@@ -31,3 +33,11 @@ def write_broken(broken: Mapping[str, str], folder: Path, run: Launch) -> None:
     if broken:
         lines = "".join(f"{name}\t{reason}\n" for name, reason in sorted(broken.items()))
         (folder / f"broken-{run.accelerator.process_index}.txt").write_text(lines, encoding="utf-8")
+
+
+def say_what_is_broken(run: Launch, name: str, cache: LatentCache) -> None:
+    """Say which pictures of a split could not be read."""
+    if broken := np.flatnonzero(~cache.good).tolist():
+        names = several(map(cache.source.name, broken))
+        run.report(f"{run.config.data.source}: {len(broken)} of {len(cache.source)} pictures in {name} are broken and "
+                   f"not used: {names}; `latentdiff data check` says why")  # fmt: skip

@@ -3,11 +3,8 @@
 from collections.abc import Callable, Sequence
 from unicodedata import normalize
 
-import numpy as np
-
 from text_encoder import TextEncoder
 
-from ..data.cache import LatentCache
 from ..data.left_out import LeftOut
 from ..data.sources import Source, open_source
 from ..errors import several
@@ -49,14 +46,6 @@ def say_what_is_cut_off(run: Launch, sources: Sources, encoder: TextEncoder) -> 
 
     what = f"have captions of more than {limit} tokens, the text encoder's maximum, and lose the rest"
     _say_which(run, sources, what, is_cut)
-
-
-def say_what_is_broken(run: Launch, name: str, cache: LatentCache) -> None:
-    """Say which pictures of a split could not be read."""
-    if broken := np.flatnonzero(~cache.good).tolist():
-        names = several(map(cache.source.name, broken))
-        run.report(f"{run.config.data.source}: {len(broken)} of {len(cache.source)} pictures in {name} are broken and "
-                   f"not used: {names}; `latentdiff data check` says why")  # fmt: skip
 
 
 def _say_which(run: Launch, sources: Sources, what: str, is_so: Callable[[list[str]], bool]) -> list[int]:

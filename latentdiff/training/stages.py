@@ -32,13 +32,14 @@ from ..files.export import begin_model, save_model
 from ..files.open import read_json
 from ..files.scheduler import SAVED, read_scheduler
 from ..files.unfinished import find_part
+from .broken import say_what_is_broken
 from .done import ORIGIN, find_done, mark_done
 from .fingerprint import fingerprint
 from .latent import LatentTraining
 from .launch import Launch, launched
 from .loop import run_training
 from .parallel import gather_full
-from .pictures import open_pictures, say_what_is_broken, say_what_is_cut_off
+from .pictures import open_pictures, say_what_is_cut_off
 from .vae import VAETraining
 from .vae_finish import finish_seconds, finish_vae, kept_encodings
 

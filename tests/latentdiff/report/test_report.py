@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from latentdiff.cli import app
 from latentdiff.errors import LatentDiffError
+from latentdiff.evaluation.figures import estimate, halve
 from latentdiff.report import pictures
 from latentdiff.report.curves import BANDWIDTH, smooth
 from latentdiff.report.page import write_report
@@ -98,7 +99,8 @@ BROKEN = {
     "run.json": (None, b"{", b"[]", b'{"launches": [1, {"config": [], "end": 3, "command": 5, "versions": "x"}]}'),
     "data.json": (b"\xff", b'{"training": 5, "left_out": "text"}'),
     "train_latent/samples/step-00000050.png": (None, b"\x89PNG\r\n\x1a\n", b""),
-    "evaluation.json": (b'{"concepts": {"agreements": [5, {"top1": "much"}]}, "vae": [], "denoising": 7}', b"nul"),
+    "evaluation.json": (b'{"concepts": {"agreements": [5, {"top1": "much"}]}, "vae": [], "denoising": 7}', b"nul",
+                        b'{"quality": {"figures": [3, {"value": "x"}], "drawn": 4}, "vae": {"figures": {}}}'),
     "likelihood.json": (b'{"bound": "all", "captions": [-1, null]}', b'[{"nats": 1}, 7, {"nats": "x"}]'),
     "drawn.jsonl": (b'{"prompt": 5, "latents": []}\n{', b"\x80"),
     "README.md": (b"# card <script>\n\n![picture](https://example.com/x.png)\n\n[x](javascript:alert)\xff",),
@@ -208,6 +210,18 @@ def test_the_command(run, tmp_path, monkeypatch):
     assert 'http-equiv="refresh"' not in output.read_text()  # the run has ended
     assert not (run / "report.html").exists()
     assert 'http-equiv="refresh" content="30"' in write_report([run], output, 30.0).read_text()
+
+
+def test_the_figures_of_an_evaluation_are_shown_as_it_writes_them(run):
+    """The report once knew only those of an older evaluation."""
+    halves = halve(range(40), range(-40, 0))
+    (figure,) = estimate(["share of copies"], lambda _, columns: (columns % 4 == 0).double().mean()[None], halves,
+                         (40, 40), shares=["share of copies"])  # fmt: skip
+    drawn = "40 pictures of 40 prompts at guidance 3, 25 steps of dpmpp_2m"
+    (run / "evaluation.json").write_text(json.dumps({"quality": {"figures": [figure.record()], "drawn": drawn}}))
+    text = write_report([run]).read_text()
+    assert drawn in text
+    assert f"<td>{figure}</td><td>40 against 40</td>" in re.sub(r"\s*(</?td>)\s*", r"\1", text)
 
 
 def test_pictures_are_thinned_out_before_they_are_shrunk(tmp_path):
