@@ -93,7 +93,7 @@ def test_prompts_from_standard_input_and_file(invoke, place):
     assert result.exit_code == 0, result.output
     assert len(list((place / "stdin").iterdir())) == 3
     (place / "prompts.txt").write_text("a car\n")
-    assert invoke("sample one --file prompts.txt -m runs/mine --steps 1 --output both").exit_code == 0
+    assert invoke("sample apple --file prompts.txt -m runs/mine --steps 1 --output both").exit_code == 0
     assert len(list((place / "both").iterdir())) == 3
 
 
