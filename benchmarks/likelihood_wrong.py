@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from latentdiff import LatentPipeline
 from latentdiff.data.sources import open_source
+from latentdiff.evaluation.evidence import evidence
 from latentdiff.evaluation.likelihood import Bound, log_likelihood, measure_proposals
 from latentdiff.evaluation.oddness import oddness
 from latentdiff.sections import DataConfig
@@ -85,14 +86,15 @@ def main() -> int:
     odd = strangers(len(wrong), pipe.image_size, options.strangers)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(options.output.read_text()) if options.output.is_file() else []
-    proposal = measure_proposals(pipe, *read(source, spread(source, PILOTS, offset=17), data)).bound
+    bounds, worth = measure_proposals(pipe, *read(source, spread(source, PILOTS, offset=17), data))
+    assert worth is not None
     for number in range(len(rows), len(indices) + len(odd)):
         known = number < len(indices)
         levels = read(source, [indices[number]], data)[0] if known else odd[number - len(indices)][None]
-        found = [log_likelihood(pipe, levels, [text], proposal, draws=2, seed=number)[0]
-                 for text in ([asked[number], ""] if known else [""])]  # fmt: skip
-        rows.append({"stranger": not known, "swapped": known and number in wrong, **parts(found[-1]),
-                     "worth": found[0].nats - found[-1].nats, "asked": found[0].bits_per_dimension})  # fmt: skip
+        (bound,) = log_likelihood(pipe, levels, [""], bounds, draws=1, seed=number)
+        nats = float(evidence(pipe, levels, [[asked[number]]], worth, seed=number)[0].nats[0]) if known else 0.0
+        rows.append({"stranger": not known, "swapped": known and number in wrong, **parts(bound), "worth": nats,
+                     "asked": bound.bits_per_dimension - nats / math.log(2) / bound.dimensions})  # fmt: skip
         options.output.write_text(json.dumps(rows))
         print(f"\r{number + 1} of {len(indices) + len(odd)}", end="", file=sys.stderr, flush=True)
     column = {name: np.array([row[name] for row in rows]) for name in rows[0]}

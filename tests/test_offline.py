@@ -58,21 +58,16 @@ def test_the_spy_sees(offline, tmp_path):
     assert (tmp_path / "requested").read_text()
 
 
-def test_sampling_from_the_model_that_ships(offline, tmp_path):
-    requested, _ = offline("latentdiff", "sample", "a 3d emoji of a red apple", "--steps", "2", "--output", "out")
-    assert not requested
-    assert (tmp_path / "out/grid.png").is_file()
-
-
-CHECK = """
+COMMANDS = """
 from latentdiff.cli import app
+app(["sample", "a 3d emoji of a red apple", "--steps", "2", "--output", "out"], standalone_mode=False)
 for source in ("parquet", "jsonl"):
     app(["data", "check", source, "data.image_size=64", "--output", f"{source}-check"], standalone_mode=False)
 """
 
 
-def test_opening_pictures(offline, tmp_path):
-    """`datasets` reports the use of its loaders to a server, even for local files; here it must not."""
+def test_sampling_and_opening_pictures(offline, tmp_path):
+    """The model that ships; and `datasets` reports the use of its loaders to a server, even for local files."""
     for folder in ("parquet", "jsonl"):
         (tmp_path / folder).mkdir()
     shutil.copy(pictures_folder("builtin:emoji-mini") + "/validation.parquet", tmp_path / "parquet/train.parquet")
@@ -81,9 +76,10 @@ def test_opening_pictures(offline, tmp_path):
         Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"jsonl/{number}.png")
         lines.append(f'{{"file_name": "{number}.png", "text": "red {number}"}}\n')
     (tmp_path / "jsonl/metadata.jsonl").write_text("".join(lines))
-    requested, output = offline("python", "-c", CHECK)
+    requested, output = offline("python", "-c", COMMANDS)
     assert not requested
     assert "pictures" in output
+    assert (tmp_path / "out/grid.png").is_file()
     assert all((tmp_path / f"{source}-check/report.json").is_file() for source in ("parquet", "jsonl"))
 
 

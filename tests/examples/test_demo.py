@@ -40,6 +40,7 @@ def test_a_command_that_fails_ends_the_demo(demo, capfd):
     assert "no such folder or file" in captured.err
 
 
+@pytest.mark.slow
 def test_the_users_own_accelerate_config_does_not_count(demo, monkeypatch, tmp_path, capfd):
     """Someone who set accelerate up for DeepSpeed on eight GPUs has the demo all the same."""
     (tmp_path / "accelerate").mkdir()

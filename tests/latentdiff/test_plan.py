@@ -160,7 +160,7 @@ def test_full_size_models_have_their_known_parameters():
     assert sum(p.numel() for p in models.vae.parameters()) == 83_653_863
 
 
-QUICK = ("debug", "emoji-256", "ldm-text2im-large")
+QUICK = ("debug", "emoji-256")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)

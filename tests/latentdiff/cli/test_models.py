@@ -56,7 +56,7 @@ def place(tmp_path_factory) -> Path:
     )
     shutil.copytree(place / "runs/mine/model", place / "model-only")
     (place / "my-pictures").mkdir()
-    for number in range(40):
+    for number in range(20):
         Image.effect_noise((64, 64), 50).convert("RGB").save(place / f"my-pictures/{number}.png")
         (place / f"my-pictures/{number}.txt").write_text(f"picture number {number}")
     return place
@@ -119,7 +119,7 @@ def test_evaluate(invoke, place):
     train, held_out = open_source(data)
     assert report["broken"] == ["7.png"]
     assert "could not be read and skipped: 1, the first is" in result.output
-    assert concepts["gallery"] + report["vae"]["num_pictures"] == len(train) + len(held_out) - 1 == 39
+    assert concepts["gallery"] + report["vae"]["num_pictures"] == len(train) + len(held_out) - 1 == 19
     pixels = torch.cat([to_pixels(torch.from_numpy(read_pixels(held_out, place, data))[None])
                         for place in range(len(held_out)) if held_out.name(place) != "7.png"])  # fmt: skip
     vae = VAE.from_pretrained(place / "runs/mine/model/vae")
@@ -254,8 +254,9 @@ def examples() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["data check", "schema", "sample", "inspect", "export", "plan", "evaluate", "likelihood"]
-)
+    "command", ["data check", "schema", "sample", "inspect", "export", "plan", "evaluate",
+                pytest.param("likelihood", marks=pytest.mark.slow)]
+)  # fmt: skip
 def test_the_examples_of_the_help(invoke, command):
     result = invoke(examples()[command])
     assert result.exit_code == 0, result.output

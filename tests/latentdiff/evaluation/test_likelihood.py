@@ -208,13 +208,13 @@ def test_few_timesteps_estimate_the_same(linear, proposal):
 
 
 def test_intervals_cover(linear, proposal):
-    """Of 300 estimates with 8 draws, the 90 % intervals hold the mean of many draws in 90 % of the cases."""
-    truth = log_likelihood(linear, LEVELS[:1], [""], proposal, draws=3000, num_timesteps=3)[0]
+    """Of 100 estimates with 8 draws, the 90 % intervals hold the mean of many draws in 90 % of the cases."""
+    truth = log_likelihood(linear, LEVELS[:1], [""], proposal, draws=2000, num_timesteps=3)[0]
     inside = 0
-    for seed in range(1, 301):
+    for seed in range(1, 101):
         found = log_likelihood(linear, LEVELS[:1], [""], proposal, draws=8, num_timesteps=3, seed=seed)[0]
         inside += found.interval[0] <= truth.nats <= found.interval[1]
-    assert inside / 300 >= 0.84
+    assert 0.82 <= inside / 100 <= 0.97
 
 
 def test_noise_does_not_depend_on_the_prompt(linear):
@@ -288,7 +288,7 @@ def test_captions_are_compared_with_the_same_noise(linear, proposal, monkeypatch
 
     linear.unet = Network()
     captions = [["narrow", "wide"]] * 3
-    found = evidence(linear, LEVELS, captions, proposal, draws=200, num_timesteps=None)
+    found = evidence(linear, LEVELS, captions, proposal, draws=50, num_timesteps=None)
     posterior = encode(linear, LEVELS)
     for number, result in enumerate(found):
         for caption, nats, error in zip(result.captions, result.nats, result.standard_error, strict=True):

@@ -121,6 +121,7 @@ def as_variant(folder, name):
         file.rename(file.with_suffix(f".{name}.safetensors"))
 
 
+@pytest.mark.slow
 def test_only_needed_files_are_downloaded_and_then_cached(hub, made):
     """Config, tokenizer and safetensors weights are downloaded, but no pickles, no code and no other variants."""
     folder, _, requested = hub

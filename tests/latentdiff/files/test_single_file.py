@@ -115,9 +115,7 @@ def assert_same_prompts(encoder, expected):
     assert torch.equal(encoder(PROMPTS), expected(PROMPTS))
 
 
-@pytest.mark.parametrize("kind", ["bert", "clip"])
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("levels", [2, 3, 4])
+@pytest.mark.parametrize(("levels", "layers", "kind"), [(2, 1, "clip"), (3, 1, "bert"), (3, 2, "clip"), (4, 2, "bert")])
 def test_round_trip(encoders, tmp_path, levels, layers, kind):
     """From diffusers folders to one file and back, bit for bit."""
     parts = new_model(encoders[kind], levels, layers)

@@ -77,7 +77,7 @@ ORIGINAL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
             "clip_sample": False, "set_alpha_to_one": False}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["stable diffusion 1", "stable diffusion 2"])
+@pytest.mark.parametrize("family", ["stable diffusion 1", pytest.param("stable diffusion 2", marks=pytest.mark.slow)])
 def test_stable_diffusion_folders(tmp_path, family, relative_error, open_stock):
     """SD 1: eps and a PNDM scheduler config; SD 2: v and linear projections. With the original scheduler configs."""
     model, tokenizer = clip(tmp_path)

@@ -32,7 +32,8 @@ def model(weights, tmp_path):
     return read
 
 
-@pytest.mark.parametrize("kills", [(), pytest.param(KILLS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [(), KILLS])
 def test_the_best_average_is_kept_beside_the_last(kills, latent, model, log, said, tmp_path):
     """Against a run that ends where the loss was lowest; and again with kills, one of them while it is written."""
     assert latent("run") == 0

@@ -53,10 +53,7 @@ KILLS = (("kill at step", 7), ("kill while saving", 25), ("kill at step", 5), ("
 
 @pytest.mark.parametrize(
     ("stage", "kills"),
-    [
-        *((stage, KILLS[:2]) for stage in STAGES),
-        *(pytest.param(stage, KILLS, marks=pytest.mark.slow) for stage in STAGES),
-    ],
+    [("train_latent", KILLS[:2]), *(pytest.param(stage, KILLS, marks=pytest.mark.slow) for stage in STAGES)],
 )
 def test_a_run_is_a_function_of_its_list(stage_alone, state, stage, kills, tmp_path):
     """Killed again and again, at steps and while saving: every tensor equal, and no decision added."""
@@ -73,6 +70,7 @@ def test_a_run_is_a_function_of_its_list(stage_alone, state, stage, kills, tmp_p
     assert not same_state(state("one", stage), state("example", stage))  # the list matters
 
 
+@pytest.mark.slow
 def test_killed_between_a_decision_and_its_first_step(train, state, tmp_path):
     """The decision stands, and the run that goes on equals one that was given the finished list."""
     assert train("run", *BUDGET, accident="kill after deciding", at=1) == -9
@@ -86,6 +84,7 @@ def test_killed_between_a_decision_and_its_first_step(train, state, tmp_path):
     assert [same_state(state("run", stage), state("again", stage)) for stage in STAGES] == [True, True]
 
 
+@pytest.mark.slow
 def test_a_larger_budget_goes_on_from_the_beginning_of_the_decay(train, state, log, said, tmp_path):
     assert train("run", *BUDGET) == 0
     vae, model = (tmp_path / "run" / name for name in ("vae", "model"))
@@ -120,6 +119,7 @@ def test_the_list_and_the_budget_belong_to_the_run(train, said, tmp_path):
     assert f"{place}: are not the decisions that led to step-" in said("run")
 
 
+@pytest.mark.slow
 def test_two_processes_follow_the_main_one(train, state, said, tmp_path):
     """Steps, checkpoints and validations that the clock decides are the same for both; else they would wait forever."""
     settings = ("budget=10m", "train_vae.steps=20", "train_latent.steps=20", "train_vae.micro_batch_size=null",
@@ -129,6 +129,7 @@ def test_two_processes_follow_the_main_one(train, state, said, tmp_path):
     assert [entries(tmp_path / "run", stage) for stage in STAGES] == [[(4, 15, 20), (20, 15, 20)]] * 2
 
 
+@pytest.mark.slow
 def test_it_ends_on_time_with_a_model(train, said, tmp_path):
     """No bound but the budget: 30 seconds for everything."""
     began = time.monotonic()

@@ -49,7 +49,7 @@ def wait_until(condition, seconds):
     return False
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, processes, workers):
     """The signal reaches the whole process group, data loader workers included."""
     output = tmp_path / "run"
@@ -76,6 +76,7 @@ def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, pro
     assert f"stopped at step {checkpoint.step} of 1000000" in said.read_text()
 
 
+@pytest.mark.slow
 def test_fewer_processes_than_requested_are_noticed(pictures, tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one."""
     words = command(1, pictures, tmp_path / "run", "train_vae.steps=1", "train_vae.warmup_steps=0")

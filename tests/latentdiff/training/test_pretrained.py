@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 import torch
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_finished_model(train, weights, log, said, tmp_path):
     """Its VAE is kept, UNet and BERT start from its weights whatever sizes the recipe has, and its losses continue."""
     assert train("first", "train_latent.validate_first=true") == 0
@@ -34,6 +36,7 @@ def test_training_goes_on_from_a_finished_model(train, weights, log, said, tmp_p
     assert "it was trained with another noise schedule" in said("third")
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on(train, said, tmp_path):
     """Settings unknown to that version count as left out; step 0 is logged once."""
     assert train("run", "train_latent.validate_first=true", accident="kill at step", at=9) == -9  # latent step 3
@@ -50,14 +53,12 @@ def test_a_run_of_an_older_version_goes_on(train, said, tmp_path):
     assert "was made with unet.layers_per_block=1, but it is now 2" in said("run")
 
 
-def test_parts_that_do_not_fit(train, said, tmp_path):
-    assert train("first") == 0
-    folder = tmp_path / "first/model/unet"
-    assert train("second", f"vae.pretrained={tmp_path / 'first/vae'}", f"unet.pretrained={folder}",
-                 "text_encoder.width=64") == 1  # fmt: skip
+def test_parts_that_do_not_fit(train, uninterrupted, said):
+    run = uninterrupted("fp32")
+    folder, vae = run / "model/unet", f"vae.pretrained={run / 'vae'}"
+    assert train("second", vae, f"unet.pretrained={folder}", "text_encoder.width=64") == 1
     assert f"unet.pretrained={folder}: its context_dim is 32; this VAE and this text encoder need 64" in said("second")
-    assert train("other", f"vae.pretrained={tmp_path / 'first/vae'}", f"unet.pretrained={folder}",
-                 "diffusion.prediction=x0") == 1  # fmt: skip
+    assert train("other", vae, f"unet.pretrained={folder}", "diffusion.prediction=x0") == 1
     assert f"unet.pretrained={folder}: it predicts v, but diffusion.prediction=x0; set it to v" in said("other")
     assert train("third", "vae.pretrained=builtin:emoji-46") == 1
     assert "unknown built-in model 'emoji-46'" in said("third")

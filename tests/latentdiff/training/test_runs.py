@@ -35,7 +35,8 @@ def some_moment(seed):
 
 @pytest.mark.parametrize(
     ("precision", "accident", "at"),
-    [("fp32", "kill at step", 5), ("fp32", "kill while saving", 45), ("bf16", "kill at step", 9),
+    [("fp32", "kill at step", 5), ("fp32", "kill while saving", 45),
+     pytest.param("bf16", "kill at step", 9, marks=pytest.mark.slow),
      *(pytest.param(*some_moment(seed), marks=pytest.mark.slow) for seed in range(20))],
 )  # fmt: skip
 def test_a_killed_run_continues_bit_for_bit(train, state, log, uninterrupted, precision, accident, at):
@@ -151,6 +152,7 @@ def test_two_processes_play_against_the_discriminator_as_one_does(train, log):
         assert worst(*(log(name, value, stage="train_vae") for name in ("one", "two"))) < 1e-12, value
 
 
+@pytest.mark.slow
 def test_fsdp_trains_saves_and_continues(train, state, log, weights, uninterrupted, tmp_path):
     """Two processes with sharded weights match one process up to rounding, and resume bit for bit."""
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -173,7 +175,7 @@ def test_fsdp_trains_saves_and_continues(train, state, log, weights, uninterrupt
         assert all(torch.allclose(sharded[name], one[name], atol=2e-5) for name in one)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_previews_are_what_the_pipeline_samples(train, uninterrupted, tmp_path, processes):
     """Prompt weights included; on two processes with FSDP, where the text encoder runs inside the model's call."""
     shutil.copytree(uninterrupted("fp32") / "vae", tmp_path / "run" / "vae")
@@ -192,7 +194,7 @@ def test_previews_are_what_the_pipeline_samples(train, uninterrupted, tmp_path, 
     assert np.abs(preview - expected).max() <= 1
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_not_finite_is_skipped_everywhere(train, state, log, uninterrupted, tmp_path, processes, stage):
     """NaN on one of two processes at the third step: no tensor changes on either, and the step is counted."""

@@ -38,12 +38,12 @@ def unfinished(name, step):
     ("accident", "at", "words"),
     [("kill at step", 2, "nothing has been trained yet"),
      ("kill at step", 5, "its VAE is still being trained: step 3 of 6"),
-     ("terminate", 2, "its VAE is still being trained: step 2 of 6"),
-     ("full disk", 19, "its VAE is still being trained: step 3 of 6"),
+     pytest.param("terminate", 2, "its VAE is still being trained: step 2 of 6", marks=pytest.mark.slow),
+     pytest.param("full disk", 19, "its VAE is still being trained: step 3 of 6", marks=pytest.mark.slow),
      ("kill at step", 8, "its VAE is finished, but latent training has no checkpoint yet"),
      ("kill at step", 10, "the averaged weights of step 3 of 6"),
      ("terminate", 11, "the averaged weights of step 5 of 6"),
-     ("kill while saving", 45, None), ("full disk", 48, None)],
+     pytest.param("kill while saving", 45, None, marks=pytest.mark.slow), ("full disk", 48, None)],
 )  # fmt: skip
 def test_sample_draws_or_says_what_is_missing(train, tmp_path, accident, at, words):
     run, drawn = tmp_path / "run", tmp_path / "drawn"
@@ -133,6 +133,7 @@ def test_every_command_takes_a_stopped_run(train, pictures, uninterrupted, tmp_p
     assert "the averaged weights of step 3 of 6" in invoke("inspect", run).output
 
 
+@pytest.mark.slow
 def test_parts_of_runs_as_pretrained(train, said, uninterrupted, tmp_path):
     """A run's folder stands for its finished part; what is still being trained is refused in words."""
     finished = uninterrupted("fp32")
