@@ -17,6 +17,7 @@ from ..errors import LatentDiffError, several
 from .models import Device, Model, PrecisionOption, open_pipeline
 
 if TYPE_CHECKING:
+    from ..data.left_out import LeftOut
     from ..sampling.pipeline import LatentPipeline
 
 
@@ -57,8 +58,9 @@ def likelihood(
     pipe = open_pipeline(model, device, precision)
     options = {"draws": draws, "num_timesteps": timesteps or None, "variance": variance.value,
                "posterior_floor": floor, "seed": seed}  # fmt: skip
-    rows = []
-    for row in _rows(pipe, list(_open(pipe, pictures)), prompt, caption or [], distractors, options):
+    rows, found, left_out = [], *_open(pipe, pictures)
+    yield from left_out.lines()
+    for row in _rows(pipe, found, prompt, caption or [], distractors, options):
         rows.append(row)
         yield _line(row)
     yield from _odd(rows)
@@ -134,27 +136,33 @@ def _odd(rows: list[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def _open(pipe: LatentPipeline, pictures: list[str]) -> Iterator[tuple[str, Any, str]]:
-    """Yield name, image and caption of every picture, of folders in their order."""
+def _open(pipe: LatentPipeline, pictures: list[str]) -> tuple[list[tuple[str, Any, str]], LeftOut]:
+    """Return name, image and caption of every picture, of folders in their order; and what is left out."""
     from PIL import Image
 
     from ..data.cache import read_pixels
+    from ..data.left_out import LeftOut
     from ..data.pictures import PictureError
-    from ..data.sources import open_source
+    from ..data.sources import open_splits
     from ..sections import DataConfig
 
+    found: list[tuple[str, Any, str]] = []
+    left_out = LeftOut()
     for name in pictures:
         if Path(name).expanduser().is_file() and not name.endswith((".parquet", ".tar")):
-            yield name, name, ""
+            found.append((name, name, ""))
             continue
         data = DataConfig(source=name, image_size=pipe.image_size, flip=False)
-        for source in open_source(data):
+        for source in open_splits(data, left_out).values():
             for index in range(len(source)):
                 try:
                     image = Image.fromarray(read_pixels(source, index, data))
+                    found.append((source.name(index), image, (source.captions(index) or [""])[0]))
                 except PictureError as error:
-                    raise LatentDiffError(f"{source.name(index)}: {error}") from None
-                yield source.name(index), image, (source.captions(index) or [""])[0]
+                    left_out.add("broken pictures", [f"{source.name(index)}: {error}"])
+    if not found:
+        raise LatentDiffError(f"{', '.join(pictures)}: no picture that can be read; {'; '.join(left_out.lines())}")
+    return found, left_out
 
 
 def _line(row: dict[str, Any]) -> str:

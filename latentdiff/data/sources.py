@@ -32,7 +32,7 @@ from .texts import decode, lines_of
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Source", "hold_out", "open_source", "read_quarantine"]
+__all__ = ["Source", "hold_out", "open_source", "open_splits", "read_quarantine"]
 
 
 def open_source(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Source, Source]:
@@ -48,14 +48,7 @@ def open_source(config: DataConfig, left_out: LeftOut | None = None) -> tuple[So
         for line in left_out.lines():
             logger.warning("%s: %s", config.source, line)
         return sources
-    with _quiet_datasets(config.source):
-        splits = _open_splits(config, left_out)
-    if config.quarantine is not None:
-        bad = read_quarantine(config.quarantine)
-        left_out.add(
-            "pictures in data.quarantine", bad.intersection(chain(*(each.names() for each in splits.values())))
-        )
-        splits = {name: source.without(bad) for name, source in splits.items()}
+    splits = open_splits(config, left_out)
     if (train := splits.get(config.train_split, splits.get(""))) is None:
         found = ", ".join(sorted(splits)) or "none"
         raise LatentDiffError(f"{config.source}: no split data.train_split={config.train_split!r}; found: {found}")
@@ -74,6 +67,20 @@ def open_source(config: DataConfig, left_out: LeftOut | None = None) -> tuple[So
                 "put cat.txt beside cat.png, or add a metadata.jsonl"
             )
     return train, validation
+
+
+def open_splits(config: DataConfig, left_out: LeftOut) -> dict[str, Source]:
+    """Open all pictures by split, without those in quarantine; "" holds those that are in none.
+
+    Raises LatentDiffError if the source, a column or the quarantine file is missing.
+    """
+    with _quiet_datasets(config.source):
+        splits = _open_splits(config, left_out)
+    if config.quarantine is None:
+        return splits
+    bad = read_quarantine(config.quarantine)
+    left_out.add("pictures in data.quarantine", bad.intersection(chain(*(each.names() for each in splits.values()))))
+    return {name: source.without(bad) for name, source in splits.items()}
 
 
 def hold_out(source: Source, share: float) -> tuple[Source, Source]:
@@ -103,7 +110,6 @@ def read_quarantine(path: str | Path) -> set[str]:
 
 
 def _open_splits(config: DataConfig, left_out: LeftOut) -> dict[str, Source]:
-    """Open a source of any kind, by split; "" holds the pictures that are in none."""
     source = config.source
     if "://" in source:
         return open_remote(config)

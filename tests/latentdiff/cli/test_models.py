@@ -303,5 +303,11 @@ def test_likelihood(invoke, place):
     assert len(own.stdout.splitlines()) == 2
     assert re.search(r"1.png: 'picture number 1' [+-]\d+ nats", own.stdout)
     assert "expected a name ending in .csv or .json" in invoke("likelihood alone.png --output x.txt").stderr
+    Path("few/2.txt").unlink()
+    Path("few/2.png").write_bytes(b"no picture")
+    spoilt = invoke("likelihood few -m model-only --draws 2 --timesteps 2")  # a single picture is enough
+    assert re.fullmatch(r"left out: broken pictures: 1 \(2.png: .+\)\n1.png: log p >= .+\n", spoilt.stdout)
+    Path("few/1.png").unlink()
+    assert "few: no picture that can be read; left out: " in invoke("likelihood few -m model-only").stderr
     Path("model-only/likelihood.json").write_text("{}")
     assert "is not of this model" in invoke("likelihood alone.png -m model-only").stderr
