@@ -12,7 +12,7 @@ from .run import Run, mapping, number, sequence
 SHOWN_ROWS = 48  # of drawn.jsonl
 MEASURES = {"bits_per_dimension": "bits per value", "png_bits_per_dimension": "bits per value as PNG",
             "nats": "log p, nats, at least", "evidence": "nats by which the caption fits better"}  # fmt: skip
-INTERVAL = 1.96  # standard errors on either side
+INTERVAL = 1.645  # standard errors on either side: 90 %, as everywhere
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def evaluation_tables(run: Run) -> Iterator[Table]:
         rows = [_agreement(mapping(row)) for row in sequence(part.get(key))]
         if rows:
             note = f"{_text(part.get('pictures'), '.0f')} samples, {_text(part.get('gallery'), '.0f')} pictures."
-            yield Table(title, ["compared by", "share (95 % interval)", "chance", "shuffled prompts"], rows, note)
+            yield Table(title, ["compared by", "share (90 % interval)", "chance", "shuffled prompts"], rows, note)
     quality = mapping(found.get("quality"))
     for title, part, of in (("Samples as a whole, against training pictures", quality, str(quality.get("drawn", ""))),
                             ("Reconstructions as a whole, against the originals", vae, "")):  # fmt: skip
@@ -96,7 +96,7 @@ def likelihood_table(run: Run) -> Table | None:
         if len(values) > 1:
             half = INTERVAL * stdev(values) / math.sqrt(len(values))
             found.append([what, f"{fmean(values):.4g} ± {half:.2g}", str(len(values))])
-    return Table("Likelihood", ["measure", "mean (95 % interval)", "pictures"], found) if found else None
+    return Table("Likelihood", ["measure", "mean (90 % interval)", "pictures"], found) if found else None
 
 
 def _figure(row: dict[str, Any]) -> list[str]:
