@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
 from latentdiff import LatentDiffError, LatentPipeline
@@ -101,18 +102,24 @@ def test_evaluate(invoke, place):
     """The report of an untrained model leaves out a broken picture, and its PSNR is that of the VAE."""
     shutil.copytree(place / "my-pictures", place / "measured")
     (place / "measured/7.png").write_bytes(b"no picture")
-    line = "evaluate data.source=measured -m runs/mine -o report --concepts 5 -n 3 --steps 2 --precision fp32"
-    result = invoke(line)
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28,
+                             patch_size=14)).save_pretrained(place / "network")  # fmt: skip
+    (place / "network/preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    line = "evaluate data.source=measured -m runs/mine -o report --concepts 6 -n 3 --steps 2 --precision fp32"
+    result = invoke(f"{line} --features network --against model-only")
     assert result.exit_code == 0, result.output
     report = json.loads((place / "report/evaluation.json").read_text())
     concepts = report["concepts"]
-    assert (concepts["concepts"], concepts["pictures"]) == (5, 15)
+    assert (concepts["concepts"], concepts["pictures"]) == (6, 18)
     assert concepts["agreements"][0]["chance"] == pytest.approx(1 / concepts["gallery"])
     rows = [json.loads(line) for line in (place / "report/drawn.jsonl").read_text().splitlines()]
-    assert len(rows) == 15
+    assert len(rows) == 18
     for found in concepts["agreements"]:
         right = [row[found["features"]]["nearest"] == row["prompt"] for row in rows]
-        assert found["top1"] == sum(right) / 15
+        assert found["top1"] == sum(right) / 18
+    quality = report["quality"]
+    assert any(figure["name"] == "network: kernel distance (KID)" for figure in quality["figures"])
+    assert [each["value"] for each in quality["differences"]] == [0.0] * len(quality["figures"])  # the same model
     with Image.open(place / "report/concepts.png") as sheet:
         assert sheet.width > 500
     data = DataConfig(source="measured", image_size=32)
