@@ -238,6 +238,16 @@ def _num_local_processes(accelerator: Accelerator) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep runs from writing into an output folder; raise LatentDiffError if one does."""
+    _lock_folder(folder)
+    try:
+        yield
+    finally:
+        _unlock_folder(folder)
+
+
 def _lock_folder(folder: Path) -> None:
     """Lock the folder until it is unlocked or this process ends, so that no second run writes into it."""
     try:

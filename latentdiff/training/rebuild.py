@@ -23,7 +23,7 @@ from ..sections import DataConfig
 from .checkpoint import SUFFIX, step_folders, verify
 from .done import ORIGIN
 from .latent import submodule_state
-from .launch import launched
+from .launch import launched, locked
 from .manifest import DamagedCheckpoint, read_metadata
 from .parallel import evaluation_mode
 from .profiles import MOST_MISSED, Mixture, Profile, closest_mixtures, reachable
@@ -157,8 +157,9 @@ def write_average(run: Path, series: Series, sigma_rel: float, figures: dict[str
         warnings.simplefilter("ignore", UnfinishedModelWarning)  # only what was not trained is used
         parts = open_model(run, device=torch.device("cpu"), dtype=torch.float32)
     put_into(parts.unet, parts.text_encoder.model, average)
-    save_model(output, vae=parts.vae, unet=parts.unet, text_encoder=parts.text_encoder, process=parts.process)
     record = {"sigma_rel": sigma_rel, "step": series.step, "profile_missed": mixture.missed, "figures": figures,
               "snapshots": sorted({profile.step for profile in series.profiles})}  # fmt: skip
-    with reraise_as(LatentDiffError, f"{output / ORIGIN}: cannot be written", OSError):
-        (output / ORIGIN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with locked(run):
+        save_model(output, vae=parts.vae, unet=parts.unet, text_encoder=parts.text_encoder, process=parts.process)
+        with reraise_as(LatentDiffError, f"{output / ORIGIN}: cannot be written", OSError):
+            (output / ORIGIN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

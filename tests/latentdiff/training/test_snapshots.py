@@ -1,5 +1,6 @@
 """Snapshots: when they are taken, that they give the averages that were not tracked, and accidents."""
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -159,6 +160,10 @@ def test_a_run_with_snapshots(latent, state, log, said, weights, tmp_path):
         code, output = latentdiff(run, "--sigma-rel", "0.07", *target)
         assert code == 1
         assert "is not empty; give another --output FOLDER; --overwrite replaces it" in output
+    with (run / ".lock").open("r+") as lock:  # as a training holds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, output = latentdiff(run, "--sigma-rel", "0.07", "--overwrite")
+        assert (code, "another run is writing there" in output) == (1, True), output
     code, output = latentdiff(run, "--pick", "validation", "--sigma-rel", "0.07", "--sigma-rel", "0.1", "--overwrite")
     assert code == 0, output
     table = [line.split() for line in output.splitlines() if line.startswith("sigma_rel")]
