@@ -29,7 +29,7 @@ class Variances(StrEnum):
 
 
 BATCH = 8  # pictures at a time
-ODD = 5.0  # deviations from which a picture stands out
+ODD = 3.5  # deviations from which a picture stands out
 
 
 def likelihood(
@@ -123,7 +123,7 @@ def _odd(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Add to each row how odd the picture is among the others, and name those that stand out."""
     from ..evaluation.oddness import FEWEST, oddness
 
-    if len(rows) < FEWEST or "bits_per_dimension" not in rows[0]:
+    if len(rows) < FEWEST or not all(row.get("bits_per_dimension", 0) > 0 for row in rows):
         return
     import torch
 
