@@ -1,66 +1,30 @@
 """The sections of a run's configuration: every setting with its default, meaning and unit."""
 
-import os
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from text_encoder import TextEncoderConfig
 from unet import UNetConfig
+from unet.config import MAX_HISTORY
 from vae import VAEConfig
 
 from .diffusion.process import Prediction, Process, Variance, Weighting
 from .diffusion.schedule import Schedule
 from .sampling.settings import SamplingSettings
-
-
-def _number(value: object) -> object:
-    # YAML reads 1e-4 as a string.
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def duration(text: object) -> float:
-    """Return the seconds of a time such as `90s`, `10m` or `1h30m`; raise ValueError for anything else."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text) if isinstance(text, str) else []
-    seconds = sum(float(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in parts)
-    if not seconds or "".join(map("".join, parts)) != text:
-        raise ValueError("a time such as 90s, 10m or 1h30m")
-    return seconds
-
-
-def _duration(text: object) -> object:
-    duration(text)
-    return text
-
-
-def _expanded(path: str) -> str:
-    """Replace a leading `~` by the home folder, in the only place where settings with paths are read."""
-    return os.path.expanduser(path)
-
+from .setting_types import (
+    Color,
+    Count,
+    Decay,
+    Fraction,
+    NonNegative,
+    PathText,
+    Positive,
+    PositiveFloat,
+    number,
+)
 
 SAMPLING = SamplingSettings()  # the defaults
-PathText = Annotated[str, AfterValidator(_expanded)]
-Duration = Annotated[str, BeforeValidator(_duration)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
-Decay = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
-Level = Annotated[int, Field(ge=0, le=255)]
-Color = tuple[Level, Level, Level]
 
 
 class Section(BaseModel):
@@ -78,7 +42,7 @@ class DataConfig(Section):
     """Split to train on."""
     validation_split: str = "validation"
     """Split that is never trained on; if there is none, `validation_share` of the pictures are held out."""
-    validation_share: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] = 0.05
+    validation_share: Annotated[float, BeforeValidator(number), Field(gt=0, lt=1)] = 0.05
     """Fraction of the pictures held out if the source has no validation split."""
     image_column: str | None = None
     """Column with the pictures; None: detected."""
@@ -161,7 +125,7 @@ class UNetSection(ModelSection):
 
     pretrained: PathText | None = None
     """Folder of a trained UNet to start from, or `builtin:emoji-256`; the sizes below are then ignored."""
-    also_used: ClassVar[tuple[str, ...]] = ("attention",)
+    also_used: ClassVar[tuple[str, ...]] = ("attention", "trajectory_attention")
     block_out_channels: tuple[Positive, ...] = (320, 640, 1280, 1280)
     layers_per_block: Positive = 2
     attention_levels: tuple[Count, ...] = (0, 1, 2)
@@ -172,11 +136,15 @@ class UNetSection(ModelSection):
     norm_groups: Positive = 32
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Backend of the attention layers; `xformers` needs an NVIDIA GPU and `pip install 'latentdiff[xformers]'`."""
+    trajectory_attention: Annotated[int, Field(ge=0, le=MAX_HISTORY)] = 0
+    """K, the earlier steps of a trajectory that every step attends to (docs/trajectory.md); 0: none. A pretrained UNet
+    without gets new layers, and one that has them keeps its own number."""
 
     def build(self, latent_channels: int, context_dim: int, sample_size: int) -> UNetConfig:
         """Return the config of a new UNet."""
         return UNetConfig(**self.sizes(), in_channels=latent_channels, out_channels=latent_channels,
-                          context_dim=context_dim, sample_size=sample_size)  # fmt: skip
+                          context_dim=context_dim, sample_size=sample_size,
+                          trajectory_attention=self.trajectory_attention)  # fmt: skip
 
 
 class DiffusionSection(Section):
@@ -241,9 +209,9 @@ class TrainSection(Section):
     """Gradients are clipped to this norm."""
     max_skipped: Positive = 20
     """The run saves and stops after this many consecutive steps with a loss that is not finite."""
-    max_spike: Annotated[float, BeforeValidator(_number), Field(gt=1)] | None = None
+    max_spike: Annotated[float, BeforeValidator(number), Field(gt=1)] | None = None
     """Skip steps whose loss is more than this many times its running mean; None: only note those beyond 1,000 times."""
-    ema_sigma_rel: Annotated[float, BeforeValidator(_number), Field(gt=0, le=0.28)] = 0.1
+    ema_sigma_rel: Annotated[float, BeforeValidator(number), Field(gt=0, le=0.28)] = 0.1
     """Width of the EMA of the weights: its standard deviation relative to the training so far (arXiv 2312.02696)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, but about a third slower."""
