@@ -194,8 +194,9 @@ class UNet(Pretrained):
         blocks = [layer for layer in self.modules() if isinstance(layer, TransformerBlock)]
         for index, block in enumerate(blocks):
             weight = block.attn1.to_q.weight
-            layer = TrajectoryAttention(weight.shape[0], block.attn1.num_heads, num_steps, index)
-            block.trajectory = layer.to(weight)
+            with weight.device:
+                layer = TrajectoryAttention(weight.shape[0], block.attn1.num_heads, num_steps, index)
+            block.trajectory = layer.to(weight.dtype)
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
         """Compute every cross-attention's keys and values of text features (B, L, D), once per prompt, not per step.
