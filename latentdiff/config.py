@@ -23,7 +23,6 @@ from . import sections
 from .diffusion.process import check_prediction, check_weighting
 from .diffusion.samplers import SAMPLERS
 from .errors import LatentDiffError, nearest
-from .setting_types import Count, Duration, PathText, Positive
 
 # train_configs/ in a checkout is latentdiff/recipes/ in an installed package (see setup.cfg).
 PACKAGE = Path(__file__).parent
@@ -36,11 +35,11 @@ SECTION_OF = {VAEError: "vae", TextEncoderError: "text_encoder", UNetError: "une
 class Config(sections.Section):
     """The configuration of a run."""
 
-    output: PathText = "runs/unnamed"
+    output: sections.PathText = "runs/unnamed"
     """Output folder; everything that the run writes goes there."""
-    seed: Count = 0
+    seed: sections.Count = 0
     """Determines everything random: weights at the start, the order of pictures, noise, timesteps."""
-    budget: Duration | None = None
+    budget: sections.Duration | None = None
     """Wall-clock time from launch to the finished model, such as `90s`, `10m` or `1h30m`. The numbers of steps follow
     from the measured speed, and `steps` on the command line bounds them. None: as many as `steps` says."""
     budget_share: Annotated[float, Field(gt=0, lt=1)] = 0.35
@@ -48,9 +47,9 @@ class Config(sections.Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of forward and backward passes; weights and optimizer state are float32. auto: the launcher's, or else
     bf16 where it is fast and fp32 elsewhere."""
-    threads: Positive | None = None
+    threads: sections.Positive | None = None
     """CPU threads per process; None: the machine's cores divided by its processes."""
-    workers: Count = 0
+    workers: sections.Count = 0
     """Worker processes, per training process, that read and decode pictures."""
     trackers: tuple[str, ...] | None = None
     """`tensorboard`, `wandb` or other trackers of accelerate; None: tensorboard if installed."""

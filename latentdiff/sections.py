@@ -1,5 +1,7 @@
 """The sections of a run's configuration: every setting with its default, meaning and unit."""
 
+import os
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -12,19 +14,46 @@ from vae import VAEConfig
 from .diffusion.process import Prediction, Process, Variance, Weighting
 from .diffusion.schedule import Schedule
 from .sampling.settings import SamplingSettings
-from .setting_types import (
-    Color,
-    Count,
-    Decay,
-    Fraction,
-    NonNegative,
-    PathText,
-    Positive,
-    PositiveFloat,
-    number,
-)
+
+
+def _number(value: object) -> object:
+    # YAML reads 1e-4 as a string.
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def duration(text: object) -> float:
+    """Return the seconds of a time such as `90s`, `10m` or `1h30m`; raise ValueError for anything else."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text) if isinstance(text, str) else []
+    seconds = sum(float(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in parts)
+    if not seconds or "".join(map("".join, parts)) != text:
+        raise ValueError("a time such as 90s, 10m or 1h30m")
+    return seconds
+
+
+def _duration(text: object) -> object:
+    duration(text)
+    return text
+
+
+def _expanded(path: object) -> object:
+    """Replace a leading `~` by the home folder, in the only place where settings with paths are read."""
+    return os.path.expanduser(path) if isinstance(path, str) else path
+
 
 SAMPLING = SamplingSettings()  # the defaults
+PathText = Annotated[str, BeforeValidator(_expanded)]
+Duration = Annotated[str, BeforeValidator(_duration)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Decay = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+Level = Annotated[int, Field(ge=0, le=255)]
+Color = tuple[Level, Level, Level]
 
 
 class Section(BaseModel):
@@ -42,7 +71,7 @@ class DataConfig(Section):
     """Split to train on."""
     validation_split: str = "validation"
     """Split that is never trained on; if there is none, `validation_share` of the pictures are held out."""
-    validation_share: Annotated[float, BeforeValidator(number), Field(gt=0, lt=1)] = 0.05
+    validation_share: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] = 0.05
     """Fraction of the pictures held out if the source has no validation split."""
     image_column: str | None = None
     """Column with the pictures; None: detected."""
@@ -209,9 +238,9 @@ class TrainSection(Section):
     """Gradients are clipped to this norm."""
     max_skipped: Positive = 20
     """The run saves and stops after this many consecutive steps with a loss that is not finite."""
-    max_spike: Annotated[float, BeforeValidator(number), Field(gt=1)] | None = None
+    max_spike: Annotated[float, BeforeValidator(_number), Field(gt=1)] | None = None
     """Skip steps whose loss is more than this many times its running mean; None: only note those beyond 1,000 times."""
-    ema_sigma_rel: Annotated[float, BeforeValidator(number), Field(gt=0, le=0.28)] = 0.1
+    ema_sigma_rel: Annotated[float, BeforeValidator(_number), Field(gt=0, le=0.28)] = 0.1
     """Width of the EMA of the weights: its standard deviation relative to the training so far (arXiv 2312.02696)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, but about a third slower."""
