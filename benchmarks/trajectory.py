@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from ablation import BASE, EVALUATE, make_data
+from ablation import BASE, make_data
 from torch import Tensor
 
 from latentdiff import LatentPipeline
@@ -31,13 +31,16 @@ from latentdiff.data.batches import Chain
 from latentdiff.data.sources import open_source
 from latentdiff.diffusion.process import add_noise, diffusion_loss
 from latentdiff.diffusion.samplers import timesteps
-from latentdiff.evaluation.gallery import embed, read_pictures
+from latentdiff.evaluation.evaluate import evaluate
+from latentdiff.evaluation.gallery import LATENTS, RGB, embed, read_pictures
+from latentdiff.sampling.settings import SamplingSettings
 from latentdiff.sections import DataConfig
 from latentdiff.training.history import predict_after_chain
 
 ARMS = (0, 1, 4)  # earlier steps
-GRID, BATCH, GUIDANCE = 25, 32, 3.0
-LOSSES = ("training", "held-out")
+GRID, BATCH = 25, 32
+SAMPLING = SamplingSettings(guidance_scale=3, num_images=2, num_steps=15, seed=0, progress=False)
+LOSSES, SPACES = ("training", "held-out"), (LATENTS, RGB)
 
 
 def train(folder: Path, data: Path, arguments: argparse.Namespace, history: int, seed: int, steps: int) -> float:
@@ -45,7 +48,8 @@ def train(folder: Path, data: Path, arguments: argparse.Namespace, history: int,
     command = [sys.executable, "-m", "latentdiff", "train-latent", "--config", "emoji-64", *BASE, *arguments.change,
                f"vae.pretrained={arguments.vae}", f"data.source={data}", f"seed={seed}", f"output={folder}",
                f"unet.trajectory_attention={history}", f"train_latent.steps={steps}", "report=false",
-               f"train_latent.warmup_steps={min(50, steps // 2)}", "train_latent.log_every=2"]  # fmt: skip
+               f"train_latent.warmup_steps={min(50, steps // 2)}", "train_latent.log_every=2",
+               "validation.prompts=[a 3d emoji of a red apple]", "validation.num_steps=1"]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
@@ -87,11 +91,12 @@ def chain_losses(pipe: LatentPipeline, latents: Tensor, captions: Sequence[str],
     return found
 
 
-def measure(folder: Path, data: Path) -> None:
-    """Write losses.json for a trained model; runs in a process of its own."""
+def measure(folder: Path, data: Path, concepts: int) -> None:
+    """Write evaluation.json, drawn.jsonl and losses.json for a trained model; runs in a process of its own."""
     torch.set_num_threads(1)
     pipe = LatentPipeline.from_pretrained(folder, dtype=torch.float32)
     config = DataConfig(source=str(data), flip=False, image_size=pipe.image_size)
+    evaluate(pipe, config, SAMPLING, style=EMOJI_STYLE, num_concepts=concepts).write(folder)
     losses = {}
     for name, source in zip(LOSSES, open_source(config), strict=True):
         gallery = embed(pipe.vae, read_pictures(source, config, 208, []), pipe.image_size)
@@ -104,21 +109,21 @@ def measure(folder: Path, data: Path) -> None:
 
 
 def run(arguments: argparse.Namespace, data: Path, steps: int, history: int, seed: int) -> dict[str, list[float]]:
-    """Train and measure one model; returns one value for each picture or sample."""
+    """Train and measure one model; returns one value for each picture or prompt."""
     folder = arguments.output / f"{history}-{seed}"
     if not (folder / "losses.json").is_file():
         second = train(folder, data, arguments, history, seed, steps)
         (folder / "second.json").write_text(json.dumps(second))
-        evaluate = [sys.executable, "-c", EVALUATE, folder, data, EMOJI_STYLE, json.dumps([GUIDANCE])]
+        command = [sys.executable, __file__, "--measure", folder, "--data", data, "--concepts", arguments.concepts]
         with (folder / "output.log").open("a") as log:
-            for command in (evaluate, [sys.executable, __file__, "--measure", folder, data]):
-                subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=subprocess.STDOUT)
+            subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=subprocess.STDOUT)
         print(f"done: K = {history}, seed {seed}", file=sys.stderr, flush=True)
-    evaluation = folder / f"guidance-{GUIDANCE:g}"
-    rows = sorted(map(json.loads, (evaluation / "drawn.jsonl").read_text().splitlines()), key=lambda row: row["prompt"])
-    spaces = [name for name, value in rows[0].items() if isinstance(value, dict)]
-    right = {f"right concept by {name}": [float(row[name]["rank"] == 0) for row in rows] for name in spaces}
-    drawing = json.loads((evaluation / "evaluation.json").read_text())["seconds"]["drawing"]
+    by_prompt: dict[str, list[dict]] = {}  # the samples of one are one observation
+    for row in map(json.loads, (folder / "drawn.jsonl").read_text().splitlines()):
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    right = {f"right concept by {name}": [statistics.mean(row[name]["rank"] == 0 for row in by_prompt[prompt])
+                                          for prompt in sorted(by_prompt)] for name in SPACES}  # fmt: skip
+    drawing = json.loads((folder / "evaluation.json").read_text())["seconds"]["drawing"]
     return json.loads((folder / "losses.json").read_text()) | right | {
         "seconds a step of training": [json.loads((folder / "second.json").read_text())],
         "seconds of drawing": [drawing],
@@ -143,10 +148,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--change", nargs="*", default=[], help="further section.key=value of all models")
-    parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(*arguments.measure)
+        measure(arguments.measure, arguments.data, arguments.concepts)
         return
     arguments.output /= f"{arguments.concepts}-{arguments.steps}"
     data = make_data(arguments.output / "data", arguments.concepts)
