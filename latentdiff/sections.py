@@ -4,18 +4,11 @@ import os
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from text_encoder import TextEncoderConfig
 from unet import UNetConfig
+from unet.config import MAX_HISTORY
 from vae import VAEConfig
 
 from .diffusion.process import Prediction, Process, Variance, Weighting
@@ -45,13 +38,13 @@ def _duration(text: object) -> object:
     return text
 
 
-def _expanded(path: str) -> str:
+def _expanded(path: object) -> object:
     """Replace a leading `~` by the home folder, in the only place where settings with paths are read."""
-    return os.path.expanduser(path)
+    return os.path.expanduser(path) if isinstance(path, str) else path
 
 
 SAMPLING = SamplingSettings()  # the defaults
-PathText = Annotated[str, AfterValidator(_expanded)]
+PathText = Annotated[str, BeforeValidator(_expanded)]
 Duration = Annotated[str, BeforeValidator(_duration)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -161,7 +154,7 @@ class UNetSection(ModelSection):
 
     pretrained: PathText | None = None
     """Folder of a trained UNet to start from, or `builtin:emoji-256`; the sizes below are then ignored."""
-    also_used: ClassVar[tuple[str, ...]] = ("attention",)
+    also_used: ClassVar[tuple[str, ...]] = ("attention", "trajectory_attention")
     block_out_channels: tuple[Positive, ...] = (320, 640, 1280, 1280)
     layers_per_block: Positive = 2
     attention_levels: tuple[Count, ...] = (0, 1, 2)
@@ -172,11 +165,15 @@ class UNetSection(ModelSection):
     norm_groups: Positive = 32
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Backend of the attention layers; `xformers` needs an NVIDIA GPU and `pip install 'latentdiff[xformers]'`."""
+    trajectory_attention: Annotated[int, Field(ge=0, le=MAX_HISTORY)] = 0
+    """K, the earlier steps of a trajectory that every step attends to (docs/trajectory.md); 0: none. A pretrained UNet
+    without gets new layers, and one that has them keeps its own number."""
 
     def build(self, latent_channels: int, context_dim: int, sample_size: int) -> UNetConfig:
         """Return the config of a new UNet."""
         return UNetConfig(**self.sizes(), in_channels=latent_channels, out_channels=latent_channels,
-                          context_dim=context_dim, sample_size=sample_size)  # fmt: skip
+                          context_dim=context_dim, sample_size=sample_size,
+                          trajectory_attention=self.trajectory_attention)  # fmt: skip
 
 
 class DiffusionSection(Section):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from latentdiff.norms import GroupNorm, LayerNorm
 
 from .errors import UNetError
+from .trajectory import Trace, TrajectoryAttention
 
 UNFUSED = 256 * 256  # query-key pairs up to which plain matmuls are faster, see `sdpa`
 KeyValue = tuple[Tensor, Tensor]  # (B, h, L, C/h) each
@@ -113,7 +114,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm residual block: self-attention, cross-attention to the text, feed-forward network."""
+    """Pre-norm residual block: self-attention, cross-attention to the text, feed-forward network.
+
+    Before the last, a UNet with a history adds attention to earlier steps.
+    """
 
     def __init__(self, width: int, num_heads: int, context_dim: int, *, upcast: bool) -> None:
         super().__init__()
@@ -123,10 +127,13 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(width, num_heads, context_dim, upcast=upcast)
         self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
+        self.trajectory: TrajectoryAttention | None = None  # set by UNet
 
-    def forward(self, x: Tensor, context: Tensor | Sequence[KeyValue]) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Sequence[KeyValue], trace: Trace | None = None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
+        if self.trajectory is not None:
+            x = x + self.trajectory(x, trace)
         return x + self.ff(self.norm3(x))
 
 
@@ -162,12 +169,12 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = projection(width, width)
 
-    def forward(self, x: Tensor, context: Tensor | Sequence[KeyValue]) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Sequence[KeyValue], trace: Trace | None = None) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W); in channels-last memory both reshapes are views."""
         height, width = x.shape[-2:]
         h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C)
         h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context, trace)
         h = self.proj_out(h)
         return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (B, C, H, W)

@@ -26,7 +26,6 @@ FIXED: dict[str, Any] = {
     **dict.fromkeys(OFF, False),
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
     "dropout": 0.0,
@@ -39,6 +38,11 @@ FIXED: dict[str, Any] = {
     "conv_out_kernel": 3,
     "attention_type": "default",
 }
+
+# Without and with attention to earlier steps. diffusers has none, and its error for an unknown type keeps it from
+# leaving out weights and drawing without them.
+MID_TYPES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DTrajectoryAttn")
+MAX_HISTORY = 16  # earlier steps
 
 # Keys that vary, with diffusers' default for each.
 VARYING: dict[str, Any] = {
@@ -56,6 +60,8 @@ VARYING: dict[str, Any] = {
     "attention_head_dim": 8,
     "use_linear_projection": False,
     "upcast_attention": False,
+    "mid_block_type": MID_TYPES[0],
+    "trajectory_attention": 0,  # ours
 }
 
 DOWN_TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")  # without and with attention
@@ -89,6 +95,9 @@ class UNetConfig:
     linear_projection: bool = False  # enter and leave transformers by linear layers (SD 2.x), not 1x1 convolutions
     norm_groups: int = 32  # groups of every GroupNorm
     norm_eps: float = 1e-5  # epsilon of the ResBlocks' GroupNorms
+    trajectory_attention: int = (
+        0  # earlier steps of a trajectory that every transformer block attends to (trajectory.py)
+    )
     upcast_attention: bool = False  # attention in float32 whatever the model's dtype (SD 2.1 overflows in float16)
 
     def __post_init__(self) -> None:
@@ -107,6 +116,8 @@ class UNetConfig:
         for name in ("linear_projection", "upcast_attention"):
             if not isinstance(getattr(self, name), bool):
                 raise UNetError(f"{name}={getattr(self, name)!r} is not supported; expected true or false")
+        if type(history := self.trajectory_attention) is not int or not 0 <= history <= MAX_HISTORY:
+            raise UNetError(f"trajectory_attention={history!r} is not supported; expected 0 to {MAX_HISTORY} steps")
         if not isinstance(self.norm_eps, float) or not 0 < self.norm_eps < 1:
             raise UNetError(f"norm_eps={self.norm_eps!r} is not supported; expected a float in (0, 1) such as 1e-5")
         if not self.block_out_channels:
@@ -148,11 +159,12 @@ class UNetConfig:
         known = {key: _canonical(key, value) for key, value in values.items() if not key.startswith("_")}
         if unknown := sorted(known.keys() - FIXED.keys() - VARYING.keys()):
             raise UNetError(f"unknown key {unknown[0]!r} in the UNet config")
-        for key, only in FIXED.items():
+        get = {**VARYING, **known}.__getitem__
+        history = get("trajectory_attention")
+        for key, only in {**FIXED, "mid_block_type": MID_TYPES[bool(history)]}.items():
             value = known.get(key, only)
             if value != only or isinstance(value, bool) != isinstance(only, bool):
                 raise UNetError(f"{key}={value!r} is not supported; only {only!r} is")
-        get = {**VARYING, **known}.__getitem__
         depths = "layers_per_block", "transformer_layers_per_block"
         attention = check_levels(UNetError, get, DOWN_TYPES, UP_TYPES, *depths)
         check_positive_int(UNetError, "cross_attention_dim", get("cross_attention_dim"))
@@ -160,7 +172,8 @@ class UNetConfig:
         if heads is None:
             raise UNetError("attention_head_dim=None is not supported; expected the number of heads, or one per level")
         num_heads = tuple(heads) if isinstance(heads, list | tuple) else heads
-        return cls(**{ours: get(name) for name, ours in NAMES.items()}, attention_levels=attention, num_heads=num_heads)
+        return cls(**{ours: get(name) for name, ours in NAMES.items()}, attention_levels=attention,
+                   num_heads=num_heads, trajectory_attention=history)  # fmt: skip
 
     def to_diffusers(self) -> dict[str, Any]:
         """Return the contents of a diffusers `unet/config.json`; the inverse of `from_diffusers`."""
@@ -174,6 +187,8 @@ class UNetConfig:
             "down_block_types": [DOWN_TYPES[flag] for flag in flags],
             "up_block_types": [UP_TYPES[flag] for flag in flags[::-1]],
             "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),
+            "mid_block_type": MID_TYPES[self.trajectory_attention > 0],
+            **({"trajectory_attention": self.trajectory_attention} if self.trajectory_attention else {}),
         }
 
 

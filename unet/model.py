@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from latentdiff.files.pretrained import Pretrained
 from latentdiff.norms import GroupNorm
 
-from .attention import Attention, KeyValue, SpatialTransformer, load_attention_backend
+from .attention import Attention, KeyValue, SpatialTransformer, TransformerBlock, load_attention_backend
 from .blocks import Context, Downsample, Level, ResBlock, Time, Upsample
 from .config import FILES, UNetConfig
 from .errors import UNetError
+from .trajectory import History, Trace, TrajectoryAttention
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
@@ -133,41 +135,68 @@ class UNet(Pretrained):
             attention.index = index
         self.num_projections = (len(self.resnets()), len(self.cross_attentions()))  # counted once, not at every step
         self._zero_last_layers()
+        if config.trajectory_attention:  # last, so that all other weights start as they would without it
+            self.add_trajectory_attention(config.trajectory_attention)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, t: Tensor | Sequence[Tensor], context: Context) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor | Sequence[Tensor], context: Context, history: History | None = None
+    ) -> Tensor | tuple[Tensor, History]:
         """Predict from noisy latents.
 
         Args:
             x: noisy latents (B, in_channels, H, W), of any H and W.
             t: timesteps (B,), or () for the entire batch, int64 or float; or one step of `project_time`'s result.
             context: text features (B, L, D), or `project_context`'s result for them.
+            history: earlier steps of the same trajectories, for a UNet with attention to them; `History()` at first.
 
         Returns:
-            The prediction, (B, out_channels, H, W).
+            The prediction, (B, out_channels, H, W); if there is a history, also that of the next step.
 
         Raises:
             UNetError: a shape or dtype does not match.
         """
         self._check_inputs(x, t, context)
+        trace = self._trace(history, x.shape[0])
         time = self.time_embedding(t.reshape(-1)) if isinstance(t, Tensor) else t  # (B or 1, E)
         x = self.conv_in(x.to(memory_format=torch.channels_last))
         skips = [x]
         for block in self.down_blocks:
             for resnet, transformer in block.layers():
-                x = self._layer(resnet, transformer, x, time, context)
+                x = self._layer(resnet, transformer, x, time, context, trace)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)
                 skips.append(x)
         for resnet, transformer in self.mid_block.layers():
-            x = self._layer(resnet, transformer, x, time, context)
+            x = self._layer(resnet, transformer, x, time, context, trace)
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
-                x = self._layer(resnet, transformer, torch.cat([x, skips.pop()], dim=1), time, context)
+                x = self._layer(resnet, transformer, torch.cat([x, skips.pop()], dim=1), time, context, trace)
             for upsample in block.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])
-        return self.conv_out(self.conv_norm_out(x))
+        x = self.conv_out(self.conv_norm_out(x))
+        if history is None or trace is None:
+            return x
+        added = [trace.added[block] for block in sorted(trace.added)]
+        return x, history.followed_by(added, self.config.trajectory_attention)
+
+    def start_history(self) -> History | None:
+        """Return the history of a trajectory's first step; None if this UNet does not attend to earlier steps."""
+        return History() if self.config.trajectory_attention else None
+
+    def add_trajectory_attention(self, num_steps: int) -> None:
+        """Let every transformer block attend to up to `num_steps` earlier steps; until it is trained, this adds zero.
+
+        Raises UNetError if the number is out of range.
+        """
+        self.config = replace(self.config, trajectory_attention=num_steps)
+        blocks = [layer for layer in self.modules() if isinstance(layer, TransformerBlock)]
+        for index, block in enumerate(blocks):
+            weight = block.attn1.to_q.weight
+            with weight.device:
+                layer = TrajectoryAttention(weight.shape[0], block.attn1.num_heads, num_steps, index)
+            block.trajectory = layer.to(weight.dtype)
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
         """Compute every cross-attention's keys and values of text features (B, L, D), once per prompt, not per step.
@@ -211,11 +240,22 @@ class UNet(Pretrained):
         return [layer for layer in self.modules() if isinstance(layer, Attention) and layer.is_cross]
 
     def _layer(
-        self, resnet: nn.Module, transformer: nn.Module | None, x: Tensor, time: Time, context: Context
-    ) -> Tensor:
+        self, resnet: nn.Module, transformer: nn.Module | None, x: Tensor, time: Time, context: Context,
+        trace: Trace | None,
+    ) -> Tensor:  # fmt: skip
         run: Callable[..., Tensor] = _checkpointed if self.gradient_checkpointing and torch.is_grad_enabled() else _call
         x = run(resnet, x, time)
-        return x if transformer is None else run(transformer, x, context)
+        return x if transformer is None else run(transformer, x, context, trace)
+
+    def _trace(self, history: History | None, batch: int) -> Trace | None:
+        if not self.config.trajectory_attention:
+            if history is not None:
+                raise UNetError("this UNet takes no history: it has no attention to earlier steps")
+            return None
+        history = history or History()
+        if history.steps and (found := history.steps[0].blocks[0][0].shape[0]) != batch:
+            raise UNetError(f"the history is of a batch of {found}; x has {batch}")
+        return Trace(history)
 
     def _zero_last_layers(self) -> None:
         ends: list[nn.Module] = [self.conv_out]

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from text_encoder import TextEncoder
 
+from ..diffusion.chain import GRID_SIZES, noisier_timesteps
 from ..errors import LatentDiffError
 from ..sections import DataConfig
 from .cache import LatentCache, TextCache, read_pixels
@@ -40,6 +41,14 @@ class Tokens(NamedTuple):
     context_mask: Tensor  # (B, L) bool, True = real token
 
 
+class Chain(NamedTuple):
+    """Noisier states for half of a micro-batch, see diffusion/chain.py."""
+
+    rows: Tensor  # (B/2,) int64, places in the micro-batch
+    times: Tensor  # (B/2, K) int64, rising; a repeated one ends the chain
+    noise: Tensor  # (B/2, K, c, h, w)
+
+
 class CachedBatch(NamedTuple):
     """A micro-batch for latent training, read from the cache."""
 
@@ -48,6 +57,7 @@ class CachedBatch(NamedTuple):
     t: Tensor  # (B,) int64
     text: Tensor | Tokens  # features (B, L, D) float16 of a frozen text encoder, or tokens
     broken: Broken
+    chain: Chain | None = None  # for a UNet that attends to earlier steps
 
 
 class RawBatch(NamedTuple):
@@ -59,6 +69,7 @@ class RawBatch(NamedTuple):
     t: Tensor  # (B,) int64
     text: Tensor | Tokens
     broken: Broken
+    chain: Chain | None = None
 
 
 LatentBatch = CachedBatch | RawBatch
@@ -89,6 +100,7 @@ class LatentBatches(Dataset[LatentBatch]):
 
     Each picture gets one of its captions at random, or with probability `caption_dropout` the empty prompt. Timesteps
     are stratified over the global batch (arXiv 2107.00630, appendix I.1): position i of B samples from stratum i of B.
+    With `history`, every second position also gets a chain of noisier states, alternating from step to step.
     """
 
     source: Source
@@ -101,18 +113,32 @@ class LatentBatches(Dataset[LatentBatch]):
     caption_dropout: float
     latents: LatentCache | None
     text: InitVar[TextCache | TextEncoder]
+    history: int = 0  # noisier states of a chain
 
     def __post_init__(self, text: TextCache | TextEncoder) -> None:
+        check_halves(self.history, self.plan.pictures_per_pass)
         self.features = text if isinstance(text, TextCache) else None
         if not isinstance(text, TextCache):  # all that workers need of the text encoder
             self.tokenizer, self.max_length = text.tokenizer, text.max_length
 
     def __getitem__(self, number: int) -> LatentBatch:
-        items = self.plan.items(number, len(self.source), self.seed, "train_latent")
-        return self.collate([self.row(index, random, (i, self.plan.batch_size)) for i, index, random in items])
+        plan, rows = self.plan, []
+        for i, index, random in plan.items(number, len(self.source), self.seed, "train_latent"):
+            rows.append(self.row(index, random, (i, plan.batch_size)))
+            if self.history and (i + number // plan.accumulation_steps) % 2 == 0:
+                rows[-1]["chain"] = self.sample_chain(random, int(rows[-1]["t"]))
+        return self.collate(rows)
+
+    def sample_chain(self, random: np.random.Generator, t: int) -> tuple[Tensor, Tensor]:
+        """Draw the timesteps (K,) and the noise (K, c, h, w) of a chain from t, with the gaps of a sampling grid."""
+        fewest, most = (min(size, self.num_timesteps) for size in GRID_SIZES)
+        times = noisier_timesteps(t, int(random.integers(fewest, most + 1)), self.history, self.num_timesteps)
+        noise = random.standard_normal((self.history, *self.latent_shape), dtype=np.float32)
+        return torch.tensor(times), torch.from_numpy(noise)
 
     def collate(self, rows: list[dict[str, Any]]) -> LatentBatch:
         """Stack rows into a micro-batch."""
+        chains = {place: row.pop("chain") for place, row in enumerate(rows) if "chain" in row}
         columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         broken = [entry for entries in columns.pop("broken") for entry in entries]
         captions = columns.pop("caption", None)
@@ -122,6 +148,9 @@ class LatentBatches(Dataset[LatentBatch]):
             ids = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_length,
                                  return_tensors="pt")  # fmt: skip
             parts["text"] = Tokens(ids["input_ids"], ids["attention_mask"].bool())
+        if chains:
+            times, noise = (torch.stack(column) for column in zip(*chains.values(), strict=True))
+            parts["chain"] = Chain(torch.tensor(list(chains)), times, noise)
         return (RawBatch if self.latents is None else CachedBatch)(**parts, broken=broken)
 
     def row(self, index: int, random: np.random.Generator, stratum: tuple[int, int]) -> dict[str, Any]:
@@ -149,6 +178,15 @@ class LatentBatches(Dataset[LatentBatch]):
         else:
             row["caption"] = "" if chosen is None else captions[chosen]
         return row
+
+
+def check_halves(history: int, pictures_per_pass: int) -> None:
+    """Raise unless half of the pictures of a pass can have a history, the same half for any number of processes."""
+    if history and pictures_per_pass % 2:
+        raise LatentDiffError(
+            f"unet.trajectory_attention={history}: half of the pictures of a pass have a history, so their number must "
+            f"be even, not {pictures_per_pass}; change train_latent.batch_size or train_latent.micro_batch_size"
+        )
 
 
 def sample_timestep(random: np.random.Generator, stratum: tuple[int, int], num_timesteps: int) -> np.int64:

@@ -116,7 +116,8 @@ def export_model(
         data: what the card says about the training images and their license.
 
     Raises:
-        LatentDiffError: the source cannot be opened, diffusers lacks its prediction, or the output cannot be written.
+        LatentDiffError: the source cannot be opened, diffusers lacks its prediction or its attention to earlier steps,
+            or the output cannot be written.
     """
     if single and output.suffix != ".safetensors":
         raise LatentDiffError(f"{output}: expected a name ending in .safetensors for a single file")
@@ -129,6 +130,11 @@ def export_model(
         raise LatentDiffError(f"{output}: the folder is not empty; choose another output or delete it")
     parts = open_model(source, device=torch.device("cpu"), dtype=torch.float32)
     scheduler = scheduler_config(parts.process)
+    if (history := parts.unet.config.trajectory_attention) > 0:
+        raise LatentDiffError(
+            f"unet.trajectory_attention={history}: diffusers has no UNet that attends to earlier steps; "
+            "only models without can be exported"
+        )
     models: dict[str, Any] = {"vae": parts.vae, "unet": parts.unet, "text_encoder": parts.text_encoder}
     size = (parts.unet.config.sample_size or 32) * parts.vae.config.downsampling
     run = opened.parent if (opened.parent / "run.json").is_file() else None

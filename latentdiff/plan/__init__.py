@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..config import Config
+from ..data.batches import check_halves
 from ..data.cache import encode_batch_size
 from ..data.encodings import MAX_ERROR_PICTURES
 from ..data.order import BatchPlan
@@ -24,6 +26,7 @@ from ..errors import LatentDiffError, check_choice
 from ..sampling.loop import CachedNetwork
 from ..sections import TrainSection
 from ..training.discriminator import Discriminator
+from ..training.history import predict_after_chain
 from ..training.latent import FrozenParts, LatentModel
 from ..training.perceptual import PerceptualLoss
 from ..training.vae import Autoencoder, AutoencoderLosses
@@ -154,17 +157,21 @@ class _Planner:
         frozen = FrozenParts(models.vae, None if trains_text else models.text_encoder, META, nullcontext)
         schedule, prediction = self.config.diffusion.build().to(META), network_output(self.config.diffusion.prediction)
 
-        def loss(batch: int, cached: bool) -> Tensor:
-            micro_batch = models.latent_batch(batch, cached=cached, caches_text=cached and not trains_text)
-            x0, noise, t = frozen.prepare(micro_batch)
-            output = frozen.predict(inner, add_noise(x0, noise, t, schedule), t, frozen.text(micro_batch))
+        def loss(batch: int, cached: bool, chained: bool = False) -> Tensor:
+            micro_batch = models.latent_batch(batch, cached=cached, caches_text=cached and not trains_text,
+                                              chained=chained)  # fmt: skip
+            (x0, noise, t), text, predict = frozen.prepare(micro_batch), frozen.text(micro_batch), frozen.predict
+            x_t, chain = add_noise(x0, noise, t, schedule), micro_batch.chain
+            output = (predict_after_chain(partial(predict, inner), x_t, t, chain, text, schedule) if chain
+                      else predict(inner, x_t, t, text))  # fmt: skip
             return diffusion_loss(output, x0, noise, t, prediction, schedule).mean()
 
         parts = {"unet": models.unet, "text encoder": models.text_encoder, "vae": models.vae}
         parameters = {name: count(part) for name, part in parts.items()}
         stage = self._training("train_latent", section, list(parts.values()), parameters,
                                lambda _, batch: loss(batch, True),
-                               lambda autocast, batch: autocast.backward(loss(batch, section.cache)))  # fmt: skip
+                               lambda autocast, batch: autocast.backward(loss(batch, section.cache, True)))  # fmt: skip
+        check_halves(models.unet.config.trajectory_attention, stage.batch)
         number = section.ema_snapshots  # each has two averages
         kept = {f"{number} snapshots of averages": number * 8 * stage.trained} if number else {}
         return replace(stage, disk=stage.disk | kept)
@@ -207,9 +214,10 @@ class _Planner:
         guided = settings.guidance_scale != 1
         with Counter() as run, Autocast(DTYPES[self.precision], norms_in_float32=False), torch.no_grad():
             context = models.text_encoder.encode(*models.tokens(2 if guided else 1))
-            network = CachedNetwork(models.unet, context, range(settings.num_steps))
-            before = run.flops
-            network(models.noise(1), 0)
+            network = CachedNetwork(models.unet, context, range(settings.num_steps), along_trajectory=True)
+            for _ in range(1 + models.unet.config.trajectory_attention):  # a full history takes the most memory
+                before = run.flops
+                network(models.noise(1), 0)
             run.flops += (run.flops - before) * (settings.num_steps - 1)
             models.vae.decode(models.noise(1).to(context.dtype))
         parts = {"unet": models.unet, "text encoder": models.text_encoder, "vae": models.vae}

@@ -29,7 +29,8 @@ class Autocast(TorchFunctionMode):
         super().__init__()
         self.dtype = dtype
         self.norm_dtype = torch.float32 if norms_in_float32 else None
-        self.copies: dict[int, Tensor] | None = {}  # casts cached during the forward pass; None in the backward pass
+        # Casts cached during the forward pass; None in the backward pass.
+        self.copies: dict[tuple[int, bool], Tensor] | None = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -60,9 +61,10 @@ class Autocast(TorchFunctionMode):
             return value
         if self.copies is None or not isinstance(value, nn.Parameter):
             return value.to(dtype)
-        if id(value) not in self.copies:
-            self.copies[id(value)] = value.to(dtype)
-        return self.copies[id(value)]
+        key = id(value), torch.is_grad_enabled()  # a copy made without has no gradient
+        if key not in self.copies:
+            self.copies[key] = value.to(dtype)
+        return self.copies[key]
 
 
 def group_norm_on_meta(op: Any, args: Any) -> Any:

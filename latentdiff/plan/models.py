@@ -16,7 +16,7 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 from ..config import Config
-from ..data.batches import CachedBatch, LatentBatch, RawBatch, Tokens
+from ..data.batches import CachedBatch, Chain, LatentBatch, RawBatch, Tokens
 from ..errors import LatentDiffError
 from ..files.open import read_json
 from ..files.unfinished import find_part
@@ -64,16 +64,20 @@ class Models:
         """Return the noise or the latents of a batch, (B, c, h, w)."""
         return torch.empty(batch, *self.latent_shape, device="meta")
 
-    def latent_batch(self, batch: int, *, cached: bool, caches_text: bool) -> LatentBatch:
-        """Return a micro-batch of latent training."""
+    def latent_batch(self, batch: int, *, cached: bool, caches_text: bool, chained: bool = False) -> LatentBatch:
+        """Return a micro-batch of latent training, half of it with chains if the UNet attends to earlier steps."""
         t, text = torch.zeros(batch, dtype=torch.int64, device="meta"), self.tokens(batch)
         captions: Tokens | Tensor = text
         if caches_text:
             width = self.text_encoder.context_dim
             captions = torch.empty(*text.tokens.shape, width, dtype=torch.float16, device="meta")
+        chain, half, history = None, batch // 2, self.unet.config.trajectory_attention
+        if chained and history:
+            times = torch.zeros(half, history, dtype=torch.int64, device="meta")
+            chain = Chain(times[:, 0], times, torch.empty(half, history, *self.latent_shape, device="meta"))
         if cached:
-            return CachedBatch(self.noise(batch), self.noise(batch), t, captions, [])
-        return RawBatch(self.images(batch), self.noise(batch), self.noise(batch), t, captions, [])
+            return CachedBatch(self.noise(batch), self.noise(batch), t, captions, [], chain)
+        return RawBatch(self.images(batch), self.noise(batch), self.noise(batch), t, captions, [], chain)
 
     def cast(self, dtype: torch.dtype) -> Models:
         """Return copies for sampling: weights in another dtype, without gradients."""
@@ -96,6 +100,8 @@ def build_models(config: Config) -> Models:
         size = config.data.image_size // factor
         known, channels = _read_config("unet", config.unet.pretrained), vae.config.latent_channels
         unet = UNet(UNetConfig.from_diffusers(known) if known else config.unet.build(channels, text.context_dim, size))
+        if (history := config.unet.trajectory_attention) and not unet.config.trajectory_attention:
+            unet.add_trajectory_attention(history)
     return Models(vae, text, unet, config.data.image_size, tuple(notes))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unet import UNet
+from unet.trajectory import History
 from vae import VAE
 
 MAX_PIXELS = 64 * 1024  # latent pixels of a batch; more keep a GPU busy anyway, and would hold much memory
@@ -110,7 +111,10 @@ class Graphs:
 
 
 class GraphedUNet:
-    """A `Network` that is called like its UNet and returns the same, from CUDA graphs unless the batch is large."""
+    """A `Network` that is called like its UNet and returns the same, from CUDA graphs unless the batch is large.
+
+    Steps with a history, which grows, run as they are.
+    """
 
     def __init__(self, unet: UNet, graphs: Graphs) -> None:
         self.unet, self.graphs = unet, graphs
@@ -129,8 +133,14 @@ class GraphedUNet:
         """See `UNet.project_time`."""
         return self.graphs("time", self.model, lambda inputs: self.unet.project_time(inputs[0]), [t])
 
-    def __call__(self, x: Tensor, t: Any, context: Any, /) -> Tensor:
+    def start_history(self) -> History | None:
+        """See `UNet.start_history`."""
+        return self.unet.start_history()
+
+    def __call__(self, x: Tensor, t: Any, context: Any, history: History | None = None, /) -> Any:
         """See `UNet.forward`; `t` and `context` are projections."""
+        if history is not None:
+            return self.unet(x, t, context, history)
         if len(x) * x.shape[2] * x.shape[3] > MAX_PIXELS or isinstance(t, Tensor) or isinstance(context, Tensor):
             return self.unet(x, t, context)
 

@@ -31,8 +31,11 @@ class Network(Protocol):
     def project_time(self, t: Tensor) -> Sequence[Tensor]:
         """Precompute what it needs of timesteps (S,), once per image; step i uses row i of each tensor."""
 
-    def __call__(self, x: Tensor, t: Any, context: Any, /) -> Tensor:
-        """Return the prediction at x (B, c, h, w)."""
+    def start_history(self) -> Any:
+        """Return what to pass on from step to step of a trajectory; None if the network looks at no other step."""
+
+    def __call__(self, x: Tensor, t: Any, context: Any, history: Any = None, /) -> Any:
+        """Return the prediction at x (B, c, h, w), and with a history a pair: that, and the next step's history."""
 
 
 class Direction(NamedTuple):
@@ -93,19 +96,30 @@ class SeededNoise:
 
 
 class CachedNetwork:
-    """The network on a grid of timesteps, with time embeddings and projections of the context (k B, L, D) cached."""
+    """The network on a grid of timesteps, with time embeddings and projections of the context (k B, L, D) cached.
 
-    def __init__(self, network: Network, context: Tensor, grid: Sequence[float]) -> None:
+    With `along_trajectory`, every call is the next step of the same pictures, and a network that looks at earlier steps
+    sees them; else each call stands alone.
+    """
+
+    def __init__(
+        self, network: Network, context: Tensor, grid: Sequence[float], *, along_trajectory: bool = False
+    ) -> None:
         self.network, self.batch, self.dtype = network, len(context), context.dtype
         self.context = network.project_context(context)
         self.times = network.project_time(torch.tensor(grid, device=context.device))
         self.row = {t: index for index, t in enumerate(grid)}
+        self.history = network.start_history() if along_trajectory else None
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Return k predictions per image at x (B, c, h, w): (k B, c, h, w), float32."""
         row = self.row[t]
         copies = x.repeat(self.batch // len(x), 1, 1, 1).to(self.dtype)
-        return self.network(copies, [time[row : row + 1] for time in self.times], self.context).float()
+        inputs = copies, [time[row : row + 1] for time in self.times], self.context
+        if self.history is None:
+            return self.network(*inputs).float()
+        output, self.history = self.network(*inputs, self.history)
+        return output.float()
 
     def pair(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Return both predictions, for k = 2."""
@@ -136,7 +150,7 @@ def sample_latents(
     grid = timestep_grid(process, settings, 1.0 if init is None else init.strength)
     rows = rows_at(settings.sampler, process.schedule, grid,
                    final_sigma_zero=process.final_sigma_zero, eta=settings.eta)  # fmt: skip
-    model = guided_model(network, process, features, settings, grid)
+    model = guided_model(network, process, features, settings, grid, along_trajectory=True)
     x = noisy_start(process, grid[0], x, init)
     yield from sample(partial(denoise, model, process, init), x, rows, lambda _: noise.draw())
 
@@ -150,22 +164,25 @@ def timestep_grid(process: Process, settings: SamplingSettings, strength: float 
 
 
 def guided_model(
-    network: Network, process: Process, features: Features, settings: SamplingSettings, grid: Sequence[float]
-) -> Model:
+    network: Network, process: Process, features: Features, settings: SamplingSettings, grid: Sequence[float],
+    *, along_trajectory: bool = False,
+) -> Model:  # fmt: skip
     """Wrap the network with its text features, guidance (everywhere or in an interval) and direction."""
+    cached = partial(CachedNetwork, network, grid=grid, along_trajectory=along_trajectory)
     model: Model
     if features.uncond is None:
-        model = CachedNetwork(network, features.cond, grid)
+        model = cached(features.cond)
     else:
-        both = CachedNetwork(network, torch.cat([features.cond, features.uncond]), grid)
+        both = cached(torch.cat([features.cond, features.uncond]))
         model = guide(both.pair, settings.guidance_scale, rescale=settings.guidance_rescale)
         if settings.guidance_interval is not None:
-            unguided = CachedNetwork(network, features.cond, grid)
+            # What has a history goes on with both predictions outside the interval, where it uses one.
+            unguided = cached(features.cond) if both.history is None else lambda x, t: both.pair(x, t)[0]
             model = within(model, unguided, *settings.guidance_interval, process.schedule)
     if features.direction is not None:
         more, less, amount = features.direction
         contexts = [context.to(features.cond).expand_as(features.cond) for context in (more, less)]
-        model = steer(model, CachedNetwork(network, torch.cat(contexts), grid).pair, amount)
+        model = steer(model, cached(torch.cat(contexts)).pair, amount)
     return model
 
 
@@ -222,7 +239,13 @@ def _sample_with_scheduler(
             scheduler.set_begin_index(skip)
         times = times[skip:]
         x = scheduler.add_noise(init.latents.expand_as(x), x, times[:1].expand(len(x)))
-    model: Any = guided_model(network, process, features, settings, list(dict.fromkeys(times.tolist())))
+    grid = list(dict.fromkeys(times.tolist()))
+    if network.start_history() is not None and (len(grid) < len(times) or getattr(scheduler, "order", 1) > 1):
+        raise LatentDiffError(
+            f"{type(scheduler).__name__} evaluates the model more than once in a step: a model with "
+            "unet.trajectory_attention looks back at one evaluation of every step"
+        )
+    model: Any = guided_model(network, process, features, settings, grid, along_trajectory=True)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": getattr(noise, "generators", None)} if takes_generator else {}
     for t in times:

@@ -78,7 +78,10 @@ class LatentPipeline(ModelParts):
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the model to a folder for `from_pretrained` and, unless it predicts the mean, for stock diffusers."""
+        """Save the model to a folder for `from_pretrained` and for stock diffusers, which refuses what it cannot draw.
+
+        That is a model that predicts the mean, or one whose UNet attends to earlier steps.
+        """
         save_model(Path(folder), vae=self.vae, unet=self.unet, text_encoder=self.text_encoder, process=self.process)
 
     @property

@@ -19,6 +19,8 @@ def fingerprint(run: Launch, *sections: str) -> dict[str, Any]:
             resumable = RESUMABLE_KEYS - ({"steps"} if section.get("lr_schedule") == "cosine" else set())
             for name in resumable & section.keys():
                 del section[name]
+            if section.get("trajectory_attention") == 0:  # as in runs of versions that did not have it
+                del section["trajectory_attention"]
     return {**values, "precision": run.precision}
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from text_encoder import TextEncoder
 from unet import UNet
+from unet.trajectory import History
 from vae import VAE
 
-from ..data.batches import LatentBatch, LatentBatches, RawBatch, Tokens, ValidationBatches, micro_batches
+from ..data.batches import Chain, LatentBatch, LatentBatches, RawBatch, Tokens, ValidationBatches, micro_batches
 from ..data.cache import LatentCache, TextCache, weights_digest
 from ..data.order import BatchPlan
 from ..data.pictures import to_pixels
@@ -29,11 +31,12 @@ from .budget import no_limit, seconds_of
 from .ema import TRACKED
 from .fingerprint import fingerprint
 from .graphs import GradientGraph, Parts
+from .history import predict_after_chain
 from .launch import Launch, wants_fsdp
 from .logging import MetricLogger
 from .optimizer import TrainState
 from .parallel import evaluation_mode, gather_full, no_sync, sharded
-from .preview import sample_preview
+from .preview import FullModelNetwork, sample_preview
 from .snapshots import Snapshots
 from .spikes import Spikes
 from .timetable import Timetable
@@ -49,29 +52,10 @@ class LatentModel(nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder  # None if it is frozen; features are then passed in
 
-    def forward(self, x: Tensor | None, t: Tensor | None, text: Tensor | Tokens) -> Tensor:
+    def forward(self, x: Tensor | None, t: Tensor | None, text: Tensor | Tokens, history: History | None = None) -> Any:
         """Predict at x (B, c, h, w) and t (B,) from features (B, L, D) or tokens; without x, return the features."""
         context = text if isinstance(text, Tensor) else cast(TextEncoder, self.text_encoder).encode(*text)
-        return context if x is None else self.unet(x, cast(Tensor, t), context)
-
-
-class FullModelNetwork:
-    """Adapter of a `LatentModel` to the sampling loop; FSDP gathers parameters only when the full model is called."""
-
-    def __init__(self, model: LatentModel) -> None:
-        self.model = model
-
-    def project_context(self, context: Tensor) -> Tensor:
-        """Return the context unchanged."""
-        return context
-
-    def project_time(self, t: Tensor) -> list[Tensor]:
-        """Return the timesteps unchanged."""
-        return [t]
-
-    def __call__(self, x: Tensor, t: list[Tensor], context: Tensor) -> Tensor:
-        """Predict at x (B, c, h, w)."""
-        return self.model(x, t[0].expand(len(x)), context)
+        return context if x is None else self.unet(x, t, context, history)
 
 
 @dataclass(frozen=True)
@@ -98,14 +82,21 @@ class FrozenParts:
         parts = [batch.text] if isinstance(batch.text, Tensor) else batch.text
         return [part.to(self.device, non_blocking=True) for part in parts]
 
-    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """Return the prediction of a `LatentModel`, wrapped or not, at x_t, from what `text` returns."""
+    def chain(self, batch: LatentBatch) -> list[Tensor]:
+        """Return the parts of the batch's chain on the device, if it has one."""
+        return [part.to(self.device, non_blocking=True) for part in batch.chain or ()]
+
+    def predict(
+        self, model: nn.Module, x_t: Tensor | None, t: Tensor | None, parts: Sequence[Tensor],
+        history: History | None = None,
+    ) -> Any:  # fmt: skip
+        """Return what a `LatentModel`, wrapped or not, returns at x_t, from what `text` returns."""
         text: Tensor | Tokens = parts[0] if len(parts) == 1 else Tokens(*parts)
         with self.autocast():
             if isinstance(text, Tokens) and self.text_encoder is not None:
                 with torch.no_grad():
                     text = self.text_encoder.encode(*text)
-            return model(x_t, t, text.float() if isinstance(text, Tensor) else text)
+            return model(x_t, t, text.float() if isinstance(text, Tensor) else text, history)
 
 
 class LatentTraining:
@@ -144,7 +135,9 @@ class LatentTraining:
         size = config.data.image_size // vae.config.downsampling
         self.latent_shape = (vae.config.latent_channels, size, size)
         self.plan = run.batch_plan(section)
-        self.data = self._batches(sources[0], self.plan, caches[0], config.diffusion.caption_dropout, config.data.flip)
+        self.data = self._batches(sources[0], self.plan, caches[0], config.diffusion.caption_dropout, config.data.flip,
+                                  unet.config.trajectory_attention)  # fmt: skip
+        self.chain_parts = len(Chain._fields) if self.data.history else 0
         plan, validation = BatchPlan(config.validation.batch_size), config.validation
         self.captioned, self.uncaptioned = (
             ValidationBatches(self._batches(sources[1], plan, caches[1], dropout, False), validation.num_pictures,
@@ -172,7 +165,8 @@ class LatentTraining:
         Returns scalar metrics, and a scalar that is 1 if the step was finite and updated the weights, else 0.
         """
         with log.phase("model"):
-            parts = [(*self.frozen.prepare(batch), *self.frozen.text(batch)) for batch in batches]
+            parts = [(*self.frozen.prepare(batch), *self.frozen.chain(batch), *self.frozen.text(batch))
+                     for batch in batches]  # fmt: skip
             total = self.graph(self._gradients, parts)["loss"]
         with log.phase("optimizer"):
             norm = self.state.gradient_norm()
@@ -181,12 +175,15 @@ class LatentTraining:
         return {"loss": total, "norm": norm}, step_is_finite
 
     def _gradients(self, parts: Parts) -> dict[str, Tensor]:
-        """Leave the gradients of micro-batches (x0, noise, t, *text) in the weights; return their mean loss."""
+        """Leave the gradients of micro-batches (x0, noise, t, *chain, *text) in the weights; return their mean loss."""
         settings, total = self.run.config.diffusion, torch.zeros((), device=self.run.device)
-        predicted = network_output(settings.prediction)
-        for number, (x0, noise, t, *text) in enumerate(parts):
+        predicted, predict = network_output(settings.prediction), partial(self.frozen.predict, self.model)
+        for number, (x0, noise, t, *rest) in enumerate(parts):
+            chain, text = rest[: self.chain_parts], rest[self.chain_parts :]
+            x_t = add_noise(x0, noise, t, self.schedule)
             with no_sync(self.model, last=number == len(parts) - 1):
-                prediction = self.frozen.predict(self.model, add_noise(x0, noise, t, self.schedule), t, text)
+                prediction = (predict_after_chain(predict, x_t, t, Chain(*chain), text, self.schedule) if chain
+                              else predict(x_t, t, text))  # fmt: skip
                 losses = diffusion_loss(prediction, x0, noise, t, predicted, self.schedule,
                                         weighting=settings.weighting, min_snr_gamma=settings.min_snr_gamma,
                                         variance=settings.variance)  # fmt: skip
@@ -261,13 +258,13 @@ class LatentTraining:
                           tracked=TRACKED if section.ema_snapshots else None)  # fmt: skip
 
     def _batches(
-        self, source: Source, plan: BatchPlan, caches: Caches, caption_dropout: float, flip: bool
+        self, source: Source, plan: BatchPlan, caches: Caches, caption_dropout: float, flip: bool, history: int = 0
     ) -> LatentBatches:
         config, (latents, text) = self.run.config, caches
         data = config.data.model_copy(update={"flip": flip})
         return LatentBatches(source, data, plan, config.seed, self.latent_shape, latents=latents,
                              text=text or self.text_encoder, num_timesteps=config.diffusion.num_timesteps,
-                             caption_dropout=caption_dropout)  # fmt: skip
+                             caption_dropout=caption_dropout, history=history)  # fmt: skip
 
     def _encode(self, texts: list[str]) -> Tensor:
         """Text features (B, L, D); a trained encoder is called through the full model, as FSDP requires."""

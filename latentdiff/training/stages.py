@@ -23,6 +23,7 @@ from unet import UNet
 from vae import VAE
 
 from ..config import Config
+from ..data.batches import check_halves
 from ..data.cache import LatentCache, TextCache, pictures_digest
 from ..data.shards import changed_inputs, remove_others
 from ..data.sources import Source
@@ -174,7 +175,8 @@ def preflight(run: Launch) -> None:
     pretrained = config.vae.pretrained
     vae = VAE.from_pretrained(find_part(pretrained, "vae")) if pretrained else None
     with torch.device("meta"):
-        new_unet(config, vae or VAE(config.vae.build(config.data.image_size)), encoder)
+        unet = new_unet(config, vae or VAE(config.vae.build(config.data.image_size)), encoder)
+    check_halves(unet.config.trajectory_attention, run.batch_plan(config.train_latent).pictures_per_pass)
 
 
 def check_batches(run: Launch) -> None:
@@ -228,6 +230,8 @@ def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
     if pretrained := config.unet.pretrained:
         unet = _pretrained_unet(config, pretrained, channels, width)
         unet.config = replace(unet.config, sample_size=size)
+        if (wanted := config.unet.trajectory_attention) and not unet.config.trajectory_attention:
+            unet.add_trajectory_attention(wanted)
     else:
         unet = UNet(config.unet.build(channels, width, size))
     unet.set_attention_backend(config.unet.attention)
@@ -242,6 +246,9 @@ def _pretrained_unet(config: Config, pretrained: str, channels: int, width: int)
         if (found := getattr(unet.config, what)) != needed:
             raise LatentDiffError(f"unet.pretrained={pretrained}: its {what} is {found}; this VAE and this text "
                                   f"encoder need {needed}")  # fmt: skip
+    if (wanted := config.unet.trajectory_attention) and (found := unet.config.trajectory_attention) not in (0, wanted):
+        raise LatentDiffError(f"unet.pretrained={pretrained}: its trajectory_attention is {found}, but unet."
+                              f"trajectory_attention={wanted}; leave that out")  # fmt: skip
     if saved is not None and saved.prediction != config.diffusion.prediction:
         raise LatentDiffError(f"unet.pretrained={pretrained}: it predicts {saved.prediction}, but diffusion.prediction="
                               f"{config.diffusion.prediction}; set it to {saved.prediction}")  # fmt: skip

@@ -75,6 +75,8 @@ def test_nothing_changes_afterwards():
         ("data.image_size=33", ["data.image_size=33", "multiple of 2"]),
         ("vae.norm_groups=7", ["vae:", "norm_groups=7"]),
         ("unet.num_heads=[1, 2, 3]", ["unet:", "num_heads has 3 entries for 2 levels"]),
+        ("unet.trajectory_attention=-1", ["unet.trajectory_attention=-1", "greater than or equal to 0"]),
+        ("unet.trajectory_attention=17", ["unet.trajectory_attention=17", "less than or equal to 16"]),
         ("text_encoder.num_heads=5", ["text_encoder:", "num_heads=5"]),
         ("text_encoder.train=false", ["text_encoder.train=false", "pretrained"]),
         ("diffusion.prediction=eps", ["diffusion:", "zero terminal SNR"]),
@@ -130,7 +132,7 @@ def test_sizes_of_a_pretrained_model_are_not_recorded():
     names = [f"{part}.pretrained=builtin:emoji-256" for part in ("vae", "unet", "text_encoder")]
     values = load_config("emoji-64", names).model_dump(mode="json")
     assert values["vae"] == {"pretrained": "builtin:emoji-256"}
-    assert values["unet"] == {"pretrained": "builtin:emoji-256", "attention": "sdpa"}
+    assert values["unet"] == {"pretrained": "builtin:emoji-256", "attention": "sdpa", "trajectory_attention": 0}
     assert values["text_encoder"] == {"pretrained": "builtin:emoji-256", "train": True, "max_length": 24}
     assert load_config("emoji-64").model_dump()["unet"]["block_out_channels"] == (96, 192, 256)
 

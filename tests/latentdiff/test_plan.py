@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.config import load_config, recipes
 from latentdiff.errors import LatentDiffError
-from latentdiff.plan import DEVICES, plan
+from latentdiff.plan import DEVICES, _Planner, plan
 from latentdiff.plan.counting import Autocast, Counter
 from latentdiff.plan.devices import GIB
 from latentdiff.plan.models import build_models
@@ -127,6 +127,25 @@ def test_peak_on_meta_is_the_peak_of_real_tensors():
     expected = counted(meta, inputs(TINY, 2, 32, 80), train=True)[0].peak
     assert expected == pytest.approx(counter.peak, rel=0.3)
     assert expected < 0.7 * without
+
+
+def test_a_history_costs_half_a_forward_pass_a_step_and_its_keys_and_values():
+    """K passes of half of the batch beside the three of a step; 4 width^2 and a few weights for each transformer."""
+    stages, passes = [], []
+    for steps in (0, 4):
+        config = load_config("debug", [f"unet.trajectory_attention={steps}"])
+        models = build_models(config)
+        stages.append(_Planner(config, DEVICES["h100"], 1, 0.25, models).train_latent())
+        given = (models.noise(1), *inputs(models.unet.config, 1, 16, 16)[1:])
+        passes.append(counted(models.unet, given, train=False)[0].flops)
+    (plain, looking), (before, after) = stages, passes
+    added = looking.parameters["unet"] - plain.parameters["unet"]
+    assert added == 4 * (4 * 32**2 + (2 + 5 + 1) * 32)  # 4 transformers: q, k, v, out; norm, one to five steps, bias
+    assert looking.trained - plain.trained == added
+    encoder = plain.forward_flops - before  # runs once more for half of the batch, as its captions are in every pass
+    expected = 4 / 2 * after + 3 * (after - before) + encoder / 2
+    assert looking.step_flops - plain.step_flops == pytest.approx(expected, rel=0.03)
+    assert looking.memory.activations > plain.memory.activations
 
 
 def test_state_is_that_of_a_real_training():

@@ -106,3 +106,26 @@ def test_the_schedule_is_the_same_in_diffusers(name, zero):
     theirs = diffusers.DDIMScheduler(**values).alphas_cumprod.double()
     ours = settings.build().alpha_bar
     assert torch.allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_model_that_looks_back_is_ours_alone(parts, tmp_path):
+    """It is saved, opened and drawn with; diffusers, which would leave its weights out, is given no chance to."""
+    parts["unet"].add_trajectory_attention(2)
+    for name, parameter in parts["unet"].named_parameters():
+        if "trajectory" in name and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    saved = tmp_path / "saved"
+    save_model(saved, **parts)
+    pipe = LatentPipeline.from_pretrained(saved)
+    before = LatentPipeline(
+        **{name: parts[name] for name in ("vae", "unet", "text_encoder")}, **parts["process"]._asdict()
+    )
+    one, other = ([*each.stream("a red apple", num_steps=5, seed=0)][-1].x for each in (pipe, before))
+    assert torch.equal(one, other)
+    for output, single in ((tmp_path / "folder", False), (tmp_path / "model.safetensors", True)):
+        with pytest.raises(LatentDiffError, match=r"^unet.trajectory_attention=2: diffusers has no UNet that attends"):
+            export_model(saved, output, single=single)
+        assert not output.exists()
+    for kind, folder in ((diffusers.DiffusionPipeline, saved), (diffusers.UNet2DConditionModel, saved / "unet")):
+        with pytest.raises(ValueError, match="unknown mid_block_type : UNetMidBlock2DTrajectoryAttn"):
+            kind.from_pretrained(folder, use_safetensors=True)
