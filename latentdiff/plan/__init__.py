@@ -24,7 +24,7 @@ from ..errors import LatentDiffError, check_choice
 from ..sampling.loop import CachedNetwork
 from ..sections import TrainSection
 from ..training.discriminator import Discriminator
-from ..training.latent import FrozenParts, LatentModel
+from ..training.network import FrozenParts, LatentModel
 from ..training.perceptual import PerceptualLoss
 from ..training.vae import Autoencoder, AutoencoderLosses
 from ..training.vae_finish import MAX_STATISTICS_IMAGES
@@ -208,9 +208,11 @@ class _Planner:
         with Counter() as run, Autocast(DTYPES[self.precision], norms_in_float32=False), torch.no_grad():
             context = models.text_encoder.encode(*models.tokens(2 if guided else 1))
             network = CachedNetwork(models.unet, context, range(settings.num_steps))
+            network(models.noise(1), 0)  # experts prepare the prompt when it is their turn
             before = run.flops
-            network(models.noise(1), 0)
-            run.flops += (run.flops - before) * (settings.num_steps - 1)
+            if settings.num_steps > 1:
+                network(models.noise(1), 0)
+            run.flops += (run.flops - before) * max(0, settings.num_steps - 2)
             models.vae.decode(models.noise(1).to(context.dtype))
         parts = {"unet": models.unet, "text encoder": models.text_encoder, "vae": models.vae}
         parameters = {name: count(part) for name, part in parts.items()}
