@@ -82,6 +82,10 @@ class Config(sections.Section):
             check_weighting(self.diffusion.weighting, self.diffusion.prediction)
         except LatentDiffError as error:
             raise ValueError(f"{SECTION_OF.get(type(error), 'diffusion')}: {error}") from None
+        if self.unet.experts is not None and self.train_latent.compile:
+            raise ValueError(
+                "train_latent.compile=true: not supported with unet.experts, which differ from step to step"
+            )
         if self.text_encoder.pretrained is None and not self.text_encoder.train:
             raise ValueError(
                 "text_encoder.train=false: a new BERT must be trained; only a pretrained one can be frozen"

@@ -80,7 +80,7 @@ class LatentPipeline(ModelParts):
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the model to a folder for `from_pretrained`, and for diffusers unless it has experts or predicts `mean`."""
+        """Save the model for `from_pretrained` and, unless it has experts or predicts the mean, for stock diffusers."""
         save_model(Path(folder), vae=self.vae, unet=self.unet, text_encoder=self.text_encoder, process=self.process)
 
     @property
