@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from unet.experts import Prompt
+
 from ..config import Config
 from ..data.cache import encode_batch_size
 from ..data.encodings import MAX_ERROR_PICTURES
@@ -208,11 +210,11 @@ class _Planner:
         with Counter() as run, Autocast(DTYPES[self.precision], norms_in_float32=False), torch.no_grad():
             context = models.text_encoder.encode(*models.tokens(2 if guided else 1))
             network = CachedNetwork(models.unet, context, range(settings.num_steps))
-            network(models.noise(1), 0)  # experts prepare the prompt when it is their turn
+            if isinstance(network.context, Prompt):
+                network.context.projected(0)  # which an expert does when it is its turn
             before = run.flops
-            if settings.num_steps > 1:
-                network(models.noise(1), 0)
-            run.flops += (run.flops - before) * max(0, settings.num_steps - 2)
+            network(models.noise(1), 0)
+            run.flops += (run.flops - before) * (settings.num_steps - 1)
             models.vae.decode(models.noise(1).to(context.dtype))
         parts = {"unet": models.unet, "text encoder": models.text_encoder, "vae": models.vae}
         parameters = {name: count(part) for name, part in parts.items()}
