@@ -37,7 +37,7 @@ from latentdiff.diffusion.process import add_noise, diffusion_loss
 from latentdiff.sampling.loop import CachedNetwork
 from latentdiff.sections import TrainSection
 from latentdiff.training.graphs import GradientGraph, Gradients, Parts
-from latentdiff.training.latent import LatentModel
+from latentdiff.training.network import LatentModel
 from latentdiff.training.optimizer import TrainState
 from latentdiff.training.vae import Autoencoder, AutoencoderLosses
 from latentdiff.training.vae_losses import StructuralLoss

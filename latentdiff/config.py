@@ -23,6 +23,7 @@ from . import sections
 from .diffusion.process import check_prediction, check_weighting
 from .diffusion.samplers import SAMPLERS
 from .errors import LatentDiffError, nearest
+from .sections import values as kinds
 
 # train_configs/ in a checkout is latentdiff/recipes/ in an installed package (see setup.cfg).
 PACKAGE = Path(__file__).parent
@@ -35,11 +36,11 @@ SECTION_OF = {VAEError: "vae", TextEncoderError: "text_encoder", UNetError: "une
 class Config(sections.Section):
     """The configuration of a run."""
 
-    output: sections.PathText = "runs/unnamed"
+    output: kinds.PathText = "runs/unnamed"
     """Output folder; everything that the run writes goes there."""
-    seed: sections.Count = 0
+    seed: kinds.Count = 0
     """Determines everything random: weights at the start, the order of pictures, noise, timesteps."""
-    budget: sections.Duration | None = None
+    budget: kinds.Duration | None = None
     """Wall-clock time from launch to the finished model, such as `90s`, `10m` or `1h30m`. The numbers of steps follow
     from the measured speed, and `steps` on the command line bounds them. None: as many as `steps` says."""
     budget_share: Annotated[float, Field(gt=0, lt=1)] = 0.35
@@ -47,9 +48,9 @@ class Config(sections.Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of forward and backward passes; weights and optimizer state are float32. auto: the launcher's, or else
     bf16 where it is fast and fp32 elsewhere."""
-    threads: sections.Positive | None = None
+    threads: kinds.Positive | None = None
     """CPU threads per process; None: the machine's cores divided by its processes."""
-    workers: sections.Count = 0
+    workers: kinds.Count = 0
     """Worker processes, per training process, that read and decode pictures."""
     trackers: tuple[str, ...] | None = None
     """`tensorboard`, `wandb` or other trackers of accelerate; None: tensorboard if installed."""
@@ -73,13 +74,18 @@ class Config(sections.Section):
                 raise ValueError(f"data.image_size={image_size}: expected a multiple of {vae.downsampling}, "
                                  "the VAE's downsampling factor")  # fmt: skip
             self.text_encoder.build()
-            if not self.unet.pretrained:
+            self.unet.edges(self.diffusion.num_timesteps)
+            if not self.unet.brings_sizes():
                 latent_size = max(1, image_size // vae.downsampling)
                 self.unet.build(vae.latent_channels, self.text_encoder.width, latent_size)
             check_prediction(self.diffusion.prediction, self.diffusion.build())
             check_weighting(self.diffusion.weighting, self.diffusion.prediction)
         except LatentDiffError as error:
             raise ValueError(f"{SECTION_OF.get(type(error), 'diffusion')}: {error}") from None
+        if self.unet.experts is not None and self.train_latent.compile:
+            raise ValueError(
+                "train_latent.compile=true: not supported with unet.experts, which differ from step to step"
+            )
         if self.text_encoder.pretrained is None and not self.text_encoder.train:
             raise ValueError(
                 "text_encoder.train=false: a new BERT must be trained; only a pretrained one can be frozen"

@@ -158,6 +158,7 @@ def export(
     shard_gb: Annotated[float | None, Option(help="Split weight files larger than this many GB.")] = None,
     license: Annotated[str, Option(help="License of the weights for the model card, as the Hub spells it.")] = "other",
     data: Annotated[str, Option(help="What the model card says about the training images and their license.")] = "",
+    experts_apart: Annotated[bool, Option("--experts-apart", help="Write a folder for each expert.")] = False,
     push: Annotated[str | None, Option(help="Also upload the folder to this Hub repository, owner/name.")] = None,
 ) -> Iterator[object]:
     """Export a model for sharing: weights, configs and a model card.
@@ -175,6 +176,7 @@ def export(
     written = export_model(
         source, output, single=format is Format.single, dtype=getattr(torch, precision.name), variant=variant,
         max_shard_bytes=None if shard_gb is None else int(shard_gb * 1e9), license=license, data=data,
+        experts_apart=experts_apart,
     )  # fmt: skip
     yield written
     if push:

@@ -24,12 +24,13 @@ def model_card(
     progress: str | None = None,
     license: str = "other",
     data: str = "",
+    timesteps: range | None = None,
 ) -> str:
     """Return the card as Markdown.
 
     `parameters` are their numbers by part, and `encoder` is the class of the text encoder's network.
     `run` is the training output that has the recipe, seed, versions and metrics; `progress` of an unfinished one is a
-    step, such as "step 300 of 2000".
+    step, such as "step 300 of 2000"; `timesteps` are those that the UNet is for, if it is one of several experts.
     """
     launch = _last_launch(run)
     prompts = launch.get("config", {}).get("validation", {}).get("prompts") or ["your prompt"]
@@ -50,6 +51,9 @@ def model_card(
         f"{', zero terminal SNR' if process.schedule.has_zero_terminal_snr else ''}; the UNet predicts "
         f"{process.prediction}.\n"
     )
+    if timesteps is not None:
+        text += (f"\nOne of several experts: this UNet is for timesteps {timesteps[0]} to {timesteps[-1]} only, and "
+                 "alone it draws nothing good.\n")  # fmt: skip
     if progress:
         text += f"\nThe training is not finished: these are the averaged weights of {progress}.\n"
     if launch:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ import torch
 from torch import Tensor
 
 from text_encoder import TextEncoder
-from unet import UNet, UNetConfig
+from unet import Denoiser, Experts, UNet
 from vae import VAE
 
 from ..assets import INDEX
 from ..diffusion.process import Process
 from ..errors import LatentDiffError, reraise_as
 from .card import model_card
+from .experts import PIPELINE, begin_configs, save_unet
 from .open import find_model, open_model
 from .scheduler import saved_config, scheduler_config
-from .tensors import CONFIG, staged, to_json
+from .tensors import staged, to_json
 
 DIFFUSERS_VERSION = "0.42.1"  # of this layout; the inpainting pipeline rejects a model without it
 
@@ -27,7 +29,7 @@ def save_model(
     folder: Path,
     *,
     vae: VAE,
-    unet: UNet,
+    unet: Denoiser,
     text_encoder: TextEncoder,
     process: Process,
     dtype: torch.dtype | None = None,
@@ -42,17 +44,17 @@ def save_model(
     with suppress(OSError):
         (folder / INDEX).unlink(missing_ok=True)  # until the folder is complete again
     vae.save_pretrained(folder / "vae", dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
-    unet.save_pretrained(folder / "unet", dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
+    save_unet(unet, folder, dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
     text_encoder.save_pretrained(folder / "text_encoder", folder / "tokenizer", dtype=dtype, variant=variant)
     _write(folder / "scheduler" / "scheduler_config.json", to_json(saved_config(process)))
-    _write(folder / INDEX, to_json(model_index(text_encoder)))
+    _write(folder / INDEX, to_json(model_index(text_encoder, has_experts=isinstance(unet, Experts))))
 
 
 def begin_model(
     folder: Path,
     *,
     vae: VAE,
-    unet: UNetConfig,
+    unet: Denoiser,
     text_encoder: TextEncoder,
     frozen: Mapping[str, Tensor],
     process: Process,
@@ -67,18 +69,17 @@ def begin_model(
     from text_encoder.files import save_tokenizer
 
     vae.save_pretrained(folder / "vae")
-    with UNet.files.staged(folder / "unet", None) as staging:  # also deletes weights of a save that was killed
-        (staging / CONFIG).write_text(to_json(unet.to_diffusers()), encoding="utf-8")
+    begin_configs(unet, folder)
     begin_text_encoder(text_encoder.model, folder / "text_encoder", text_encoder.use_attention_mask, frozen)
     save_tokenizer(text_encoder.tokenizer, folder / "tokenizer", text_encoder.max_length)
     _write(folder / "scheduler" / "scheduler_config.json", to_json(saved_config(process)))
 
 
-def model_index(text_encoder: TextEncoder) -> dict[str, Any]:
-    """Return the contents of `model_index.json`, which names the class of each part."""
+def model_index(text_encoder: TextEncoder, *, has_experts: bool = False) -> dict[str, Any]:
+    """Return the contents of `model_index.json`, which names the class of each part; see `files.experts`."""
     absent = [None, None]
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": PIPELINE if has_experts else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": absent,
         "image_encoder": absent,
@@ -87,7 +88,7 @@ def model_index(text_encoder: TextEncoder) -> dict[str, Any]:
         "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", type(text_encoder.model).__name__],
         "tokenizer": ["transformers", type(text_encoder.tokenizer).__name__],
-        "unet": ["diffusers", "UNet2DConditionModel"],
+        "unet": ["latentdiff", "TimestepExperts"] if has_experts else ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
 
@@ -102,6 +103,7 @@ def export_model(
     max_shard_bytes: int | None = None,
     license: str = "other",
     data: str = "",
+    experts_apart: bool = False,
 ) -> Path:
     """Open a model and write it in another form, with a model card.
 
@@ -114,6 +116,7 @@ def export_model(
         max_shard_bytes: split UNet and VAE weights that are larger.
         license: of the weights, as the Hub spells it.
         data: what the card says about the training images and their license.
+        experts_apart: of a model with experts, write one folder for each; diffusers cannot open them as one.
 
     Raises:
         LatentDiffError: the source cannot be opened, diffusers lacks its prediction or its attention to earlier steps,
@@ -129,28 +132,50 @@ def export_model(
     if not single and output.is_dir() and any(output.iterdir()):
         raise LatentDiffError(f"{output}: the folder is not empty; choose another output or delete it")
     parts = open_model(source, device=torch.device("cpu"), dtype=torch.float32)
+    experts = experts_to_export(source, parts.unet, apart=experts_apart, single=single)
     scheduler = scheduler_config(parts.process)
     if (history := parts.unet.config.trajectory_attention) > 0:
         raise LatentDiffError(
             f"unet.trajectory_attention={history}: diffusers has no UNet that attends to earlier steps; "
             "only models without can be exported"
         )
-    models: dict[str, Any] = {"vae": parts.vae, "unet": parts.unet, "text_encoder": parts.text_encoder}
-    size = (parts.unet.config.sample_size or 32) * parts.vae.config.downsampling
     run = opened.parent if (opened.parent / "run.json").is_file() else None
-    counts = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
+    size = (parts.unet.config.sample_size or 32) * parts.vae.config.downsampling
     encoder = type(getattr(parts.text_encoder, "model", parts.text_encoder)).__name__
-    card = model_card(counts, encoder, parts.process, title=output.stem if single else output.name, image_size=size,
-                      run=run, progress=parts.progress, license=license, data=data)  # fmt: skip
-    if single:
-        from .single_file import write_single_file
+    for name, (unet, steps) in experts.items():
+        models: dict[str, Any] = {"vae": parts.vae, "unet": unet, "text_encoder": parts.text_encoder}
+        counts = {part: sum(parameter.numel() for parameter in model.parameters()) for part, model in models.items()}
+        card = model_card(counts, encoder, parts.process, title=output.stem if single else (output / name).name,
+                          image_size=size, run=run, progress=parts.progress, license=license, data=data,
+                          timesteps=steps)  # fmt: skip
+        if single:
+            from .single_file import write_single_file
 
-        metadata = {"latentdiff.card": card, "modelspec.license": license}
-        write_single_file(output, **models, scheduler=scheduler, metadata=metadata, dtype=dtype)
-        return output
-    save_model(output, **models, process=parts.process, dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
-    _write(output / "README.md", card)
+            metadata = {"latentdiff.card": card, "modelspec.license": license}
+            write_single_file(output, **models, scheduler=scheduler, metadata=metadata, dtype=dtype)
+            return output
+        save_model(output / name, **models, process=parts.process, dtype=dtype, variant=variant,
+                   max_shard_bytes=max_shard_bytes)  # fmt: skip
+        _write(output / name / "README.md", card)
     return output
+
+
+def experts_to_export(
+    source: str | Path, unet: Denoiser, *, apart: bool, single: bool
+) -> dict[str, tuple[UNet, range | None]]:
+    """Return what to write: subfolders, each with its UNet and the timesteps that this one is for, if not for all.
+
+    Raises LatentDiffError if there are experts that are not wanted apart.
+    """
+    if not isinstance(unet, Experts):
+        if apart:
+            raise LatentDiffError(f"{source}: has a single UNet, no experts to write apart")
+        return {"": (unet, None)}
+    bands = [range(*band) for band in pairwise(unet.edges)]
+    if not apart or single:
+        raise LatentDiffError(f"{source}: has {len(bands)} experts, each for a band of timesteps, and diffusers would "
+                              "draw all steps with the first; --experts-apart writes a folder for each")  # fmt: skip
+    return {f"expert_{number}": pair for number, pair in enumerate(zip(unet.members, bands, strict=True))}
 
 
 def push_folder(folder: Path, name: str, *, token: str | None = None, private: bool = False) -> str:

@@ -4,11 +4,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..assets import INDEX
 from ..errors import LatentDiffError, one_line, several
+from .experts import read_edges, unet_folders
 from .foreign import kind_of
 from .open import find_model, read_json
 from .single_file import MAX_HEADER
@@ -34,6 +36,7 @@ def describe(name: str | Path) -> list[str]:
     lines = [str(folder)]
     if (folder / INDEX).is_file():
         lines[0] += f": {one_line(read_json(folder / INDEX, '').get('_class_name'))}"
+    lines += _describe_bands(folder)
     for part in (folder, *_folders(folder)):
         lines += _describe_part(part)
     if len(lines) == 1:
@@ -71,6 +74,7 @@ def _is_finite(tensor: Stored) -> bool:
 
 def _describe_unfinished(run: Path) -> Iterator[str]:
     """Describe what there is of a run's model, and the checkpoint that stands in for the rest."""
+    yield from _describe_bands(run / "model")
     for part in _folders(run / "model") or [run / "vae"]:
         yield from _describe_part(part)
     try:
@@ -81,6 +85,13 @@ def _describe_unfinished(run: Path) -> Iterator[str]:
     yield f"{average.file.parent.relative_to(run)}/: the averaged weights of {average.progress}"
     yield from describe_file(average.file)
     yield from average.damages
+
+
+def _describe_bands(model: Path) -> Iterator[str]:
+    """Say which UNet is for which timesteps, if there are several."""
+    if (edges := read_edges(model)) is not None:
+        bands = zip(unet_folders(model, len(edges) - 1), pairwise(edges), strict=True)
+        yield "experts: " + ", ".join(f"{path.name}/ for t = {a} to {b - 1}" for path, (a, b) in bands)
 
 
 def _folders(folder: Path) -> list[Path]:

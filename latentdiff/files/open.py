@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 
 from text_encoder import TextEncoder
-from unet import UNet
+from unet import Denoiser, Experts
 from vae import VAE
 
 from ..assets import ASSETS, INDEX, shipped_models
 from ..diffusion.process import Process
 from ..errors import LatentDiffError, UnfinishedModelWarning
+from .experts import BANDS, PIPELINE, open_unet
 from .names import NO_PICKLES, PICKLES
 from .scheduler import SAVED, read_scheduler
 from .tensors import read_json
@@ -27,16 +28,18 @@ FOLDERS = {
     "StableDiffusionImg2ImgPipeline": ("vae", "text_encoder"),
     "StableDiffusionInpaintPipeline": ("vae", "text_encoder"),
     "LDMTextToImagePipeline": ("vqvae", "bert"),
+    PIPELINE: ("vae", "text_encoder"),
 }
-SUBFOLDERS = ("scheduler", "tokenizer", "unet", *dict.fromkeys(folder for pair in FOLDERS.values() for folder in pair))
-TEXT_FILES = (INDEX, *(f"{folder}/*.{ending}" for folder in SUBFOLDERS for ending in ("json", "txt")))
+SUBFOLDERS = ("scheduler", "tokenizer", "unet", "unet_[0-9]*",
+              *dict.fromkeys(folder for pair in FOLDERS.values() for folder in pair))  # fmt: skip
+TEXT_FILES = (INDEX, BANDS, *(f"{folder}/*.{ending}" for folder in SUBFOLDERS for ending in ("json", "txt")))
 
 
 class Parts(NamedTuple):
     """The parts of an open model."""
 
     vae: VAE
-    unet: UNet
+    unet: Denoiser
     text_encoder: TextEncoder
     process: Process
     progress: str | None = None  # of an unfinished run, such as "step 300 of 2000"
@@ -109,7 +112,8 @@ def open_folder(folder: Path, *, device: torch.device, dtype: torch.dtype, varia
     scheduler = folder / "scheduler" / "scheduler_config.json"
     process = read_scheduler(read_json(scheduler, "it defines how the model denoises"), scheduler, SAVED)
     vae = VAE.from_pretrained(folder / vae_folder, device=device, dtype=dtype, variant=variant)
-    unet = UNet.from_pretrained(folder / "unet", device=device, dtype=dtype, variant=variant)
+    unet = open_unet(folder / "unet", device=device, dtype=dtype, variant=variant)
+    check_bands(folder, kind, unet, process)
     if "LDMBertModel" in str(index.get(text_folder)):
         from .ldm_bert import load_ldm_bert
 
@@ -120,6 +124,18 @@ def open_folder(folder: Path, *, device: torch.device, dtype: torch.dtype, varia
     if kind == "LDMTextToImagePipeline":
         encoder.use_attention_mask = False  # that pipeline passes none
     return Parts(_upcast(vae, dtype), unet, encoder.to(device), process)
+
+
+def check_bands(folder: Path, kind: str, unet: Denoiser, process: Process) -> None:
+    """Raise LatentDiffError unless the experts, or the single UNet, are what the other files of the model say."""
+    if (kind == PIPELINE) != isinstance(unet, Experts):
+        has = f"has no {BANDS}" if kind == PIPELINE else f"has a {BANDS}"
+        raise LatentDiffError(f"{folder / INDEX}: _class_name is {kind!r}, but the folder {has}")
+    steps = process.schedule.num_timesteps
+    if isinstance(unet, Experts) and unet.edges[-1] != steps:
+        raise LatentDiffError(
+            f"{folder / BANDS}: its bands end at {unet.edges[-1]}, but the model has {steps} timesteps"
+        )
 
 
 def _open_run(run: Path, *, device: torch.device, dtype: torch.dtype, variant: str | None) -> Parts:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from text_encoder import TextEncoder
-from unet import UNet, UNetConfig
+from unet import Denoiser, UNet, UNetConfig
+from unet.experts import new_denoiser
 from vae import VAE
 
 from ..assets import INDEX, part_folder
@@ -19,6 +20,7 @@ from ..diffusion.process import Process
 from ..errors import LatentDiffError
 from ..training.checkpoint import Checkpoint, newest_checkpoint
 from ..training.manifest import DamagedCheckpoint
+from .experts import read_edges
 from .scheduler import SAVED, read_scheduler
 from .tensors import CONFIG, Stored, check_tensors, open_file, read_json
 
@@ -67,7 +69,7 @@ def newest_average(run: Path) -> Average:
 
 def open_unfinished(
     run: Path, *, device: torch.device, dtype: torch.dtype, variant: str | None = None
-) -> tuple[VAE, UNet, TextEncoder, Process, Average]:
+) -> tuple[VAE, Denoiser, TextEncoder, Process, Average]:
     """Open the newest checkpoint of a run, in evaluation mode, with the averages as weights; also say which it is."""
     average, model = newest_average(run), run / "model"
     if missing := [name for name in BEGUN if not (model / name).is_file()]:
@@ -79,13 +81,13 @@ def open_unfinished(
     return vae, unet.to(device), encoder.to(device), process, average
 
 
-def find_part(pretrained: str, part: str) -> str:
-    """Return the folder of one part of a model, named by the setting `<part>.pretrained`; a Hub name stays as it is.
+def find_part(pretrained: str, part: str, setting: str | None = None) -> str:
+    """Return the folder of one part of a model, named by a setting, `<part>.pretrained`; a Hub name stays as it is.
 
     The setting may be a part's own folder, a model, the output of a training run, or `builtin:NAME`. Raises
     LatentDiffError if that part is still being trained.
     """
-    named, where = part_folder(pretrained, part), f"{part}.pretrained={pretrained}"
+    named, where = part_folder(pretrained, part), f"{setting or f'{part}.pretrained'}={pretrained}"
     folder = unfinished_run(Path(named)) or Path(named)
     if not folder.is_dir() and not (folder.absolute().parent / RECORD).is_file():
         return named  # on the Hub, or nowhere, which what opens it says
@@ -156,11 +158,11 @@ def _part(tensors: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _read_unet(folder: Path, average: Average, dtype: torch.dtype) -> UNet:
+def _read_unet(folder: Path, average: Average, dtype: torch.dtype) -> Denoiser:
     tensors, values = _part(average.tensors, "unet."), UNet.files.read_config(folder)
     try:
         with torch.device("meta"):  # shapes only, no memory
-            unet = UNet(UNetConfig.from_diffusers(values))
+            unet = new_denoiser(UNetConfig.from_diffusers(values), read_edges(folder.parent))
     except LatentDiffError as error:
         raise LatentDiffError(f"{folder / CONFIG}: {error}") from None
     expected = {name: [list(tensor.shape)] for name, tensor in unet.state_dict().items()}

@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from unet.experts import Prompt
+
 from ..config import Config
 from ..data.batches import check_halves
 from ..data.cache import encode_batch_size
@@ -27,7 +29,7 @@ from ..sampling.loop import CachedNetwork
 from ..sections import TrainSection
 from ..training.discriminator import Discriminator
 from ..training.history import predict_after_chain
-from ..training.latent import FrozenParts, LatentModel
+from ..training.network import FrozenParts, LatentModel
 from ..training.perceptual import PerceptualLoss
 from ..training.vae import Autoencoder, AutoencoderLosses
 from ..training.vae_finish import MAX_STATISTICS_IMAGES
@@ -215,6 +217,8 @@ class _Planner:
         with Counter() as run, Autocast(DTYPES[self.precision], norms_in_float32=False), torch.no_grad():
             context = models.text_encoder.encode(*models.tokens(2 if guided else 1))
             network = CachedNetwork(models.unet, context, range(settings.num_steps), along_trajectory=True)
+            if isinstance(network.context, Prompt):
+                network.context.projected(0)  # which an expert does when it is its turn
             for _ in range(1 + models.unet.config.trajectory_attention):  # a full history takes the most memory
                 before = run.flops
                 network(models.noise(1), 0)

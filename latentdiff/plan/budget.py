@@ -10,7 +10,8 @@ from ..assets import BUILTIN, pictures_folder
 from ..config import Config
 from ..data.listing import SHARDS
 from ..data.sources import open_source
-from ..sections import TrainSection, TrainVAESection, duration
+from ..sections import TrainSection, TrainVAESection
+from ..sections.values import duration
 from ..training.budget import AIM, DISK_SPEED, LEAVING, MIN_STEPS, OVERHEAD, PARTS, RESERVE, format_duration
 from ..training.timetable import DECAY, Decision, Timetable
 from .report import Purchase, Stage

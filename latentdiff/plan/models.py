@@ -12,7 +12,8 @@ from torch import Tensor
 
 from text_encoder import TextEncoder
 from text_encoder.files import MODELS
-from unet import UNet, UNetConfig
+from unet import Denoiser, UNet, UNetConfig
+from unet.experts import new_denoiser
 from vae import VAE, VAEConfig
 
 from ..config import Config
@@ -40,7 +41,7 @@ class Models:
 
     vae: VAE
     text_encoder: TextEncoder
-    unet: UNet
+    unet: Denoiser
     image_size: int  # pixels per side
     notes: tuple[str, ...] = ()
 
@@ -98,9 +99,11 @@ def build_models(config: Config) -> Models:
         if config.data.image_size % (factor := vae.config.downsampling):
             raise LatentDiffError(f"data.image_size={config.data.image_size}: expected a multiple of {factor}")
         size = config.data.image_size // factor
-        known, channels = _read_config("unet", config.unet.pretrained), vae.config.latent_channels
-        unet = UNet(UNetConfig.from_diffusers(known) if known else config.unet.build(channels, text.context_dim, size))
-        if (history := config.unet.trajectory_attention) and not unet.config.trajectory_attention:
+        trained, channels = config.unet.experts_from or config.unet.pretrained, vae.config.latent_channels
+        known = _read_config("unet", trained)
+        sizes = UNetConfig.from_diffusers(known) if known else config.unet.build(channels, text.context_dim, size)
+        unet = new_denoiser(sizes, config.unet.edges(config.diffusion.num_timesteps))
+        if isinstance(unet, UNet) and (history := config.unet.trajectory_attention) > unet.config.trajectory_attention:
             unet.add_trajectory_attention(history)
     return Models(vae, text, unet, config.data.image_size, tuple(notes))
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..sections import duration
+from ..sections.values import duration
 from .devices import GIB, Device
 
 MEMORIZED = 100  # passes; emoji-64 had 108

@@ -6,6 +6,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from ..files.card import model_card
+from ..files.experts import read_edges, unet_folders
 from ..files.scheduler import SAVED, read_scheduler
 from ..files.tensors import CONFIG, open_file, read_json
 from .run import Run, number
@@ -31,7 +32,9 @@ def card_html(run: Run) -> str:
 
 def _made(folder: Path) -> str:
     model = folder / "model"
-    counts = {part: _parameters(model / part) for part in PARTS}
+    edges = read_edges(model)
+    unets = unet_folders(model, len(edges) - 1 if edges else 1)
+    counts = {part: sum(map(_parameters, unets if part == "unet" else [model / part])) for part in PARTS}
     configs = {part: read_json(model / part / CONFIG, "every part has one") for part in PARTS}
     levels = len(configs["vae"].get("block_out_channels") or [0])
     size = int(number(configs["unet"].get("sample_size")) or 0) * 2 ** (levels - 1)

@@ -7,19 +7,23 @@ repeats them on the same memory, so inputs are copied there, and results from th
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unet import UNet
+from unet import Denoiser, Experts, UNet
+from unet.experts import Prompt, call_expert
 from unet.trajectory import History
 from vae import VAE
+
+from .loop import Network
 
 MAX_PIXELS = 64 * 1024  # latent pixels of a batch; more keep a GPU busy anyway, and would hold much memory
 MAX_DECODED = 4 * 1024  # latent pixels to decode at once, likewise
 MAX_GRAPHS = 16  # functions and shapes of their inputs
+PER_EXPERT = 4  # of them: a prompt's features and a step, each with guidance and without
 WARM_UP = 2  # calls before the one that is recorded: whatever is created once
 
 Function = Callable[[list[Tensor]], list[Tensor]]
@@ -151,6 +155,37 @@ class GraphedUNet:
         x = x.contiguous(memory_format=torch.channels_last)
         constant = context, [tensor for pair in context for tensor in pair]
         return self.graphs("step", self.model, predict, [x, *t], constant)[0]
+
+
+class ExpertNetwork:
+    """A `Network` that is called like its experts, each by a function of its own, such as `GraphedUNet`."""
+
+    def __init__(self, experts: Experts, members: Sequence[Network]) -> None:
+        self.experts, self.members = experts, members
+
+    def project_context(self, context: Tensor) -> Prompt:
+        """See `Experts.project_context`."""
+        return Prompt(self.members, context)
+
+    def project_time(self, t: Tensor) -> list[Tensor]:
+        """See `Experts.project_time`."""
+        return self.experts.project_time(t)
+
+    def start_history(self) -> None:
+        """See `Experts.start_history`."""
+
+    def __call__(self, x: Tensor, t: Any, context: Any, history: None = None, /) -> Tensor:
+        """See `Experts.forward`."""
+        return self.experts(x, t, context) if isinstance(t, Tensor) else call_expert(self.members, x, t, context)
+
+
+def graphed(unet: Denoiser, graphs: Graphs) -> Network:
+    """Return what is called like the UNet or the experts, from CUDA graphs unless there would be too many."""
+    if not isinstance(unet, Experts):
+        return GraphedUNet(unet, graphs)
+    if len(unet.members) * PER_EXPERT > MAX_GRAPHS:
+        return unet
+    return ExpertNetwork(unet, [GraphedUNet(each, graphs) for each in unet.members])
 
 
 def decode(graphs: Graphs, vae: VAE, latents: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from text_encoder import TextEncoder
-from unet import UNet
+from unet import Denoiser
 from vae import VAE
 
 from ..data.pictures import to_images
@@ -20,7 +20,7 @@ from ..diffusion.process import Prediction, Process, check_prediction
 from ..diffusion.samplers import Spacing, Step
 from ..diffusion.schedule import Schedule
 from ..errors import LatentDiffError
-from .graphs import GraphedUNet, Graphs, decode
+from .graphs import Graphs, decode, graphed
 from .images import Picture, load_images
 from .loop import Features, InitImage, Network, SeededNoise, last, sample_latents
 from .prompts import text_features
@@ -36,7 +36,7 @@ class ModelParts:
         self,
         *,
         vae: VAE,
-        unet: UNet,
+        unet: Denoiser,
         text_encoder: TextEncoder,
         schedule: Schedule,
         prediction: Prediction = "v",
@@ -48,7 +48,7 @@ class ModelParts:
 
         Args:
             vae: maps between pixels and latents.
-            unet: denoises latents.
+            unet: denoises latents; one, or experts for bands of the timesteps.
             text_encoder: maps prompts to text features, as wide as the UNet's context.
             schedule: the noise schedule that the UNet was trained with.
             prediction: what the UNet predicts: `eps`, `x0`, `v` or `mean`.
@@ -69,7 +69,7 @@ class ModelParts:
         self.graphs = Graphs()
         self.folder: Path | None = None  # that the model was opened from
         self.proposals: Any = None  # `evaluation.proposal.Proposals`, once read or measured
-        self.network: Network = GraphedUNet(unet, self.graphs)  # the compiled UNet after `compile()`
+        self.network: Network = graphed(unet, self.graphs)  # the compiled UNet after `compile()`
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from unet import Experts
 from unet.attention import load_attention_backend
 
 from ..device import as_device, check_attention, computes_in_bf16
@@ -25,6 +26,7 @@ from ..files.open import find_model, open_model
 from ..files.scheduler import scheduler_config
 from . import editing
 from .editing import Inversion
+from .graphs import ExpertNetwork
 from .images import Picture, paste
 from .loop import Features, InitImage, Network, last
 from .parts import ModelParts
@@ -80,7 +82,7 @@ class LatentPipeline(ModelParts):
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the model to a folder for `from_pretrained` and for stock diffusers, which refuses what it cannot draw.
 
-        That is a model that predicts the mean, or one whose UNet attends to earlier steps.
+        That is a model that predicts the mean, has experts, or has a UNet that attends to earlier steps.
         """
         save_model(Path(folder), vae=self.vae, unet=self.unet, text_encoder=self.text_encoder, process=self.process)
 
@@ -107,7 +109,9 @@ class LatentPipeline(ModelParts):
 
     def compile(self, **options: Any) -> Self:
         """Compile the UNet with torch.compile; the first image of each size takes longer."""
-        self.network = cast(Network, torch.compile(self.unet, **{"fullgraph": True, **options}))
+        members = self.unet.members if isinstance(self.unet, Experts) else [self.unet]
+        compiled = [cast(Network, torch.compile(each, **{"fullgraph": True, **options})) for each in members]
+        self.network = ExpertNetwork(self.unet, compiled) if isinstance(self.unet, Experts) else compiled[0]
         return self
 
     def __call__(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> list[Image.Image]:

@@ -2,25 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from text_encoder import TextEncoder
-from unet import UNet
-from unet.trajectory import History
+from unet import Denoiser, Experts
+from unet.experts import Calls, edges_of, new_denoiser
 from vae import VAE
 
-from ..data.batches import Chain, LatentBatch, LatentBatches, RawBatch, Tokens, ValidationBatches, micro_batches
+from ..data.batches import Chain, LatentBatch, LatentBatches, Tokens, ValidationBatches, micro_batches
 from ..data.cache import LatentCache, TextCache, weights_digest
 from ..data.order import BatchPlan
-from ..data.pictures import to_pixels
 from ..data.shards import digest
 from ..data.sources import Source
 from ..diffusion.process import add_noise, diffusion_loss, network_output
@@ -34,69 +30,15 @@ from .graphs import GradientGraph, Parts
 from .history import predict_after_chain
 from .launch import Launch, wants_fsdp
 from .logging import MetricLogger
+from .network import FrozenParts, FullModelNetwork, LatentModel
 from .optimizer import TrainState
-from .parallel import evaluation_mode, gather_full, no_sync, sharded
-from .preview import FullModelNetwork, sample_preview
+from .parallel import evaluation_mode, gather_full, in_any_process, no_sync, sharded
+from .preview import sample_preview
 from .snapshots import Snapshots
 from .spikes import Spikes
 from .timetable import Timetable
 
 Caches = tuple[LatentCache | None, TextCache | None]
-
-
-class LatentModel(nn.Module):
-    """Everything that is trained, as a single module for DDP or FSDP to wrap."""
-
-    def __init__(self, unet: UNet, text_encoder: TextEncoder | None) -> None:
-        super().__init__()
-        self.unet = unet
-        self.text_encoder = text_encoder  # None if it is frozen; features are then passed in
-
-    def forward(self, x: Tensor | None, t: Tensor | None, text: Tensor | Tokens, history: History | None = None) -> Any:
-        """Predict at x (B, c, h, w) and t (B,) from features (B, L, D) or tokens; without x, return the features."""
-        context = text if isinstance(text, Tensor) else cast(TextEncoder, self.text_encoder).encode(*text)
-        return context if x is None else self.unet(x, t, context, history)
-
-
-@dataclass(frozen=True)
-class FrozenParts:
-    """The frozen models, which turn a batch into inputs for the trained one."""
-
-    vae: VAE
-    text_encoder: TextEncoder | None  # None if it is trained, as part of the model
-    device: torch.device
-    autocast: Callable[[], AbstractContextManager[Any]]
-
-    def prepare(self, batch: LatentBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x0 (B, c, h, w), noise of the same shape and t (B,) on the device; uncached images are encoded."""
-        t, noise = (part.to(self.device, non_blocking=True) for part in (batch.t, batch.noise))
-        if not isinstance(batch, RawBatch):
-            return batch.x0.to(self.device, non_blocking=True), noise, t
-        images, eps = (part.to(self.device, non_blocking=True) for part in (batch.images, batch.posterior_noise))
-        with torch.no_grad(), self.autocast():
-            posterior = self.vae.latent_posterior(to_pixels(images))
-        return posterior.reparameterize(eps).float(), noise, t
-
-    def text(self, batch: LatentBatch) -> list[Tensor]:
-        """Return the text features (B, L, D) on the device, or tokens and mask."""
-        parts = [batch.text] if isinstance(batch.text, Tensor) else batch.text
-        return [part.to(self.device, non_blocking=True) for part in parts]
-
-    def chain(self, batch: LatentBatch) -> list[Tensor]:
-        """Return the parts of the batch's chain on the device, if it has one."""
-        return [part.to(self.device, non_blocking=True) for part in batch.chain or ()]
-
-    def predict(
-        self, model: nn.Module, x_t: Tensor | None, t: Tensor | None, parts: Sequence[Tensor],
-        history: History | None = None,
-    ) -> Any:  # fmt: skip
-        """Return what a `LatentModel`, wrapped or not, returns at x_t, from what `text` returns."""
-        text: Tensor | Tokens = parts[0] if len(parts) == 1 else Tokens(*parts)
-        with self.autocast():
-            if isinstance(text, Tokens) and self.text_encoder is not None:
-                with torch.no_grad():
-                    text = self.text_encoder.encode(*text)
-            return model(x_t, t, text.float() if isinstance(text, Tensor) else text, history)
 
 
 class LatentTraining:
@@ -110,7 +52,7 @@ class LatentTraining:
         folder: Path,
         sources: tuple[Source, Source],
         vae: VAE,
-        unet: UNet,
+        unet: Denoiser,
         text_encoder: TextEncoder,
         caches: tuple[Caches, Caches],
     ) -> None:
@@ -167,23 +109,29 @@ class LatentTraining:
         with log.phase("model"):
             parts = [(*self.frozen.prepare(batch), *self.frozen.chain(batch), *self.frozen.text(batch))
                      for batch in batches]  # fmt: skip
-            total = self.graph(self._gradients, parts)["loss"]
+            calls = tuple(self._calls(batch) for batch in batches)
+            total = self.graph(partial(self._gradients, calls), parts, calls)["loss"]
         with log.phase("optimizer"):
             norm = self.state.gradient_norm()
             step_is_finite = self.spikes.accept(step, total, norm.isfinite().float())
             self.state.update(step, norm, step_is_finite)
         return {"loss": total, "norm": norm}, step_is_finite
 
-    def _gradients(self, parts: Parts) -> dict[str, Tensor]:
-        """Leave the gradients of micro-batches (x0, noise, t, *chain, *text) in the weights; return their mean loss."""
+    def _gradients(self, calls: Sequence[Calls | None], parts: Parts) -> dict[str, Tensor]:
+        """Leave the gradients of micro-batches (x0, noise, t, *chain, *text) in the weights; return their mean loss.
+
+        The mean is over all pictures, whichever experts they fall to. As t is uniform over the batch, each expert gets
+        in expectation its band's share of them, even where strata cross the edges, so its expected gradient needs no
+        other weight. A mean over an expert's own pictures, times its share, would favor some timesteps of its band.
+        """
         settings, total = self.run.config.diffusion, torch.zeros((), device=self.run.device)
         predicted, predict = network_output(settings.prediction), partial(self.frozen.predict, self.model)
-        for number, (x0, noise, t, *rest) in enumerate(parts):
+        for number, ((x0, noise, t, *rest), called) in enumerate(zip(parts, calls, strict=True)):
             chain, text = rest[: self.chain_parts], rest[self.chain_parts :]
             x_t = add_noise(x0, noise, t, self.schedule)
             with no_sync(self.model, last=number == len(parts) - 1):
                 prediction = (predict_after_chain(predict, x_t, t, Chain(*chain), text, self.schedule) if chain
-                              else predict(x_t, t, text))  # fmt: skip
+                              else predict(x_t, t, text, called))  # fmt: skip
                 losses = diffusion_loss(prediction, x0, noise, t, predicted, self.schedule,
                                         weighting=settings.weighting, min_snr_gamma=settings.min_snr_gamma,
                                         variance=settings.variance)  # fmt: skip
@@ -191,6 +139,16 @@ class LatentTraining:
                 torch.autograd.backward(loss * self.state.loss_scale)
             total += loss.detach()
         return {"loss": total}
+
+    def _calls(self, batch: LatentBatch) -> Calls | None:
+        """Return which experts predict which rows; under FSDP, all processes call what one of them needs."""
+        experts = self.inner.unet
+        if not isinstance(experts, Experts):
+            return None
+        needed = set(experts.experts_at(batch.t))  # not yet on the device
+        if wants_fsdp(self.run.accelerator):
+            needed.update(in_any_process(self.run, needed, len(experts.unets)))
+        return experts.calls(batch.t, needed)
 
     def validate(self, step: int, check_time: Callable[[], None]) -> dict[str, float]:
         """Compute the unweighted loss on held-out images per timestep band, with EMA and raw weights; save samples."""
@@ -225,13 +183,13 @@ class LatentTraining:
         pictures = len(self.prompts) * (1 if settings.guidance_scale == 1 else 2) * (settings.num_steps - few.num_steps)
         return batch * (rounds + pictures / min(self.captioned.batch_size, len(self.captioned.pictures))) + preview
 
-    def finish(self, average: Mapping[str, Tensor] | None = None) -> tuple[UNet, TextEncoder]:
+    def finish(self, average: Mapping[str, Tensor] | None = None) -> tuple[Denoiser, TextEncoder]:
         """Return UNet and text encoder on the CPU with an EMA, by default the present one; all processes call it."""
         average = average or self.state.named("ema")
         frozen = {name: gather_full(p) for name, p in self.inner.named_parameters() if name not in average}  # pooler
         state = {name: tensor.detach().cpu() for name, tensor in {**frozen, **average}.items()}
         with torch.device("meta"):
-            unet = UNet(self.inner.unet.config)
+            unet = new_denoiser(self.inner.unet.config, edges_of(self.inner.unet))
         unet.load_state_dict(submodule_state("unet.", state), assign=True)
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         encoder = self.text_encoder
@@ -255,7 +213,8 @@ class LatentTraining:
         unet = {name: p for name, p in trained.items() if name not in text}
         groups = [(unet, rate)] + ([(text, section.text_learning_rate or rate)] if text else [])
         return TrainState(groups, section, self.timetable, fp16=self.run.precision == "fp16",
-                          tracked=TRACKED if section.ema_snapshots else None)  # fmt: skip
+                          tracked=TRACKED if section.ema_snapshots else None,
+                          in_step=not isinstance(self.inner.unet, Experts))  # fmt: skip
 
     def _batches(
         self, source: Source, plan: BatchPlan, caches: Caches, caption_dropout: float, flip: bool, history: int = 0
@@ -285,7 +244,8 @@ class LatentTraining:
             batch = batches[number]
             x0, noise, t = self.frozen.prepare(batch)
             text = self.frozen.text(batch)
-            output = self.frozen.predict(self.inner, add_noise(x0, noise, t, self.schedule), t, text)
+            calls = self._calls(batch)
+            output = self.frozen.predict(self.inner, add_noise(x0, noise, t, self.schedule), t, text, calls)
             losses = diffusion_loss(output, x0, noise, t, prediction, self.schedule).double()
             if number == start + accelerator.process_index:  # the rest only call the model, as all must under FSDP
                 sums[batches.band(number)] += torch.stack([losses.sum(), losses.new_tensor(len(losses))])

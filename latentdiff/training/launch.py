@@ -22,7 +22,8 @@ from ..config import Config
 from ..data.order import BatchPlan
 from ..device import DTYPES, check_attention, computes_in_bf16
 from ..errors import LatentDiffError, check_choice
-from ..sections import TrainSection, duration
+from ..sections import TrainSection
+from ..sections.values import duration
 from .record import begin_record, end_record
 from .signals import LAUNCHER_VARIABLES
 

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..sections import duration
+from ..sections.values import duration
 from .launch import Launch
 from .record import now
 

@@ -33,8 +33,13 @@ class TrainState:
         *,
         fp16: bool = False,
         tracked: Mapping[str, float] | None = None,
+        in_step: bool = True,
     ) -> None:
-        """Begin with the weights as they are; `tracked` are lengths of further averages, by name."""
+        """Begin with the weights as they are.
+
+        `tracked` are lengths of further averages, by name. A parameter without a gradient is left as it is: it neither
+        decays nor moves on by its momentum, and AdamW does not count the step for it; not `in_step` if there are such.
+        """
         self.section, self.timetable = section, timetable or Timetable(section)
         self.parameters = {name: parameter for group, _ in groups for name, parameter in group.items()}
         self.local = {name: local_shard(parameter) for name, parameter in self.parameters.items()}
@@ -59,7 +64,7 @@ class TrainState:
             self.averages[name] = self.ema if sigma_rel == section.ema_sigma_rel else EMA(weights, sigma_rel)
         further = [name for name, average in self.averages.items() if average is not self.ema]
         self.kinds = ("weights", "ema", *further, "exp_avg", "exp_avg_sq")  # of tensors in a checkpoint
-        self.fp16 = fp16
+        self.fp16, self.in_step = fp16, in_step
         self.loss_scale = torch.full((), FP16_SCALE if fp16 else 1.0, device=device)
         self.since_growth = torch.zeros((), device=device)
 
@@ -106,8 +111,9 @@ class TrainState:
     def tensors(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """Return everything a checkpoint must hold; collective under FSDP, even for processes that keep nothing."""
         tensors = {what: self.named(what, keep=keep) for what in self.kinds}
-        first = self.optimizer.state[next(iter(self.local.values()))]["step"]
-        return {**tensors, "scalars": {"step": first, "scale": self.loss_scale, "since_growth": self.since_growth}}
+        steps = torch.stack([self.optimizer.state[tensor]["step"] for tensor in self.local.values()])
+        counted = {"step": steps[0]} if self.in_step else {"steps": steps}
+        return {**tensors, "scalars": {**counted, "scale": self.loss_scale, "since_growth": self.since_growth}}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -122,8 +128,9 @@ class TrainState:
                 if isinstance(parameter, DTensor):
                     value = distribute_tensor(value, parameter.device_mesh, parameter.placements).to_local()
                 parts[name].copy_(value)
-        for tensor in self.local.values():
-            self.optimizer.state[tensor]["step"].copy_(state["scalars"]["step"])
+        steps = state["scalars"]["step" if self.in_step else "steps"].expand(len(self.local))
+        for tensor, step in zip(self.local.values(), steps, strict=True):
+            self.optimizer.state[tensor]["step"].copy_(step)
         self.loss_scale.copy_(state["scalars"]["scale"])
         self.since_growth.copy_(state["scalars"]["since_growth"])
 

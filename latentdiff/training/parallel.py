@@ -1,7 +1,7 @@
 """Data parallelism: wrapping modules in DDP or FSDP, and access to full and local parameters; evaluation mode."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from unet import Experts
 
 from ..sections import TrainSection
 from .launch import Launch, wants_fsdp
@@ -46,7 +48,10 @@ def distributed(module: nn.Module, run: Launch, section: TrainSection) -> nn.Mod
         # Harmless: the strides of a dimension of size 1 are ambiguous.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         devices = [run.device.index] if run.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+        # Experts that no process has a picture for get no gradient. To find them, DDP waits for the device each step.
+        has_experts = any(isinstance(part, Experts) for part in module.modules())
+        wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True,
+                                          find_unused_parameters=has_experts)  # fmt: skip
     if not section.compile:
         return wrapped
     # The adaptive weight of the adversarial loss goes through a graph twice, so its buffers must not be given away.
@@ -60,6 +65,14 @@ def no_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     if isinstance(inner, DistributedDataParallel) and not last:
         return inner.no_sync()
     return nullcontext()
+
+
+def in_any_process(run: Launch, numbers: Collection[int], most: int) -> list[int]:
+    """Return the union of numbers below `most` over all processes, which all call this, without the device."""
+    found = torch.zeros(most, dtype=torch.int64)
+    found[list(numbers)] = 1
+    torch.distributed.all_reduce(found, group=run.cpu_group)
+    return found.nonzero().flatten().tolist()
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:

@@ -1,15 +1,13 @@
 """Preview images during training, sampled from the same prompts and noise every time."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from text_encoder import TextEncoder
-from unet import UNet
 from vae import VAE
 
 from ..data.order import random_stream
@@ -47,29 +45,6 @@ def sample_preview(
             check_time()
         pixels = vae.decode(x).float().cpu()
     return labeled_grid(to_images(pixels), list(prompts), columns=min(8, max(1, round(len(prompts) ** 0.5))))
-
-
-class FullModelNetwork:
-    """Adapter of a `LatentModel` to the sampling loop; FSDP gathers parameters only when the full model is called."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def project_context(self, context: Tensor) -> Tensor:
-        """Return the context unchanged."""
-        return context
-
-    def project_time(self, t: Tensor) -> list[Tensor]:
-        """Return the timesteps unchanged."""
-        return [t]
-
-    def start_history(self) -> Any:
-        """See `UNet.start_history`."""
-        return cast(UNet, self.model.unet).start_history()
-
-    def __call__(self, x: Tensor, t: list[Tensor], context: Tensor, history: Any = None) -> Any:
-        """Predict at x (B, c, h, w)."""
-        return self.model(x, t[0].expand(len(x)), context, history)
 
 
 class PreviewNoise:

@@ -10,8 +10,7 @@
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from text_encoder import TextEncoder, TextEncoderError, train_tokenizer
-from unet import UNet
 from vae import VAE
 
 from ..config import Config
@@ -27,11 +25,8 @@ from ..data.batches import check_halves
 from ..data.cache import LatentCache, TextCache, pictures_digest
 from ..data.shards import changed_inputs, remove_others
 from ..data.sources import Source
-from ..diffusion.process import Process
 from ..errors import LatentDiffError
 from ..files.export import begin_model, save_model
-from ..files.open import read_json
-from ..files.scheduler import SAVED, read_scheduler
 from ..files.unfinished import find_part
 from .broken import say_what_is_broken
 from .done import ORIGIN, find_done, mark_done
@@ -41,6 +36,7 @@ from .launch import Launch, launched
 from .loop import run_training
 from .parallel import gather_full
 from .pictures import open_pictures, say_what_is_cut_off
+from .start import new_unet, pretrained_warnings
 from .vae import VAETraining
 from .vae_finish import finish_seconds, finish_vae, kept_encodings
 
@@ -123,8 +119,8 @@ def new_latent_training(run: Launch, vae: VAE) -> LatentTraining:
     text_encoder = open_text_encoder(config, sources[0]).to(run.device)
     say_what_is_cut_off(run, sources, text_encoder)
     unet = new_unet(config, vae, text_encoder)
-    for line in _pretrained_warnings(config):
-        run.report(f"warning: unet.pretrained={config.unet.pretrained}: {line}")
+    for line in pretrained_warnings(config):
+        run.report(f"warning: {line}")
     caches = make_caches(run, sources, vae, text_encoder)
     return LatentTraining(run, run.folder / "train_latent", sources, vae, unet, text_encoder, caches)
 
@@ -151,7 +147,7 @@ def _begin_model(task: LatentTraining, run: Launch, folder: Path) -> None:
     encoder = task.text_encoder
     frozen = {name: gather_full(p) for name, p in encoder.model.named_parameters() if not p.requires_grad}
     if run.is_main:
-        begin_model(folder, vae=task.frozen.vae, unet=task.inner.unet.config, text_encoder=encoder, frozen=frozen,
+        begin_model(folder, vae=task.frozen.vae, unet=task.inner.unet, text_encoder=encoder, frozen=frozen,
                     process=run.config.diffusion.process())  # fmt: skip
     run.accelerator.wait_for_everyone()
 
@@ -221,55 +217,6 @@ def open_text_encoder(config: Config, source: Source) -> TextEncoder:
     captions = (caption for several in source.all_captions() for caption in several)
     tokenizer = train_tokenizer(captions, vocab_size=section.vocab_size, max_length=section.max_length)
     return TextEncoder.new(section.build(), tokenizer)
-
-
-def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> UNet:
-    """Create or load the UNet of the config; raise unless it fits the VAE and the text encoder."""
-    size = config.data.image_size // vae.config.downsampling
-    channels, width = vae.config.latent_channels, text_encoder.context_dim
-    if pretrained := config.unet.pretrained:
-        unet = _pretrained_unet(config, pretrained, channels, width)
-        unet.config = replace(unet.config, sample_size=size)
-        if (wanted := config.unet.trajectory_attention) and not unet.config.trajectory_attention:
-            unet.add_trajectory_attention(wanted)
-    else:
-        unet = UNet(config.unet.build(channels, width, size))
-    unet.set_attention_backend(config.unet.attention)
-    return unet
-
-
-def _pretrained_unet(config: Config, pretrained: str, channels: int, width: int) -> UNet:
-    folder = Path(find_part(pretrained, "unet"))
-    with torch.device("cpu"):  # also if called under the meta device
-        unet, saved = UNet.from_pretrained(folder), _saved_process(folder.parent)
-    for what, needed in (("in_channels", channels), ("out_channels", channels), ("context_dim", width)):
-        if (found := getattr(unet.config, what)) != needed:
-            raise LatentDiffError(f"unet.pretrained={pretrained}: its {what} is {found}; this VAE and this text "
-                                  f"encoder need {needed}")  # fmt: skip
-    if (wanted := config.unet.trajectory_attention) and (found := unet.config.trajectory_attention) not in (0, wanted):
-        raise LatentDiffError(f"unet.pretrained={pretrained}: its trajectory_attention is {found}, but unet."
-                              f"trajectory_attention={wanted}; leave that out")  # fmt: skip
-    if saved is not None and saved.prediction != config.diffusion.prediction:
-        raise LatentDiffError(f"unet.pretrained={pretrained}: it predicts {saved.prediction}, but diffusion.prediction="
-                              f"{config.diffusion.prediction}; set it to {saved.prediction}")  # fmt: skip
-    return unet
-
-
-def _saved_process(model: Path) -> Process | None:
-    """The prediction and noise schedule of a saved model, or None if it has no scheduler config."""
-    path = model / "scheduler" / "scheduler_config.json"
-    return read_scheduler(read_json(path, ""), path, SAVED) if path.is_file() else None
-
-
-def _pretrained_warnings(config: Config) -> Iterator[str]:
-    """Yield warnings about settings that do not match the pretrained UNet, which is usually an oversight."""
-    if not config.unet.pretrained:
-        return
-    if not config.text_encoder.pretrained:
-        yield "it does not know a new text encoder; set text_encoder.pretrained to the one it was trained with"
-    saved = _saved_process(Path(find_part(config.unet.pretrained, "unet")).parent)
-    if saved is not None and not torch.equal(saved.schedule.betas, config.diffusion.build().betas):
-        yield "it was trained with another noise schedule than the one in `diffusion`; check zero_terminal_snr"
 
 
 def make_caches(run: Launch, sources: tuple[Source, Source], vae: VAE, encoder: TextEncoder) -> tuple[Caches, Caches]:

@@ -265,3 +265,16 @@ def test_devices_are_plausible_and_diffusers_is_not_imported():
 
 
 # With a budget. At this share of its peak, an H100 takes about half a second for a step of the recipe `debug`.
+
+
+def test_experts_cost_memory_and_no_passes():
+    """Four UNets hold and store four times what one does; a picture still goes through one of them."""
+    one, four = ({stage.name.split()[0]: stage for stage in plan(load_config("debug", settings)).stages}
+                 for settings in ((), ("unet.experts=4",)))  # fmt: skip
+    for name in ("train_latent", "sample"):
+        assert four[name].parameters == one[name].parameters | {"unet": 4 * one[name].parameters["unet"]}
+        assert four[name].step_flops == pytest.approx(one[name].step_flops, rel=0.01)
+    more = 3 * one["train_latent"].parameters["unet"]
+    assert four["train_latent"].trained == one["train_latent"].trained + more
+    before, after = one["train_latent"].memory, four["train_latent"].memory
+    assert (after.gradients, after.average) == (before.gradients + 4 * more, before.average + 4 * more)

@@ -12,7 +12,7 @@ from latentdiff.cli.training import plan as command
 from latentdiff.config import load_config
 from latentdiff.plan import plan
 from latentdiff.plan.budget import count_pictures
-from latentdiff.sections import duration
+from latentdiff.sections.values import duration
 from latentdiff.training.budget import AIM, DISK_SPEED, LEAVING, OVERHEAD, PARTS, RESERVE, Pacer
 from latentdiff.training.signals import StopReason
 from latentdiff.training.timetable import Timetable

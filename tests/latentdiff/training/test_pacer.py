@@ -8,7 +8,7 @@ import torch
 
 from latentdiff.config import load_config
 from latentdiff.errors import LatentDiffError
-from latentdiff.sections import duration
+from latentdiff.sections.values import duration
 from latentdiff.training.budget import OutOfTime, Pacer, format_duration
 from latentdiff.training.decisions import Decisions
 from latentdiff.training.signals import StopReason

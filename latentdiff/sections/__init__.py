@@ -1,59 +1,29 @@
 """The sections of a run's configuration: every setting with its default, meaning and unit."""
 
-import os
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from text_encoder import TextEncoderConfig
-from unet import UNetConfig
+from unet import UNetConfig, UNetError
 from unet.config import MAX_HISTORY
+from unet.experts import band_edges
 from vae import VAEConfig
 
-from .diffusion.process import Prediction, Process, Variance, Weighting
-from .diffusion.schedule import Schedule
-from .sampling.settings import SamplingSettings
-
-
-def _number(value: object) -> object:
-    # YAML reads 1e-4 as a string.
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def duration(text: object) -> float:
-    """Return the seconds of a time such as `90s`, `10m` or `1h30m`; raise ValueError for anything else."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text) if isinstance(text, str) else []
-    seconds = sum(float(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in parts)
-    if not seconds or "".join(map("".join, parts)) != text:
-        raise ValueError("a time such as 90s, 10m or 1h30m")
-    return seconds
-
-
-def _duration(text: object) -> object:
-    duration(text)
-    return text
-
-
-def _expanded(path: object) -> object:
-    """Replace a leading `~` by the home folder, in the only place where settings with paths are read."""
-    return os.path.expanduser(path) if isinstance(path, str) else path
-
+from ..diffusion.process import Prediction, Process, Variance, Weighting
+from ..diffusion.schedule import Schedule
+from ..sampling.settings import SamplingSettings
+from .values import Color, Count, Decay, Fraction, NonNegative, PathText, Positive, PositiveFloat, number
 
 SAMPLING = SamplingSettings()  # the defaults
-PathText = Annotated[str, BeforeValidator(_expanded)]
-Duration = Annotated[str, BeforeValidator(_duration)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
-Decay = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
-Level = Annotated[int, Field(ge=0, le=255)]
-Color = tuple[Level, Level, Level]
 
 
 class Section(BaseModel):
@@ -71,7 +41,7 @@ class DataConfig(Section):
     """Split to train on."""
     validation_split: str = "validation"
     """Split that is never trained on; if there is none, `validation_share` of the pictures are held out."""
-    validation_share: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] = 0.05
+    validation_share: Annotated[float, BeforeValidator(number), Field(gt=0, lt=1)] = 0.05
     """Fraction of the pictures held out if the source has no validation split."""
     image_column: str | None = None
     """Column with the pictures; None: detected."""
@@ -99,6 +69,10 @@ class ModelSection(Section):
     pretrained: PathText | None = None
     also_used: ClassVar[tuple[str, ...]] = ()  # settings other than sizes, which apply to a pretrained model too
 
+    def brings_sizes(self) -> bool:
+        """Whether the weights come from a trained model, whose sizes are its own."""
+        return self.pretrained is not None
+
     def sizes(self) -> dict[str, Any]:
         """Return the settings that a pretrained model brings along."""
         others = {"pretrained", *self.also_used}
@@ -106,7 +80,7 @@ class ModelSection(Section):
 
     @model_serializer(mode="wrap")
     def _serialize(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        kept = set(type(self).model_fields) if self.pretrained is None else {"pretrained", *self.also_used}
+        kept = {"pretrained", *self.also_used} if self.brings_sizes() else set(type(self).model_fields)
         return {name: value for name, value in serialize(self).items() if name in kept}
 
 
@@ -149,12 +123,21 @@ class TextEncoderSection(ModelSection):
         return TextEncoderConfig(self.width, self.num_layers, self.num_heads)
 
 
+def _several(experts: Any) -> Any:
+    return None if experts == 1 else experts  # one and the same thing, to resume with either
+
+
 class UNetSection(ModelSection):
     """Shape of the UNet (see unet/config.py); its channels and context width follow from the VAE and text encoder."""
 
     pretrained: PathText | None = None
     """Folder of a trained UNet to start from, or `builtin:emoji-256`; the sizes below are then ignored."""
-    also_used: ClassVar[tuple[str, ...]] = ("attention", "trajectory_attention")
+    also_used: ClassVar[tuple[str, ...]] = ("attention", "experts", "experts_from", "trajectory_attention")
+    experts: Annotated[int | tuple[int, ...] | None, AfterValidator(_several)] = None
+    """Number of UNets, each for an equal band of timesteps, or the timesteps where one takes over from another, such as
+    [250, 500]; None: a single one."""
+    experts_from: PathText | None = None
+    """Folder of a trained UNet from which all experts start, as for `pretrained`; the sizes below are then ignored."""
     block_out_channels: tuple[Positive, ...] = (320, 640, 1280, 1280)
     layers_per_block: Positive = 2
     attention_levels: tuple[Count, ...] = (0, 1, 2)
@@ -168,6 +151,19 @@ class UNetSection(ModelSection):
     trajectory_attention: Annotated[int, Field(ge=0, le=MAX_HISTORY)] = 0
     """K, the earlier steps of a trajectory that every step attends to (docs/trajectory.md); 0: none. A pretrained UNet
     without gets new layers, and one that has them keeps its own number."""
+
+    def brings_sizes(self) -> bool:
+        """See `ModelSection`; `experts_from` brings them along, too."""
+        return self.pretrained is not None or self.experts_from is not None
+
+    def edges(self, num_timesteps: int) -> tuple[int, ...] | None:
+        """Return the edges 0, ..., T of the experts' bands; None for a single UNet. Raises UNetError."""
+        if self.experts_from is not None and (self.experts is None or self.pretrained is not None):
+            raise UNetError(f"experts_from={self.experts_from}: needs `experts`, and takes the place of `pretrained`")
+        if self.experts is not None and self.trajectory_attention:
+            raise UNetError(f"experts={self.experts} with trajectory_attention={self.trajectory_attention}: an expert "
+                            "cannot look back at what another one has computed")  # fmt: skip
+        return None if self.experts is None else band_edges(self.experts, num_timesteps)
 
     def build(self, latent_channels: int, context_dim: int, sample_size: int) -> UNetConfig:
         """Return the config of a new UNet."""
@@ -238,9 +234,9 @@ class TrainSection(Section):
     """Gradients are clipped to this norm."""
     max_skipped: Positive = 20
     """The run saves and stops after this many consecutive steps with a loss that is not finite."""
-    max_spike: Annotated[float, BeforeValidator(_number), Field(gt=1)] | None = None
+    max_spike: Annotated[float, BeforeValidator(number), Field(gt=1)] | None = None
     """Skip steps whose loss is more than this many times its running mean; None: only note those beyond 1,000 times."""
-    ema_sigma_rel: Annotated[float, BeforeValidator(_number), Field(gt=0, le=0.28)] = 0.1
+    ema_sigma_rel: Annotated[float, BeforeValidator(number), Field(gt=0, le=0.28)] = 0.1
     """Width of the EMA of the weights: its standard deviation relative to the training so far (arXiv 2312.02696)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, but about a third slower."""
