@@ -1,7 +1,7 @@
 """Does it help to see earlier steps? `unet.trajectory_attention` 0, 1 and 4, at equal seconds of training.
 
     python benchmarks/trajectory.py                                                      # three seeds
-    python benchmarks/trajectory.py --steps 6 --calibrate 4 --seeds 1 --concepts 8       # does it run?
+    python benchmarks/trajectory.py --steps 4 --calibrate 4 --seeds 1 --concepts 4 --pictures 4      # does it run?
 
 The arena is that of benchmarks/ablation.py: 208 of the shipped pictures, a small UNet, 500 steps without a history. The
 others take as many steps as fit into the same seconds, by a calibration that runs alone and is kept in steps.json.
@@ -49,7 +49,8 @@ def train(folder: Path, data: Path, arguments: argparse.Namespace, history: int,
                f"vae.pretrained={arguments.vae}", f"data.source={data}", f"seed={seed}", f"output={folder}",
                f"unet.trajectory_attention={history}", f"train_latent.steps={steps}", "report=false",
                f"train_latent.warmup_steps={min(50, steps // 2)}", "train_latent.log_every=2",
-               "validation.prompts=[a 3d emoji of a red apple]", "validation.num_steps=1"]  # fmt: skip
+               "validation.prompts=[a 3d emoji of a red apple]", "validation.num_steps=1",
+               "validation.num_pictures=8", "validation.timestep_bands=1", "train_latent.keep_best=false"]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
@@ -91,7 +92,7 @@ def chain_losses(pipe: LatentPipeline, latents: Tensor, captions: Sequence[str],
     return found
 
 
-def measure(folder: Path, data: Path, concepts: int) -> None:
+def measure(folder: Path, data: Path, concepts: int, pictures: int) -> None:
     """Write evaluation.json, drawn.jsonl and losses.json for a trained model; runs in a process of its own."""
     torch.set_num_threads(1)
     pipe = LatentPipeline.from_pretrained(folder, dtype=torch.float32)
@@ -99,7 +100,7 @@ def measure(folder: Path, data: Path, concepts: int) -> None:
     evaluate(pipe, config, SAMPLING, style=EMOJI_STYLE, num_concepts=concepts).write(folder)
     losses = {}
     for name, source in zip(LOSSES, open_source(config), strict=True):
-        gallery = embed(pipe.vae, read_pictures(source, config, 208, []), pipe.image_size)
+        gallery = embed(pipe.vae, read_pictures(source, config, pictures, []), pipe.image_size)
         captions = [source.captions(index)[0] for index in gallery.indices]
         for looks_back in (True, False):
             parts = [chain_losses(pipe, gallery.latents[part].float(), captions[part], looks_back)
@@ -114,7 +115,8 @@ def run(arguments: argparse.Namespace, data: Path, steps: int, history: int, see
     if not (folder / "losses.json").is_file():
         second = train(folder, data, arguments, history, seed, steps)
         (folder / "second.json").write_text(json.dumps(second))
-        command = [sys.executable, __file__, "--measure", folder, "--data", data, "--concepts", arguments.concepts]
+        command = [sys.executable, __file__, "--measure", folder, "--data", data, "--concepts", arguments.concepts,
+                   "--pictures", arguments.pictures]  # fmt: skip
         with (folder / "output.log").open("a") as log:
             subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=subprocess.STDOUT)
         print(f"done: K = {history}, seed {seed}", file=sys.stderr, flush=True)
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--vae", default="builtin:emoji-64")
     parser.add_argument("--output", type=Path, default=Path("runs/trajectory"))
     parser.add_argument("--concepts", type=int, default=104)
+    parser.add_argument("--pictures", type=int, default=64, help="for the losses, of either set")
     parser.add_argument("--steps", type=int, default=500, help="of the model without a history")
     parser.add_argument("--calibrate", type=int, default=30, help="steps to measure the seconds of one")
     parser.add_argument("--seeds", type=int, default=3)
@@ -152,7 +155,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(arguments.measure, arguments.data, arguments.concepts)
+        measure(arguments.measure, arguments.data, arguments.concepts, arguments.pictures)
         return
     arguments.output /= f"{arguments.concepts}-{arguments.steps}"
     data = make_data(arguments.output / "data", arguments.concepts)
