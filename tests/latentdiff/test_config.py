@@ -132,7 +132,8 @@ def test_sizes_of_a_pretrained_model_are_not_recorded():
     names = [f"{part}.pretrained=builtin:emoji-256" for part in ("vae", "unet", "text_encoder")]
     values = load_config("emoji-64", names).model_dump(mode="json")
     assert values["vae"] == {"pretrained": "builtin:emoji-256"}
-    assert values["unet"] == {"pretrained": "builtin:emoji-256", "attention": "sdpa", "trajectory_attention": 0}
+    assert values["unet"] == {"pretrained": "builtin:emoji-256", "attention": "sdpa", "experts": None,
+                              "experts_from": None, "trajectory_attention": 0}  # fmt: skip
     assert values["text_encoder"] == {"pretrained": "builtin:emoji-256", "train": True, "max_length": 24}
     assert load_config("emoji-64").model_dump()["unet"]["block_out_channels"] == (96, 192, 256)
 
