@@ -267,6 +267,7 @@ def test_devices_are_plausible_and_diffusers_is_not_imported():
 # With a budget. At this share of its peak, an H100 takes about half a second for a step of the recipe `debug`.
 
 
+@pytest.mark.slow
 def test_experts_cost_memory_and_no_passes():
     """Four UNets hold and store four times what one does; a picture still goes through one of them."""
     one, four = ({stage.name.split()[0]: stage for stage in plan(load_config("debug", settings)).stages}

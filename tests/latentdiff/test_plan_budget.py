@@ -118,6 +118,7 @@ def test_max_steps_bound_a_budget_and_leave_the_time_to_the_next_stage():
     assert "too short" not in text
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_short_is_said_in_words_with_one_that_suffices():
     config = load_config("debug", ["budget=30s", "budget_share=0.2"])
     found = plan(config, **SLOW, dataset_size=9000)  # encoding alone takes longer

@@ -40,6 +40,7 @@ def test_size_is_a_limit():
     assert len(train_tokenizer(CAPTIONS, vocab_size=100_000)) < 200
 
 
+@pytest.mark.slow
 def test_same_vocabulary_in_every_run_and_order():
     """Ids depend only on the captions, because token caches and resumed runs rely on them."""
     expected = train_tokenizer(CAPTIONS, vocab_size=80).get_vocab()

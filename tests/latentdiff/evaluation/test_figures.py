@@ -8,7 +8,7 @@ from latentdiff.evaluation.distances import frechet_distance
 from latentdiff.evaluation.figures import difference, estimate, halve
 
 
-@pytest.mark.parametrize("together", [1, 4])
+@pytest.mark.parametrize("together", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_intervals_cover_a_known_frechet_distance(together):
     """Two Gaussians; also if four pictures each show one concept, where intervals for single pictures are too short."""
     random, truth, covered, alone = np.random.default_rng(0), 2 * 0.5**2 + 2 * 0.4**2, 0, 0

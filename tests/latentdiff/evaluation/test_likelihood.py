@@ -207,14 +207,15 @@ def test_few_timesteps_estimate_the_same(linear, proposal):
         assert abs(one.kl - other.kl) < 4 * math.hypot(one.standard_error, other.standard_error)
 
 
+@pytest.mark.slow
 def test_intervals_cover(linear, proposal):
-    """Of 100 estimates with 8 draws, the 90 % intervals hold the mean of many draws in 90 % of the cases."""
-    truth = log_likelihood(linear, LEVELS[:1], [""], proposal, draws=2000, num_timesteps=3)[0]
+    """Of 300 estimates with 8 draws, the 90 % intervals hold the mean of many draws in 90 % of the cases."""
+    truth = log_likelihood(linear, LEVELS[:1], [""], proposal, draws=3000, num_timesteps=3)[0]
     inside = 0
-    for seed in range(1, 101):
+    for seed in range(1, 301):
         found = log_likelihood(linear, LEVELS[:1], [""], proposal, draws=8, num_timesteps=3, seed=seed)[0]
         inside += found.interval[0] <= truth.nats <= found.interval[1]
-    assert 0.82 <= inside / 100 <= 0.97
+    assert 0.84 <= inside / 300 <= 0.96
 
 
 def test_noise_does_not_depend_on_the_prompt(linear):

@@ -51,7 +51,7 @@ def save(run, step, tensors, metadata):
 
 def begin(run, parts):
     frozen = {name: p for name, p in parts["text_encoder"].model.named_parameters() if "pooler" in name}
-    begin_model(run / "model", vae=parts["vae"], unet=parts["unet"].config, text_encoder=parts["text_encoder"],
+    begin_model(run / "model", vae=parts["vae"], unet=parts["unet"], text_encoder=parts["text_encoder"],
                 frozen=frozen, process=parts["process"])  # fmt: skip
 
 

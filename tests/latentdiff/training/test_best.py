@@ -60,6 +60,7 @@ def test_the_best_average_is_kept_beside_the_last(kills, latent, model, log, sai
     assert same(model("killed", "model-best"), model("run", "model-best"))
 
 
+@pytest.mark.slow
 def test_keep_best_may_change_while_a_run_goes_on(latent, log, tmp_path):
     """What was the best stays known; while it is off, nothing is measured."""
 

@@ -51,9 +51,10 @@ KILLS = (("kill at step", 7), ("kill while saving", 25), ("kill at step", 5), ("
          ("kill while saving", 10))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "kills"),
-    [("train_latent", KILLS[:2]), *(pytest.param(stage, KILLS, marks=pytest.mark.slow) for stage in STAGES)],
+    [(stage, kills) for stage in STAGES for kills in (KILLS[:2], KILLS)],
 )
 def test_a_run_is_a_function_of_its_list(stage_alone, state, stage, kills, tmp_path):
     """Killed again and again, at steps and while saving: every tensor equal, and no decision added."""

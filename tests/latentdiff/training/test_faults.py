@@ -40,6 +40,7 @@ def test_a_spike_is_noted_with_its_pictures_and_skipped_on_request(latent, said,
     assert not same(noted, skipped)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_through_a_spike(latent, state):
     settings = (*LONGER, "train_latent.max_spike=50")
     assert latent("one", *settings, accident="spike", at=14) == 0

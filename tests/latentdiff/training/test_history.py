@@ -106,6 +106,7 @@ def settings(uninterrupted):
     return [*LATENT, f"vae.pretrained={uninterrupted('fp32') / 'vae'}"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_for_bit(train, state, log, said, settings):
     assert train("whole", *settings) == 0
     assert train("run", *settings, accident="kill at step", at=5) == -9

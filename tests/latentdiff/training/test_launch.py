@@ -49,7 +49,8 @@ def wait_until(condition, seconds):
     return False
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 0), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 1)])
 def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, processes, workers):
     """The signal reaches the whole process group, data loader workers included."""
     output = tmp_path / "run"

@@ -51,6 +51,7 @@ def test_a_killed_run_continues_bit_for_bit(train, state, log, uninterrupted, pr
         assert log("run", stage=stage) == log(uninterrupted(precision), stage=stage)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(train, state, log, uninterrupted):
     for at in (2, 5, 2, 5):
         assert train("run", accident="kill at step", at=at) in (-9, 0)
@@ -121,7 +122,8 @@ def test_two_processes_train_what_one_does(train, log, uninterrupted, precision,
         assert worst(one, two) < tolerance, stage
 
 
-@pytest.mark.parametrize("counts", [(2, 1), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(2, 1), (2, 1, 4)])
 def test_another_number_of_processes_goes_on(train, state, log, uninterrupted, counts):
     """Stopped after every second step, and resumed by more or fewer processes: the same samples, up to rounding."""
     settings = [f"vae.pretrained={uninterrupted('fp32')}", "train_latent.log_every=1", *(f"{stage}.{setting}"
@@ -138,6 +140,7 @@ def test_another_number_of_processes_goes_on(train, state, log, uninterrupted, c
     assert all(torch.allclose(one[name], some[name], atol=2e-5) for name in one)
 
 
+@pytest.mark.slow
 def test_two_processes_play_against_the_discriminator_as_one_does(train, log):
     """In float64, where any remaining difference is a bug rather than rounding.
 

@@ -59,7 +59,7 @@ def test_sample_draws_or_says_what_is_missing(train, tmp_path, accident, at, wor
     assert len(list(drawn.glob("*.png"))) == (2 if draws else 0)
 
 
-@pytest.mark.parametrize("settings", [(), FROZEN], ids=["trained", "frozen"])
+@pytest.mark.parametrize("settings", [(), pytest.param(FROZEN, marks=pytest.mark.slow)], ids=["trained", "frozen"])
 def test_a_checkpoint_is_what_the_run_would_save(train, uninterrupted, tmp_path, settings):
     """All tensors are those of a run of that many steps, whose last checkpoint equals its finished model, too."""
     for name in ("short", "killed"):
@@ -76,6 +76,7 @@ def test_a_checkpoint_is_what_the_run_would_save(train, uninterrupted, tmp_path,
         assert (one / file).read_bytes() == (other / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_of_a_run_is_its_model(uninterrupted, tmp_path):
     """In bf16, whose averages are in float32 like all saved weights; a damaged checkpoint is not the last one."""
     run = shutil.copytree(uninterrupted("bf16"), tmp_path / "run")
@@ -87,7 +88,8 @@ def test_the_last_checkpoint_of_a_run_is_its_model(uninterrupted, tmp_path):
     assert not same(unfinished(run, "step 3 of 6; step-00000006: model-weights.safetensors is truncated"), finished)
 
 
-@pytest.mark.parametrize("environment", [{}, pytest.param(FSDP, marks=pytest.mark.slow)], ids=["DDP", "FSDP"])
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP"])
 def test_two_processes(train, uninterrupted, tmp_path, environment):
     """What is not trained is written whole where every process has a part of it."""
     shutil.copytree(uninterrupted("fp32") / "vae", tmp_path / "run" / "vae")
