@@ -129,6 +129,7 @@ def test_peak_on_meta_is_the_peak_of_real_tensors():
     assert expected < 0.7 * without
 
 
+@pytest.mark.slow
 def test_a_history_costs_half_a_forward_pass_a_step_and_its_keys_and_values():
     """K passes of half of the batch beside the three of a step; 4 width^2 and a few weights for each transformer."""
     stages, passes = [], []
@@ -179,7 +180,7 @@ def test_full_size_models_have_their_known_parameters():
     assert sum(p.numel() for p in models.vae.parameters()) == 83_653_863
 
 
-QUICK = ("debug", "emoji-256")
+QUICK = ("debug",)
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
@@ -225,6 +226,7 @@ def test_a_small_gpu_is_told_what_would_fit():
     assert again.fits
 
 
+@pytest.mark.slow
 def test_more_share_of_the_peak_takes_less_time():
     config = load_config("debug")
     slow, fast = (plan(config, device="l4", mfu=mfu).stages[0].seconds for mfu in (0.1, 0.2))

@@ -155,6 +155,7 @@ def test_training_pictures_are_counted_without_opening_one_or_assumed(tmp_path):
         assert any("assumed to be 1,000" in note for note in found.notes) == (number == 1000)
 
 
+@pytest.mark.slow
 def test_the_text_says_what_a_budget_buys_and_when_pictures_are_memorized():
     """The option of the command is the setting; the note comes beyond 100 passes of latent training."""
     found = plan(load_config("debug", ["budget=1h"]), **SLOW, dataset_size=20)

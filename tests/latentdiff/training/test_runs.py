@@ -298,6 +298,7 @@ def test_a_longer_run_continues_a_shorter_one(train, state, uninterrupted, tmp_p
     assert same(state("run")[1], expected(uninterrupted, "fp32", "train_latent"))
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(train, state, uninterrupted):
     assert train("run", "workers=2") == 0
     for stage in STAGES:
