@@ -16,11 +16,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts backg
 torch.set_num_threads(1)  # tensors here are tiny: a second thread gains nothing, and waits for whatever else runs
 
 
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores: some tests wait for processes that they have started."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
-
-
 def pytest_configure(config):
     is_controller = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
     if not is_controller:  # pytest-xdist's controller runs no test, and its workers wait for it

@@ -23,6 +23,7 @@ def test_names():
         part_folder("builtin:emoji-64", "unet")
 
 
+@pytest.mark.slow
 def test_the_default_model_samples():
     """Offline and without a name: images depend on the prompt and are reproducible."""
     pipe = LatentPipeline.from_pretrained(device="cpu")

@@ -135,6 +135,7 @@ def test_a_budget_that_is_too_short_is_said_in_words_with_one_that_suffices():
         assert ("too short" not in "\n".join(found.lines())) == is_enough
 
 
+@pytest.mark.slow
 def test_training_pictures_are_counted_without_opening_one_or_assumed(tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "one.tar").write_bytes(b"")

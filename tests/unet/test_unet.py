@@ -203,7 +203,8 @@ def test_autocast_takes_float32_inputs(unet, inputs, relative_error):
         assert relative_error(unet(*inputs).float(), unet.float()(*inputs)) < 3e-2
 
 
-@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [False, True])
 def test_upcast_attention_runs_in_float32(inputs, autocast):
     """Autocast would cast back to bfloat16, since attention is on its list."""
     unet = randomized(replace(FEW_LAYERS, upcast_attention=True))

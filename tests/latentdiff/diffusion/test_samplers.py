@@ -252,7 +252,8 @@ def test_order_of_convergence(mixture, name, order):
     assert slope == pytest.approx(order, abs=0.05)
 
 
-@pytest.mark.parametrize("count", [4_000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [4_000, 20_000])
 def test_ddpm_samples_the_data(mixture, count):
     """At T = 1000: moments, the spread of each mode, and a KS test against the exact reverse chain."""
     data = mixture([0.35, 0.65], [[-1.5, 0.5], [1.0, -0.5]], [[0.3, 0.5], [0.5, 0.4]])

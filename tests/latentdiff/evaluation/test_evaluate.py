@@ -30,7 +30,9 @@ def copier(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize(("limit", "flip"), [(20_000, False), (9, False), (20_000, True)])
+@pytest.mark.parametrize(
+    ("limit", "flip"), [(9, False), *(pytest.param(20_000, flip, marks=pytest.mark.slow) for flip in (False, True))]
+)
 def test_a_perfect_copier_is_always_right(pipe, pictures, copier, monkeypatch, tmp_path, limit, flip):
     """Also if some pictures are not read, one is broken, and mirrored training pictures are copied."""
     monkeypatch.setattr(report, "MAX_TRAINING", limit)

@@ -224,6 +224,7 @@ def test_noise_does_not_depend_on_the_prompt(linear):
     assert log_likelihood(linear, LEVELS, [""] * 3, uniform(200), seed=6)[0].by_draw != one[0].by_draw
 
 
+@pytest.mark.slow
 def test_a_wider_posterior_is_a_bound_too(linear):
     narrow, wide = (log_likelihood(linear, LEVELS, [""] * 3, uniform(200), draws=100, num_timesteps=None,
                                    posterior_floor=floor) for floor in (0.0, 0.4))  # fmt: skip

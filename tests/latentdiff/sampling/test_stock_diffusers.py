@@ -235,7 +235,7 @@ STOCK = {"ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler", "eu
 
 
 @pytest.mark.parametrize("sampler", STOCK)
-@pytest.mark.parametrize("num_steps", [6, 15, 25, 30])
+@pytest.mark.parametrize("num_steps", [6, 15, *(pytest.param(each, marks=pytest.mark.slow) for each in (25, 30))])
 def test_where_the_same_picture_comes_out(pipe, tmp_path, open_stock, sampler, num_steps):
     """docs/files.md: with DPM-Solver++ at any number of steps, with DDIM where it divides the timesteps.
 

@@ -35,7 +35,7 @@ def some_moment(seed):
 
 @pytest.mark.parametrize(
     ("precision", "accident", "at"),
-    [("fp32", "kill at step", 5), ("fp32", "kill while saving", 45),
+    [("fp32", "kill while saving", 45), pytest.param("fp32", "kill at step", 5, marks=pytest.mark.slow),
      pytest.param("bf16", "kill at step", 9, marks=pytest.mark.slow),
      *(pytest.param(*some_moment(seed), marks=pytest.mark.slow) for seed in range(20))],
 )  # fmt: skip
@@ -61,6 +61,7 @@ def test_killed_again_and_again(train, state, log, uninterrupted):
         assert log("run", stage=stage) == log(uninterrupted("fp32"), stage=stage)
 
 
+@pytest.mark.slow
 def test_the_log_has_every_step_once(train, uninterrupted, tmp_path):
     """Killed after step 4 was logged and before it was saved; a line of several steps has their mean."""
     assert train("run", *EVERY_STEP[:2], accident="kill at step", at=11) == -9
@@ -77,8 +78,8 @@ def test_the_log_has_every_step_once(train, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(
     ("processes", "accident", "code", "name"),
-    [(1, "terminate", 143, "SIGTERM"), (2, "terminate", 143, "SIGTERM"), (1, "interrupt", 130, "SIGINT"),
-     pytest.param(2, "interrupt", 130, "SIGINT", marks=pytest.mark.slow)],
+    [(1, "terminate", 143, "SIGTERM"), (2, "terminate", 143, "SIGTERM"),
+     *(pytest.param(processes, "interrupt", 130, "SIGINT", marks=pytest.mark.slow) for processes in (1, 2))],
 )  # fmt: skip
 def test_a_signal_saves_within_a_step(train, state, said, processes, accident, code, name):
     assert train("run", processes=processes, accident=accident, at=10) == code
@@ -289,6 +290,7 @@ def test_another_config_does_not_continue_a_run(train, said, uninterrupted, tmp_
     assert "this run started with train_latent.learning_rate=0.001, but it is now 0.0001" in said("run")
 
 
+@pytest.mark.slow
 def test_a_longer_run_continues_a_shorter_one(train, state, uninterrupted, tmp_path):
     """`steps` may grow: with a constant learning rate the first steps are the same."""
     shutil.copytree(uninterrupted("fp32") / "vae", tmp_path / "run" / "vae")

@@ -187,6 +187,7 @@ def test_a_run_with_snapshots(latent, state, log, said, weights, tmp_path):
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_run_that_began_without(latent, said, tmp_path):
     assert latent("run", accident="full disk", at=3) == 1
     assert "the checkpoint of step 4 cannot be written (No space left on device)" in said("run")

@@ -36,7 +36,7 @@ def unfinished(name, step):
 @plain
 @pytest.mark.parametrize(
     ("accident", "at", "words"),
-    [("kill at step", 2, "nothing has been trained yet"),
+    [pytest.param("kill at step", 2, "nothing has been trained yet", marks=pytest.mark.slow),
      ("kill at step", 5, "its VAE is still being trained: step 3 of 6"),
      pytest.param("terminate", 2, "its VAE is still being trained: step 2 of 6", marks=pytest.mark.slow),
      pytest.param("full disk", 19, "its VAE is still being trained: step 3 of 6", marks=pytest.mark.slow),
