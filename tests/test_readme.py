@@ -46,7 +46,7 @@ def python_blocks(path: Path) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:prompt .* knows none of its words")
 @pytest.mark.filterwarnings("ignore::text_encoder.TokenOverflowWarning")  # this model's prompts have only 8 tokens
-@pytest.mark.parametrize("page", ["README.md", "docs/using.md"])
+@pytest.mark.parametrize("page", ["README.md", pytest.param("docs/using.md", marks=pytest.mark.slow)])
 def test_drawing(folder, tmp_path, monkeypatch, page):
     """Run a page's LatentPipeline code, with a small model as `runs/mine` and as the one that ships."""
     LatentPipeline(

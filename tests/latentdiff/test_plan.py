@@ -196,6 +196,7 @@ def test_every_recipe_is_planned_fast_and_in_little_memory(name: str):
     assert [stage.name.split()[0] for stage in found.stages] == [*first, "encode", "train_latent", "sample"]
 
 
+@pytest.mark.slow
 def test_the_text_says_what_is_known_and_what_is_estimated():
     config = load_config("debug")
     found = plan(config, device="h100", num_devices=2, dataset_size=5000)

@@ -81,6 +81,7 @@ def as_a_pipeline_encodes(model, tokenizer, prompts: list[str]) -> tuple[torch.T
     return pipeline.encode_prompt(prompts, "cpu", 1, True)
 
 
+@pytest.mark.slow
 def test_the_import_is_light():
     """Importing transformers takes seconds, and is not needed to use or train a UNet alone."""
     heavy = {"transformers", "tokenizers", "huggingface_hub", "diffusers"}

@@ -141,6 +141,7 @@ def test_channels_last_end_to_end(unet, inputs, tmp_path, opened):
     assert not watch.wrong
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_break(inputs):
     """fullgraph=True raises at a graph break; the eager backend, because this tests tracing, not code generation."""
     unet, (x, t, context) = randomized(FEW_LAYERS), inputs

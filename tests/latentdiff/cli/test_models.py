@@ -261,8 +261,8 @@ def examples() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["data check", "schema", "sample", "inspect", "export", "evaluate",
-                *(pytest.param(each, marks=pytest.mark.slow) for each in ("plan", "likelihood"))]
+    "command", ["data check", "schema", "sample", "inspect", "export",
+                *(pytest.param(each, marks=pytest.mark.slow) for each in ("evaluate", "plan", "likelihood"))]
 )  # fmt: skip
 def test_the_examples_of_the_help(invoke, command):
     result = invoke(examples()[command])

@@ -340,6 +340,7 @@ def test_the_progress_bar_setting_is_restored(folder, config, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_source_pickles_to_a_few_bytes(folder, config, tmp_path):
     """As when it is sent to the spawned workers of a DataLoader."""
     train, _ = open_source(config(folder))

@@ -198,6 +198,7 @@ def test_the_whole_bound_is_below_the_truth_and_not_far(linear):
         assert bound.bits_per_dimension == pytest.approx(-bound.nats / math.log(2) / 3)
 
 
+@pytest.mark.slow
 def test_few_timesteps_estimate_the_same(linear, proposal):
     """Sampled timesteps agree with all of them within the standard errors, which they widen."""
     exact = log_likelihood(linear, LEVELS, [""] * 3, uniform(200), draws=200, num_timesteps=None, seed=1)

@@ -69,6 +69,7 @@ def test_too_many_are_thinned_where_they_are_close():
     assert max(gaps) <= 3 * min(gaps)
 
 
+@pytest.mark.slow
 def test_averages_that_were_not_tracked(tmp_path, relative_error):
     """A UNet is trained on fixed latents; five other widths are tracked directly, beside the two of the snapshots."""
     unet = UNet(UNetConfig(block_out_channels=(8, 8), layers_per_block=1, attention_levels=(), norm_groups=4,
