@@ -171,7 +171,11 @@ def test_the_top_level_is_small():
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import unet, vae, text_encoder", "transformers tokenizers diffusers pydantic PIL huggingface_hub"),
+        pytest.param(
+            "import unet, vae, text_encoder",
+            "transformers tokenizers diffusers pydantic PIL huggingface_hub",
+            marks=pytest.mark.slow,
+        ),
         ("from latentdiff import LatentPipeline", "transformers tokenizers diffusers datasets accelerate"),
         ("import latentdiff, latentdiff.errors, latentdiff.sampling.settings", "torch numpy PIL transformers"),
     ],

@@ -31,6 +31,7 @@ def test_beside(demo, tmp_path):
     assert any(sheet.getpixel((x, y)) != (255, 255, 255) for x in range(50) for y in range(demo.HEADING))
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_ends_the_demo(demo, capfd):
     with pytest.raises(SystemExit) as stopped:
         demo.run("latentdiff", "sample", "a", "--model", "nothing")

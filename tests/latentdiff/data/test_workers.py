@@ -50,7 +50,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path, caplog, accident):
     assert time.monotonic() - started < 30
 
 
-@pytest.mark.parametrize("accident", ["SIGSEGV", "sleep"])
+@pytest.mark.parametrize("accident", ["SIGSEGV", pytest.param("sleep", marks=pytest.mark.slow)])
 def test_workers_that_die_again_and_again(tmp_path, accident):
     with pytest.raises(WorkersDiedError, match="died 3 times in a row"):
         list(load_ahead(Dangerous(tmp_path, accident, 99), range(5, 14), 1))

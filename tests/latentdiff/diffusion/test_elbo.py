@@ -62,6 +62,7 @@ def test_narrow_modes_cost_more(mixture, std, expected):
     assert found == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.slow
 def test_posterior_variance_is_a_looser_bound_on_spread_out_data(mixture):
     """The true reverse variance of the first steps exceeds the posterior's; see the docstring of `reverse_variance`."""
     data = mixture([0.5, 0.3, 0.2], [-1.0, 0.3, 1.2], [0.5, 0.4, 0.3])

@@ -59,6 +59,7 @@ def test_another_evaluation_is_not_overwritten(pipe, pictures, tmp_path):
         report.evaluate(pipe, data, SETTINGS.model_copy(update={"guidance_scale": 3.0}), **options)
 
 
+@pytest.mark.slow
 def test_a_model_against_itself(pipe, pictures):
     """On the same seeds nothing differs, and every figure says so."""
     data = DataConfig(source=str(pictures), image_size=64, flip=False)

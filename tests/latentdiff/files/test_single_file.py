@@ -242,8 +242,7 @@ def test_configs_from_shapes(path, model, clip_folder):
         read_single_file(path, tokenizer=clip_folder)
 
 
-@pytest.mark.parametrize("levels", [1, 2, 3])
-@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(("levels", "linear"), [(1, False), (3, True)])
 def test_other_levels_from_shapes(encoders, tmp_path, clip_folder, levels, linear):
     sizes = {"groups": 32, "attention": (levels - 1,), "sample_size": 512 // 2 ** (levels - 1)}
     settings = {"linear_projection": linear, "upcast_attention": linear, "num_heads": None if linear else 8}

@@ -80,6 +80,7 @@ def test_one_file_that_asks_for_nothing_and_is_always_the_same(run, tmp_path):
     assert "Not everything could be read" not in text
 
 
+@pytest.mark.slow
 def test_a_page_is_below_five_megabytes_and_says_what_it_leaves_out(run, monkeypatch):
     """Noise compresses worst: 16 previews would have 3 MB, more than their share."""
     monkeypatch.setattr("latentdiff.report.panels.draw", lambda *_: "")

@@ -97,6 +97,7 @@ def test_stable_diffusion_folders(tmp_path, family, relative_error, open_stock):
     compare(stock, tmp_path, relative_error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["LDMBertModel"])
 def test_ldm_text_to_image_folders(tmp_path, encoder, relative_error):
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple", "blue", "car", "on", "the", "road"]
