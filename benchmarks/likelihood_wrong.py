@@ -25,7 +25,7 @@ from latentdiff import LatentPipeline
 from latentdiff.data.sources import open_source
 from latentdiff.evaluation.evidence import evidence
 from latentdiff.evaluation.likelihood import Bound, log_likelihood, measure_proposals
-from latentdiff.evaluation.oddness import oddness
+from latentdiff.evaluation.oddness import ODD, oddness
 from latentdiff.sections import DataConfig
 
 SHARE = 10  # one in ten has a wrong caption, and as many are strangers
@@ -86,9 +86,11 @@ def main() -> int:
     odd = strangers(len(wrong), pipe.image_size, options.strangers)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(options.output.read_text()) if options.output.is_file() else []
-    bounds, worth = measure_proposals(pipe, *read(source, spread(source, PILOTS, offset=17), data))
-    assert worth is not None
-    for number in range(len(rows), len(indices) + len(odd)):
+    left = range(len(rows), len(indices) + len(odd))
+    if left:
+        bounds, worth = measure_proposals(pipe, *read(source, spread(source, PILOTS, offset=17), data))
+        assert worth is not None
+    for number in left:
         known = number < len(indices)
         levels = read(source, [indices[number]], data)[0] if known else odd[number - len(indices)][None]
         (bound,) = log_likelihood(pipe, levels, [""], bounds, draws=1, seed=number)
@@ -103,9 +105,13 @@ def main() -> int:
     right = right & ~column["swapped"]
     for name, score in (("what the caption is worth", -column["worth"]), ("raw bits per value", column["asked"])):
         print(f"swapped captions, by {name}: {area(score[swapped], score[right])}")
+    print(f"a caption is worth {column['worth'][right].mean():+.0f} nats, another picture's "
+          f"{column['worth'][swapped].mean():+.0f}")  # fmt: skip
     odd_by = oddness(torch.from_numpy(column["bits"]), torch.from_numpy(column["png"])).numpy()
     for name, score in (("oddness", odd_by), ("raw bits per value", column["bits"])):
         print(f"strangers, by {name}: {area(score[strange], score[~strange])}")
+    named = (odd_by > ODD)[strange].mean(), (odd_by > ODD)[~strange].mean()
+    print(f"oddness above {ODD}: {named[0]:.0%} of the strangers, {named[1]:.0%} of the others")
     return 0
 
 

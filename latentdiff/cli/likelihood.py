@@ -29,7 +29,6 @@ class Variances(StrEnum):
 
 
 BATCH = 8  # pictures at a time
-ODD = 3.5  # deviations from which a picture stands out
 
 
 def likelihood(
@@ -121,7 +120,7 @@ def _matches(
 
 def _odd(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Add to each row how odd the picture is among the others, and name those that stand out."""
-    from ..evaluation.oddness import FEWEST, oddness
+    from ..evaluation.oddness import FEWEST, ODD, oddness
 
     if len(rows) < FEWEST or not all(row.get("bits_per_dimension", 0) > 0 for row in rows):
         return

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..errors import LatentDiffError
 
 FEWEST = 8  # pictures to compare
+ODD = 3.5  # deviations from which a picture stands out
 MAD = 1.4826  # standard deviations of a normal distribution per median absolute deviation
 
 
