@@ -12,10 +12,11 @@ TITLES = {"loss": "loss", "l1": "absolute error (l1)", "l2": "squared error (l2)
           "kl": "KL divergence, nats per picture", "norm": "norm of the gradient", "psnr": "held-out PSNR, dB",
           "ssim": "held-out SSIM", "pictures_per_second": "pictures per second",
           "structural_loss": "held-out structural loss",
+          "right_captions": "share of samples nearest to a picture with their caption",
           "loss_unconditional": "held-out loss without captions"}  # fmt: skip
 COUNTS = {"skipped": "steps skipped", "broken": "broken pictures"}  # so far; said in words
 HELD_OUT, BAND = "validation_", "_band_"
-NOT_DRAWN = ("step", "seconds", "time_data", "time_model", "time_optimizer", "time_other", "spike",
+NOT_DRAWN = ("step", "right_captions_of", "seconds", "time_data", "time_model", "time_optimizer", "time_other", "spike",
              *COUNTS)  # fmt: skip
 
 

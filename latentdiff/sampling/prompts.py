@@ -47,6 +47,11 @@ def parse(prompt: str) -> tuple[str, list[Span]]:
     return text + prompt[done:], spans
 
 
+def literal(text: str) -> str:
+    """Return the prompt that means a text as it is, whose parentheses weight nothing."""
+    return re.sub(r"[()]", r"\\\g<0>", text)
+
+
 def as_list(prompt: str | Sequence[str]) -> list[str]:
     """Return one prompt or several as a list; raise LatentDiffError if there are none or one is not a string."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []

@@ -286,6 +286,8 @@ class TrainLatentSection(TrainSection):
 
     cache: bool = True
     """Encode every picture (and, with a frozen text encoder, every caption) once before training."""
+    evaluate_every: Count = 0
+    """Steps between evaluations of how many samples show what was asked for, beside a validation; 0: none."""
     keep_best: bool = True
     """Keep the EMA with the lowest held-out loss without captions in `model-best/`, beside the last one."""
     ema_snapshots: Count = 0

@@ -7,8 +7,9 @@ from .launch import Launch
 
 # Settings that may change when a run is resumed.
 RESUMABLE_KEYS = {"steps", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best",
-                  "ema_snapshots", "validate_every", "validate_first", "max_skipped", "max_spike", "compile",
-                  "cuda_graph", "micro_batch_size", "gradient_checkpointing", "attention", "max_broken"}  # fmt: skip
+                  "ema_snapshots", "evaluate_every", "validate_every", "validate_first", "max_skipped", "max_spike",
+                  "compile", "cuda_graph", "micro_batch_size", "gradient_checkpointing", "attention",
+                  "max_broken"}  # fmt: skip
 
 
 def fingerprint(run: Launch, *sections: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ..sampling.settings import SamplingSettings
 from .best import Best
 from .budget import no_limit, seconds_of
 from .ema import TRACKED
+from .fidelity import Fidelity
 from .fingerprint import fingerprint
 from .graphs import GradientGraph, Parts
 from .history import predict_after_chain
@@ -33,7 +34,7 @@ from .logging import MetricLogger
 from .network import FrozenParts, FullModelNetwork, LatentModel
 from .optimizer import TrainState
 from .parallel import evaluation_mode, gather_full, in_any_process, no_sync, sharded
-from .preview import sample_preview
+from .preview import decoded_grid, sample_prompts
 from .snapshots import Snapshots
 from .spikes import Spikes
 from .timetable import Timetable
@@ -87,6 +88,8 @@ class LatentTraining:
             for dropout in (0.0, 1.0)
         )  # fmt: skip
         self.prompts = config.validation.prompts or first_captions(sources[1], 16)
+        every = section.evaluate_every
+        self.fidelity = Fidelity(run, sources[0], caches[0][0], every) if every else None
         self.fingerprint = fingerprint(run, "vae", "text_encoder", "unet", "diffusion", "train_latent") | {
             "recipe_steps": section.steps if config.budget is not None else None,
             "vae_weights": weights_digest(vae),
@@ -160,7 +163,11 @@ class LatentTraining:
                 values |= {f"validation_loss{name}": value for name, value in losses.items()}
                 if self.section.keep_best:
                     values["validation_loss_unconditional"] = self.held_out_loss(self.uncaptioned, check_time)[""]
-                images = self._preview(self.run.config.validation.sampling(), check_time)
+                settings, begin = self.run.config.validation.sampling(), self.run.clock.elapsed()
+                images = self._preview(settings, check_time)
+                if self.fidelity is not None and self.fidelity.is_due(step):
+                    each = (self.run.clock.elapsed() - begin) / len(self.prompts)
+                    values |= self.fidelity.measure(step, each, partial(self._sample, settings, check_time))
         if self.section.keep_best:
             self.best.offer(step, values["validation_loss_unconditional"], self.state)
         if self.run.is_main:
@@ -202,9 +209,15 @@ class LatentTraining:
 
     def _preview(self, settings: SamplingSettings, check_time: Callable[[], None] = no_limit) -> Image.Image:
         """Sample the validation prompts with the present weights."""
+        return decoded_grid(self.run, self.frozen.vae, self._sample(settings, check_time, self.prompts), self.prompts)
+
+    def _sample(
+        self, settings: SamplingSettings, check_time: Callable[[], None], prompts: Sequence[str], first: int = 0
+    ) -> Tensor:
+        """Sample latents with the present weights."""
         network: Network = FullModelNetwork(self.inner) if wants_fsdp(self.run.accelerator) else self.inner.unet
-        return sample_preview(self.run, settings, self.prompts, network, self.text_encoder, self._encode,
-                              self.frozen.vae, self.latent_shape, check_time)  # fmt: skip
+        return sample_prompts(self.run, settings, prompts, network, self.text_encoder, self._encode,
+                              self.latent_shape, check_time, first)  # fmt: skip
 
     def _train_state(self) -> TrainState:
         section, rate = self.section, self.section.learning_rate

@@ -1,4 +1,4 @@
-"""Preview images during training, sampled from the same prompts and noise every time."""
+"""Samples during training, from the same prompts and noise every time, and pictures of them."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,18 +20,18 @@ from .launch import Launch
 
 
 @torch.no_grad()
-def sample_preview(
+def sample_prompts(
     run: Launch,
     settings: SamplingSettings,
     prompts: Sequence[str],
     network: Network,
     text_encoder: TextEncoder,
     encode: Callable[[list[str]], Tensor],
-    vae: VAE,
     latent_shape: tuple[int, ...],
     check_time: Callable[[], None],
-) -> Image.Image:
-    """Sample an image for each prompt, weighted or not, and return a captioned grid.
+    first: int = 0,
+) -> Tensor:
+    """Sample latents (B, c, h, w) for prompts, weighted or not; `first` is the place of the first in its series.
 
     `encode` maps prompts to features on the device. It is collective under FSDP, and so is this function; `check_time`
     is called after every step.
@@ -39,24 +39,31 @@ def sample_preview(
     with run.autocast():
         cond = text_features(text_encoder, prompts, encode)
         uncond = None if settings.guidance_scale == 1 else text_features(text_encoder, [""] * len(prompts), encode)
-        noise = PreviewNoise(run.config.seed, len(prompts), latent_shape, run.device)
+        noise = PreviewNoise(run.config.seed, range(first, first + len(prompts)), latent_shape, run.device)
         for step in sample_latents(network, run.config.diffusion.process(), Features(cond, uncond), settings, noise):
             x = step.x
             check_time()
-        pixels = vae.decode(x).float().cpu()
+    return x
+
+
+@torch.no_grad()
+def decoded_grid(run: Launch, vae: VAE, latents: Tensor, prompts: Sequence[str]) -> Image.Image:
+    """Decode latents (B, c, h, w) and return a captioned grid."""
+    with run.autocast():
+        pixels = vae.decode(latents).float().cpu()
     return labeled_grid(to_images(pixels), list(prompts), columns=min(8, max(1, round(len(prompts) ** 0.5))))
 
 
 class PreviewNoise:
     """Standard normal noise from a seed, with one stream per image."""
 
-    def __init__(self, seed: int, count: int, shape: tuple[int, ...], device: torch.device) -> None:
-        self.seed, self.count, self.shape, self.device = seed, count, shape, device
+    def __init__(self, seed: int, places: range, shape: tuple[int, ...], device: torch.device) -> None:
+        self.seed, self.places, self.shape, self.device = seed, places, shape, device
         self.num_draws = 0
 
     def draw(self) -> Tensor:
         """Return the next noise (B, c, h, w)."""
-        streams = [random_stream(self.seed, "samples", self.num_draws, place) for place in range(self.count)]
+        streams = [random_stream(self.seed, "samples", self.num_draws, place) for place in self.places]
         self.num_draws += 1
         arrays = [stream.standard_normal(self.shape, dtype=np.float32) for stream in streams]
         return torch.from_numpy(np.stack(arrays)).to(self.device)
