@@ -26,11 +26,12 @@ TOGETHER = 8  # pictures that are sampled at once, and the fewest that say somet
 class Fidelity:
     """What is asked for, the same each time, and the time that asking has taken."""
 
-    def __init__(self, run: Launch, source: Source, cache: LatentCache | None, every: int) -> None:
+    def __init__(self, run: Launch, source: Source, cache: LatentCache | None) -> None:
         """Choose the captions; raise LatentDiffError if there are no cached latents, or just one caption."""
+        self.every = every = run.config.train_latent.evaluate_every
         if cache is None:
             raise LatentDiffError(f"train_latent.evaluate_every={every}: needs train_latent.cache=true")
-        self.run, self.every, self.begin, self.spent = run, every, run.clock.elapsed(), 0.0
+        self.run, self.begin, self.spent = run, run.clock.elapsed(), 0.0
         self.last = 0  # step of the last evaluation
         captions, seed = concepts_of(source), run.config.seed
         shown = np.random.default_rng(seed).permutation(np.flatnonzero(cache.good))[:CROWD].tolist()

@@ -88,8 +88,7 @@ class LatentTraining:
             for dropout in (0.0, 1.0)
         )  # fmt: skip
         self.prompts = config.validation.prompts or first_captions(sources[1], 16)
-        every = section.evaluate_every
-        self.fidelity = Fidelity(run, sources[0], caches[0][0], every) if every else None
+        self.fidelity = Fidelity(run, sources[0], caches[0][0]) if section.evaluate_every else None
         self.fingerprint = fingerprint(run, "vae", "text_encoder", "unet", "diffusion", "train_latent") | {
             "recipe_steps": section.steps if config.budget is not None else None,
             "vae_weights": weights_digest(vae),

@@ -27,11 +27,12 @@ class Clock:
 @pytest.fixture
 def fidelity():
     said = []
-    run = SimpleNamespace(clock=Clock(), config=SimpleNamespace(seed=0), report=said.append, said=said,
+    config = SimpleNamespace(seed=0, train_latent=SimpleNamespace(evaluate_every=100))
+    run = SimpleNamespace(clock=Clock(), config=config, report=said.append, said=said,
                           accelerator=SimpleNamespace(num_processes=1))  # fmt: skip
     source = SimpleNamespace(all_captions=lambda: [[text] for text in CAPTIONS])
     cache = SimpleNamespace(good=np.arange(40) != 7, moments=lambda index, _: (LATENTS[index], None))
-    return Fidelity(run, source, cache, 100)
+    return Fidelity(run, source, cache)
 
 
 def picture_of(prompt):
@@ -71,8 +72,8 @@ def test_the_share_of_the_time_is_kept(fidelity):
 
 
 def test_without_a_cache_it_is_refused(fidelity):
-    with pytest.raises(LatentDiffError, match=r"evaluate_every=5: needs train_latent.cache=true"):
-        Fidelity(fidelity.run, None, None, 5)
+    with pytest.raises(LatentDiffError, match=r"evaluate_every=100: needs train_latent.cache=true"):
+        Fidelity(fidelity.run, None, None)
 
 
 @pytest.mark.slow
