@@ -151,7 +151,7 @@ def _open(pipe: LatentPipeline, pictures: list[str]) -> tuple[list[tuple[str, An
         if Path(name).expanduser().is_file() and not name.endswith((".parquet", ".tar")):
             found.append((name, name, ""))
             continue
-        data = DataConfig(source=name, image_size=pipe.image_size, flip=False)
+        data = DataConfig(source=name, image_size=pipe.image_size, min_size=1, flip=False)
         for source in open_splits(data, left_out).values():
             for index in range(len(source)):
                 try:

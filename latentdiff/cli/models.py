@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -83,7 +84,8 @@ def sample(
     )  # fmt: skip
     captions, images = [prompt for prompt in requested for _ in range(num_images)], []
     for number, (image, caption) in enumerate(zip(pictures, captions, strict=True), start=_next_number(output)):
-        name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "picture"
+        plain = unicodedata.normalize("NFKD", caption).encode("ascii", "ignore").decode().lower()
+        name = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60] or "picture"
         image.save(path := output / f"{number:04d}-{name}.png")  # at once: an interrupted command keeps what is done
         images.append(image)
         yield path

@@ -38,7 +38,11 @@ def table_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row
 
     Raises LatentDiffError, which names the file and the line, for whatever is not such a table.
     """
-    with reraise_as(LatentDiffError, f"{path}: cannot be read", OSError, UnicodeError, csv.Error, ValueError):
+    other = f"{path}: neither UTF-8 nor marked as UTF-16 or UTF-32; save it as UTF-8"
+    with (
+        reraise_as(LatentDiffError, f"{path}: cannot be read", OSError, csv.Error, ValueError),
+        reraise_as(LatentDiffError, other, UnicodeError),
+    ):
         if path.suffix.lower() == ".parquet":
             for batch in pq.ParquetFile(path).iter_batches(columns=columns):
                 yield from ({key: _text(value, path, 0) for key, value in row.items()} for row in batch.to_pylist())
