@@ -123,8 +123,7 @@ def test_two_processes_train_what_one_does(train, log, uninterrupted, precision,
         assert worst(one, two) < tolerance, stage
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("counts", [(2, 1), (2, 1, 4)])
+@pytest.mark.parametrize("counts", [(2, 1), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on(train, state, log, uninterrupted, counts):
     """Stopped after every second step, and resumed by more or fewer processes: the same samples, up to rounding."""
     settings = [f"vae.pretrained={uninterrupted('fp32')}", "train_latent.log_every=1", *(f"{stage}.{setting}"
@@ -198,7 +197,7 @@ def test_previews_are_what_the_pipeline_samples(train, uninterrupted, tmp_path, 
     assert np.abs(preview - expected).max() <= 1
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_not_finite_is_skipped_everywhere(train, state, log, uninterrupted, tmp_path, processes, stage):
     """NaN on one of two processes at the third step: no tensor changes on either, and the step is counted."""
