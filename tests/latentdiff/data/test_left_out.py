@@ -235,7 +235,7 @@ def test_values_stay_as_written(tmp_path, config, write, kind):
         ),
         ("metadata.jsonl", '[{"file_name": "1.png"}]\n', r"metadata\.jsonl line 1: expected an object"),
         ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', r"metadata\.jsonl: file_name=None"),
-        ("metadata.csv", b"file_name,text\n1.png,caf\xe9\n", r"metadata\.csv: cannot be read"),
+        ("metadata.csv", b"file_name,text\n1.png,caf\xe9\n", r"metadata\.csv: neither UTF-8 nor marked"),
         ("metadata.csv", "file_name,text,text\n1.png,a,b\n", r"metadata\.csv line 1: the column 'text' is there twice"),
         ("metadata.csv", 'file_name,text\n1.png,"a"b"\n', r"metadata\.csv line 2: not valid CSV"),
         ("metadata.csv", "file_name,text\n1.png,a\0b\n", r"metadata\.csv line 2: 'a\\x00b' is not valid text"),
