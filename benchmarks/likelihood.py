@@ -11,13 +11,13 @@ the bootstrap 90 % interval of the difference of the means. Seconds are wall-clo
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 import time
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 
 from latentdiff import LatentPipeline
 from latentdiff.assets import EMOJI_STYLE
@@ -51,17 +51,10 @@ def candidates(own: str, pool: list[str], style: str) -> list[str]:
     return [own, *RANDOM.choice(same or sorted(set(pool) - {own}), CANDIDATES - 1, replace=False)]
 
 
-def wilson(right: int, count: int, z: float = 1.645) -> tuple[float, float]:
-    """Return Wilson's interval of a share."""
-    share, denominator = right / count, 1 + z * z / count
-    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return (middle - half) / denominator, (middle + half) / denominator
-
-
 def report_matches(name: str, found: list[Evidence], seconds: float) -> None:
     """Print how often the first caption fits best."""
     right = sum(each.best == each.captions[0] for each in found)
-    low, high = wilson(right, len(found))
+    low, high = binomtest(right, len(found)).proportion_ci(0.9, "wilson")
     print(f"{name}: own caption best of ten in {right / len(found):.1%} ({low:.1%} - {high:.1%}) of {len(found)}; "
           f"{seconds / len(found):.1f} s a picture", flush=True)  # fmt: skip
 

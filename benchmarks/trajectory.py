@@ -7,7 +7,7 @@ The arena is that of benchmarks/ablation.py: 208 of the shipped pictures, a smal
 others take as many steps as fit into the same seconds, by a calibration that runs alone and is kept in steps.json.
 Measured are the loss of v on the 25-step grid, with a history along the forward chain and without, and the right
 concept as sampled; all with the same noise, compared picture by picture (concept by concept), means of the seeds, with
-95 % intervals over pictures. Finished runs are not repeated.
+90 % intervals over pictures. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace, data: Path, steps: int, history: int, see
 def compare(ours: Tensor, base: Tensor) -> str:
     """Return the mean of (seeds, pictures), and its paired difference from the base with its interval."""
     difference = (ours - base).mean(0)
-    half = 1.96 * float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
+    half = 1.645 * float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
     by_seed = ", ".join(f"{value:+.4f}" for value in (ours - base).mean(1).tolist())
     return f"{ours.mean():.4f} | {difference.mean():+.4f} ± {half:.4f} | {by_seed}"
 
@@ -164,7 +164,7 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         found = dict(zip(tasks, pool.map(lambda task: run(arguments, data, steps[str(task[0])], *task), tasks),
                          strict=True))  # fmt: skip
-    print("| measured | K | steps | mean | difference from K = 0, 95 % | by seed |\n|---|---|---|---|---|---|")
+    print("| measured | K | steps | mean | difference from K = 0, 90 % | by seed |\n|---|---|---|---|---|---|")
     for name in found[ARMS[0], 0]:
         values = {k: torch.tensor([found[k, seed][name] for seed in range(arguments.seeds)]).double() for k in ARMS}
         for history in ARMS:

@@ -66,6 +66,14 @@ for source in ("parquet", "jsonl"):
 """
 
 
+@pytest.mark.slow
+def test_a_name_on_the_hub_is_requested(offline, tmp_path):
+    """And the error says that it cannot be fetched."""
+    with pytest.raises(AssertionError, match="cannot be fetched from the hub"):
+        offline("latentdiff", "sample", "a red apple", "--model", "nobody/nothing")
+    assert (tmp_path / "requested").read_text()
+
+
 def test_sampling_and_opening_pictures(offline, tmp_path):
     """The model that ships; and `datasets` reports the use of its loaders to a server, even for local files."""
     for folder in ("parquet", "jsonl"):

@@ -44,15 +44,14 @@ def build(folder: Path) -> None:
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, folder / "source")
-    program = "from setuptools import build_meta; build_meta.build_{}({!r})"
-    command = [sys.executable, "-c", program.format("sdist", str(folder))]
-    subprocess.run(command, cwd=folder / "source", check=True, capture_output=True)
+    program = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=folder / "source", check=True, capture_output=True)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as files:
         files.extractall(folder, filter="data")
     (folder / archive.name.removesuffix(".tar.gz")).rename(folder / "sdist")
-    command = [sys.executable, "-c", program.format("wheel", str(folder))]
-    subprocess.run(command, cwd=folder / "sdist", check=True, capture_output=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", folder, folder / "sdist"], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="session")

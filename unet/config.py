@@ -95,9 +95,7 @@ class UNetConfig:
     linear_projection: bool = False  # enter and leave transformers by linear layers (SD 2.x), not 1x1 convolutions
     norm_groups: int = 32  # groups of every GroupNorm
     norm_eps: float = 1e-5  # epsilon of the ResBlocks' GroupNorms
-    trajectory_attention: int = (
-        0  # earlier steps of a trajectory that every transformer block attends to (trajectory.py)
-    )
+    trajectory_attention: int = 0  # earlier steps that every transformer block attends to, see trajectory.py
     upcast_attention: bool = False  # attention in float32 whatever the model's dtype (SD 2.1 overflows in float16)
 
     def __post_init__(self) -> None:

@@ -55,6 +55,8 @@ class Experts(nn.Module):
         self.edges = tuple(edges)
         if len(self.unets) != len(edges) - 1 or len({unet.config for unet in self.members}) != 1:
             raise UNetError(f"{len(self.unets)} UNets for {len(edges) - 1} bands: expected as many, of one shape")
+        if self.config.trajectory_attention:
+            raise UNetError("experts of UNets with trajectory_attention: one cannot look back at what another computed")
 
     @property
     def members(self) -> list[UNet]:

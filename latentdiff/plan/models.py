@@ -103,8 +103,8 @@ def build_models(config: Config) -> Models:
         known = _read_config("unet", trained)
         sizes = UNetConfig.from_diffusers(known) if known else config.unet.build(channels, text.context_dim, size)
         unet = new_denoiser(sizes, config.unet.edges(config.diffusion.num_timesteps))
-        if isinstance(unet, UNet) and (history := config.unet.trajectory_attention) > unet.config.trajectory_attention:
-            unet.add_trajectory_attention(history)
+        if isinstance(unet, UNet) and (wanted := config.unet.trajectory_attention) and not sizes.trajectory_attention:
+            unet.add_trajectory_attention(wanted)
     return Models(vae, text, unet, config.data.image_size, tuple(notes))
 
 

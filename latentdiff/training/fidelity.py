@@ -16,6 +16,7 @@ from ..data.sources import Source
 from ..errors import LatentDiffError
 from ..evaluation.concepts import choose, concepts_of, ranks
 from ..sampling.prompts import literal
+from .budget import OutOfTime
 from .launch import Launch
 
 SHARE = 0.03  # of the time since the launch
@@ -34,6 +35,8 @@ class Fidelity:
         self.run, self.begin, self.spent = run, run.clock.elapsed(), 0.0
         self.last = 0  # step of the last evaluation
         captions, seed = concepts_of(source), run.config.seed
+        if len(set(captions) - {""}) < 2:
+            raise LatentDiffError(f"train_latent.evaluate_every={every}: needs pictures with different captions")
         shown = np.random.default_rng(seed).permutation(np.flatnonzero(cache.good))[:CROWD].tolist()
         numbers = {text: number for number, text in enumerate(dict.fromkeys(captions))}
         rows = choose([captions[index] for index in shown], MOST, seed)
@@ -57,7 +60,7 @@ class Fidelity:
         """
         before = self.run.clock.elapsed()
         allowed = SHARE * (before - self.begin) - self.spent
-        count = min(len(self.prompts), int(allowed / max(seconds_each, 1e-9)) // TOGETHER * TOGETHER)
+        count = min(len(self.prompts), int(max(0.0, allowed) / max(seconds_each, 1e-9)) // TOGETHER * TOGETHER)
         if self.run.accelerator.num_processes > 1:
             (count,) = broadcast_object_list([count])
         if not count:
@@ -65,8 +68,12 @@ class Fidelity:
                             f"{TOGETHER * seconds_each:.0f} s, more than {SHARE:.0%} of the time so far")  # fmt: skip
             return {}
         self.last = step
-        starts = range(0, count, TOGETHER)
-        found = torch.cat([sample(self.prompts[start : start + TOGETHER][: count - start], start) for start in starts])
+        parts = ((self.prompts[start : min(start + TOGETHER, count)], start) for start in range(0, count, TOGETHER))
+        try:
+            found = torch.cat([sample(*part) for part in parts])
+        except OutOfTime:  # in all processes alike; the rest of the validation is not lost
+            self.run.report(f"train_latent {step}: evaluation stopped, as no time is left in the budget")
+            return {}
         rank, _ = ranks(found.flatten(1).float().cpu(), self.latents, self.requested[:count], self.shown)
         self.spent += self.run.clock.elapsed() - before
         return {"right_captions": float((rank == 0).double().mean()), "right_captions_of": float(count)}

@@ -32,7 +32,8 @@ def new_unet(config: Config, vae: VAE, text_encoder: TextEncoder) -> Denoiser:
         unet = _load(config, *trained, channels, width)
         for each in unet.members if isinstance(unet, Experts) else [unet]:
             each.config = replace(each.config, sample_size=size)
-        if isinstance(unet, UNet) and (wanted := config.unet.trajectory_attention) > unet.config.trajectory_attention:
+        wanted = config.unet.trajectory_attention
+        if isinstance(unet, UNet) and wanted and not unet.config.trajectory_attention:
             unet.add_trajectory_attention(wanted)
         if config.unet.experts_from is not None and isinstance(unet, UNet) and edges is not None:
             unet = Experts((copy.deepcopy(unet) for _ in edges[1:]), edges)

@@ -117,7 +117,7 @@ def test_ks_distance_is_scipys():
 @pytest.mark.slow
 def test_a_seed_gives_one_picture(tmp_path, monkeypatch, capsys):
     """The whole script in this process too, where any warning of matplotlib's is an error."""
-    for name, value in (("TRAIN_STEPS", 100), ("BATCH", 64), ("CHAIN_STEPS", 10), ("SAMPLES", 300)):
+    for name, value in (("TRAIN_STEPS", 120), ("BATCH", 64), ("CHAIN_STEPS", 10), ("SAMPLES", 300)):
         monkeypatch.setattr(one, name, value)
     threads = torch.get_num_threads()
     try:

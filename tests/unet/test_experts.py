@@ -108,6 +108,12 @@ def test_experts_split_from_one_unet_equal_it(experts):
     assert torch.allclose(split(x, t, context), unet(x, t, context), atol=1e-4, rtol=1e-5)
 
 
+def test_experts_cannot_look_back():
+    looks_back = UNetConfig(**{**vars(CONFIG), "trajectory_attention": 2})
+    with pytest.raises(UNetError, match="one cannot look back at what another computed"):
+        Experts([UNet(looks_back), UNet(looks_back)], (0, 5, 10))
+
+
 def test_experts_have_one_shape(experts):
     other = UNet(UNetConfig(**{**vars(CONFIG), "context_dim": 32}))
     with pytest.raises(UNetError, match="of one shape"):

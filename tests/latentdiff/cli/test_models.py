@@ -90,9 +90,10 @@ def test_sample(invoke, place):
 
 
 def test_prompts_from_standard_input_and_file(invoke, place):
-    result = invoke("sample --file - -m runs/mine --steps 1 --output stdin", input="a red apple\n\na blue car\n")
+    result = invoke("sample --file - -m runs/mine --steps 1 --output stdin", input="a red apple\n\na blüe car\n")
     assert result.exit_code == 0, result.output
-    assert len(list((place / "stdin").iterdir())) == 3
+    files = sorted(path.name for path in (place / "stdin").iterdir())
+    assert files == ["0001-a-red-apple.png", "0002-a-blue-car.png", "grid.png"]
     (place / "prompts.txt").write_text("a car\n")
     assert invoke("sample apple --file prompts.txt -m runs/mine --steps 1 --output both").exit_code == 0
     assert len(list((place / "both").iterdir())) == 3
@@ -312,6 +313,7 @@ def test_likelihood(invoke, place):
     assert "expected a name ending in .csv or .json" in invoke("likelihood alone.png --output x.txt").stderr
     Path("few/2.txt").unlink()
     Path("few/2.png").write_bytes(b"no picture")
+    Image.open("few/1.png").resize((20, 20)).save("few/1.png")  # smaller than the model's, as a file may be
     spoilt = invoke("likelihood few -m model-only --draws 2 --timesteps 2")  # a single picture is enough
     assert re.fullmatch(r"left out: broken pictures: 1 \(2.png: .+\)\n1.png: log p >= .+\n", spoilt.stdout)
     Path("few/1.png").unlink()

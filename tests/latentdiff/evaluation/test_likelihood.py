@@ -275,7 +275,8 @@ def test_what_a_png_takes():
     assert png_nats(noise) / math.log(2) / noise.numel() == pytest.approx(8, rel=0.05)
 
 
-def test_captions_are_compared_with_the_same_noise(linear, proposal, monkeypatch):
+@pytest.mark.parametrize("draws", [50, pytest.param(200, marks=pytest.mark.slow)])
+def test_captions_are_compared_with_the_same_noise(linear, proposal, monkeypatch, draws):
     """A model whose variances depend on the prompt: the difference of the exact log-densities of its latents."""
     scales = {"": 1.0, "narrow": 0.25, "wide": 4.0}
     monkeypatch.setattr(
@@ -291,7 +292,7 @@ def test_captions_are_compared_with_the_same_noise(linear, proposal, monkeypatch
 
     linear.unet = Network()
     captions = [["narrow", "wide"]] * 3
-    found = evidence(linear, LEVELS, captions, proposal, draws=50, num_timesteps=None)
+    found = evidence(linear, LEVELS, captions, proposal, draws=draws, num_timesteps=None)
     posterior = encode(linear, LEVELS)
     for number, result in enumerate(found):
         for caption, nats, error in zip(result.captions, result.nats, result.standard_error, strict=True):

@@ -4,6 +4,7 @@ import errno
 import json
 import pickle
 import struct
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ SCHEDULER = {
     "steps_offset": 1,
 }
 UNET_KEY = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"
+
+
+def some_quick(cases: Iterable[tuple], quick: list[tuple]) -> list:
+    """Leave all cases but the quick ones to the slow suite."""
+    return [case if case in quick else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def new_clip(folder, **changes) -> TextEncoder:
@@ -115,7 +121,13 @@ def assert_same_prompts(encoder, expected):
     assert torch.equal(encoder(PROMPTS), expected(PROMPTS))
 
 
-@pytest.mark.parametrize(("levels", "layers", "kind"), [(2, 1, "clip"), (3, 1, "bert"), (3, 2, "clip"), (4, 2, "bert")])
+@pytest.mark.parametrize(
+    ("levels", "layers", "kind"),
+    some_quick(
+        [(levels, layers, kind) for levels in (2, 3, 4) for layers in (1, 2) for kind in ("bert", "clip")],
+        [(2, 1, "clip"), (3, 1, "bert"), (3, 2, "clip"), (4, 2, "bert")],
+    ),
+)
 def test_round_trip(encoders, tmp_path, levels, layers, kind):
     """From diffusers folders to one file and back, bit for bit."""
     parts = new_model(encoders[kind], levels, layers)
@@ -242,7 +254,10 @@ def test_configs_from_shapes(path, model, clip_folder):
         read_single_file(path, tokenizer=clip_folder)
 
 
-@pytest.mark.parametrize(("levels", "linear"), [(1, False), (3, True)])
+@pytest.mark.parametrize(
+    ("levels", "linear"),
+    some_quick([(levels, linear) for levels in (1, 2, 3) for linear in (False, True)], [(1, False), (3, True)]),
+)
 def test_other_levels_from_shapes(encoders, tmp_path, clip_folder, levels, linear):
     sizes = {"groups": 32, "attention": (levels - 1,), "sample_size": 512 // 2 ** (levels - 1)}
     settings = {"linear_projection": linear, "upcast_attention": linear, "num_heads": None if linear else 8}

@@ -141,7 +141,7 @@ def test_a_save_that_was_killed(run, parts):
     assert not (run / "model/unet/diffusion_pytorch_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("at", range(1, 9, 2))
+@pytest.mark.parametrize("at", [pytest.param(at, marks=pytest.mark.slow) if at % 2 == 0 else at for at in range(1, 9)])
 def test_a_disk_that_is_full_while_the_model_is_saved(run, parts, monkeypatch, at):
     """Or begun once more: what is there still fits the checkpoint."""
     moved = []

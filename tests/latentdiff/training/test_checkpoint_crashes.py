@@ -357,7 +357,7 @@ def run(command: list[str], timeout: float = 60) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
 
-@pytest.mark.parametrize("size", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [4, *(pytest.param(each, marks=pytest.mark.slow) for each in (12, 200))])
 def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path, size):
     """Killed so many times at random moments, most of them within a save."""
     result = run([sys.executable, "-c", KILLS, str(tmp_path / "run"), str(size)], timeout=60 + size)

@@ -9,6 +9,7 @@ from equality import same
 
 from latentdiff.errors import LatentDiffError
 from latentdiff.sampling.prompts import literal, parse
+from latentdiff.training.budget import OutOfTime
 from latentdiff.training.fidelity import SHARE, TOGETHER, Fidelity
 
 LATENTS = np.random.default_rng(0).standard_normal((40, 2, 3, 3)).astype(np.float32)
@@ -66,9 +67,26 @@ def test_the_share_of_the_time_is_kept(fidelity):
             fidelity.measure(step, 2.0, sample)
             assert sum(taken) <= SHARE * clock.now
     assert len(taken) > 3
+    fidelity.spent = clock.now  # as after a much slower one
+    assert fidelity.measure(450, 2.0, sample) == {}
     fidelity.last, clock.now = 0, clock.now + 1
     assert fidelity.measure(500, 1e9, sample) == {}
     assert f"evaluation skipped, as {TOGETHER} samples take about" in fidelity.run.said[-1]
+
+
+def test_a_validation_outlives_an_evaluation_that_runs_out_of_time(fidelity):
+    def sample(prompts, first):
+        raise OutOfTime
+
+    fidelity.run.clock.now = 1e6
+    assert fidelity.measure(200, 1.0, sample) == {}
+    assert "no time is left in the budget" in fidelity.run.said[-1]
+
+
+def test_one_caption_is_refused(fidelity):
+    source = SimpleNamespace(all_captions=lambda: [["a thing"]] * 40)
+    with pytest.raises(LatentDiffError, match="evaluate_every=100: needs pictures with different captions"):
+        Fidelity(fidelity.run, source, SimpleNamespace())
 
 
 def test_without_a_cache_it_is_refused(fidelity):

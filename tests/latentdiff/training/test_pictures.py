@@ -1,11 +1,12 @@
 """Pictures that are broken, odd, or without a usable caption: none is left out of a run in silence."""
 
 import shutil
+from pathlib import Path
 
 ALL_PICTURES = ("train_vae.steps=8", "train_vae.batch_size=8", "train_vae.micro_batch_size=4")
 
 
-def test_five_percent_of_broken_pictures(train, said, pictures, tmp_path):
+def test_five_percent_of_broken_pictures(train, said, pictures, uninterrupted, tmp_path):
     """Truncated, empty, CMYK, 16 bit, palette, animated, a 30,000 x 30,000 header: the run lists the broken ones."""
     folder = tmp_path / "pictures"
     broken = spoil(folder)
@@ -33,7 +34,9 @@ def test_five_percent_of_broken_pictures(train, said, pictures, tmp_path):
     assert train("strict", f"data.source={folder}", "data.max_broken=0.01", *ALL_PICTURES) == 1
     assert "more than data.max_broken=0.01 allows" in said("strict")
     peaks = [int(line.split()[-1]) for line in said("run").splitlines() if line.startswith("peak memory")]
-    assert peaks[0] < 1536 * 1024  # KiB; the header alone claims 2.7 GB
+    whole = Path(f"{uninterrupted('fp32')}.0.log").read_text().splitlines()
+    usual = [int(line.split()[-1]) for line in whole if line.startswith("peak memory")]
+    assert peaks[0] < usual[0] + 60 * 1024  # KiB; the header alone claims 2.7 GB
 
 
 def spoil(folder):
