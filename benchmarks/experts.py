@@ -1,5 +1,7 @@
 """Are experts for bands of timesteps better than one UNet? In the arena of `ablation.py`: same pictures, small models.
 
+The UNet of their joint size is that arena's; the others have half its channels, a quarter of its weights.
+
     python benchmarks/experts.py
 
 Four arms: one UNet; four experts that see as many pictures in all; four experts that each make as many passes as the
@@ -42,12 +44,14 @@ from unet.experts import band_edges
 EXPERTS, BATCH, DRAWS = 4, 32, 4
 Z = 1.645  # of a 90 % interval
 ONE = "one UNet"
+SMALL = ("unet.block_out_channels=[32,64,96]", "unet.norm_groups=16")
 ARMS: dict[str, tuple[str, ...]] = {
-    ONE: (),
-    f"{EXPERTS} experts, same pictures in all": (f"unet.experts={EXPERTS}",),
-    f"{EXPERTS} experts, same passes each": (f"unet.experts={EXPERTS}", f"train_latent.batch_size={EXPERTS * BATCH}"),
-    "one UNet of their joint size": ("unet.block_out_channels=[128,256,384]",),
-}
+    ONE: SMALL,
+    f"{EXPERTS} experts, same pictures in all": (*SMALL, f"unet.experts={EXPERTS}"),
+    f"{EXPERTS} experts, same passes each": (
+        *SMALL, f"unet.experts={EXPERTS}", f"train_latent.batch_size={EXPERTS * BATCH}"),
+    "one UNet of their joint size": (),
+}  # fmt: skip
 
 
 @torch.no_grad()

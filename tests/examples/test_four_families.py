@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -210,29 +211,27 @@ def test_iwae_comes_near_the_truth():
 
 
 class Levels(nn.Module):
-    """v from x_t and how much signal and noise is in it."""
+    """v from x_t and how much signal and noise is in it; an MLP half as wide ends 0.06 nats above the truth."""
 
     def __init__(self, schedule):
         super().__init__()
-        self.schedule, self.layers = schedule, mlp(4, 1)
+        self.schedule, self.layers = schedule, mlp(4, 1, width=128)
 
     def forward(self, x, t):
         alpha, sigma = self.schedule.at(t, x)
         known = (alpha, sigma, (alpha / sigma).log() / 4)
-        return self.layers(torch.cat([x, *(each.expand_as(x) for each in known)], 1))
+        return self.layers(torch.cat([2 * SHRUNK * x, *(each.expand_as(x) for each in known)], 1))
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="measured 0.072 +- 0.008; an exact denoiser reaches -0.006 +- 0.018", strict=True)
-def test_diffusions_bound_comes_near_the_truth():
+def test_diffusions_bound_comes_near_the_truth(monkeypatch):
     torch.manual_seed(0)
     schedule = Schedule.named("cosine", 1000)
     model = denoising.Diffusion(Levels(schedule), schedule, "elbo")
-    learn(model, lambda levels: levels[:, None], 5000, 1e-2)
-    generator = torch.Generator().manual_seed(0)
-    many = LEVELS.repeat(16)[:, None]
-    runs = torch.cat([model.log_prob(many, generator, every=1).view(16, 256) for _ in range(6)])
-    each = [above_the_truth(run) for run in runs]
-    found, error = sum(each) / len(each), torch.tensor(each).std().item() / math.sqrt(len(each))
-    assert error < 0.01
-    assert -3 * error < found < 0.03
+    learn(model, lambda levels: levels[:, None], 5000, 5e-3, batch=1024)
+    nodes, weights = map(torch.tensor, np.polynomial.hermite_e.hermegauss(20))  # expectations over normal noise
+    noise = nodes.float().repeat_interleave(len(LEVELS))[:, None]
+    monkeypatch.setattr(torch, "randn", lambda shape, generator: noise)
+    bound = model.log_prob(LEVELS.repeat(len(nodes))[:, None], torch.Generator(), every=1).view(len(nodes), -1)
+    found = above_the_truth(weights / weights.sum() @ bound.double())
+    assert 0.014 < found < 0.03  # the former with an exact denoiser, as T is finite
