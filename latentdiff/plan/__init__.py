@@ -28,6 +28,7 @@ from ..errors import LatentDiffError, check_choice
 from ..sampling.loop import CachedNetwork
 from ..sections import TrainSection
 from ..training.discriminator import Discriminator
+from ..training.ema import TRACKED
 from ..training.history import predict_after_chain
 from ..training.network import FrozenParts, LatentModel
 from ..training.perceptual import PerceptualLoss
@@ -170,11 +171,12 @@ class _Planner:
 
         parts = {"unet": models.unet, "text encoder": models.text_encoder, "vae": models.vae}
         parameters = {name: count(part) for name, part in parts.items()}
+        number = section.ema_snapshots  # each of two averages
         stage = self._training("train_latent", section, list(parts.values()), parameters,
                                lambda _, batch: loss(batch, True),
-                               lambda autocast, batch: autocast.backward(loss(batch, section.cache, True)))  # fmt: skip
+                               lambda autocast, batch: autocast.backward(loss(batch, section.cache, True)),
+                               len({section.ema_sigma_rel, *(TRACKED.values() if number else ())}))  # fmt: skip
         check_halves(models.unet.config.trajectory_attention, stage.batch)
-        number = section.ema_snapshots  # each has two averages
         kept = {f"{number} snapshots of averages": number * 8 * stage.trained} if number else {}
         return replace(stage, disk=stage.disk | kept)
 
@@ -241,7 +243,7 @@ class _Planner:
 
     def _training(
         self, name: str, section: TrainSection, modules: Sequence[nn.Module], parameters: dict[str, int], forward: Work,
-        step: Work,
+        step: Work, averages: int = 1,
     ) -> Stage:  # fmt: skip
         try:
             share = BatchPlan(section.batch_size, 0, self.num_devices, section.micro_batch_size)
@@ -253,18 +255,21 @@ class _Planner:
             parameter.grad = torch.empty_like(parameter)  # allocated from the second micro-batch on, under DDP always
         first, second = self._run(step, batch), self._run(step, 2 * batch)
         number = sum(p.numel() for p in trained)
-        memory = Memory(sum(map(num_bytes, modules)), 4 * number, 8 * number + 4 * len(trained), 4 * number, first.peak)
+        memory = Memory(sum(map(num_bytes, modules)), 4 * number, 8 * number + 4 * len(trained),
+                        4 * number * averages, first.peak)  # fmt: skip
         slope = (second.peak - first.peak) / batch
-        available = USABLE * self.device.memory * GIB - (memory.total - max(memory.activations, memory.average))
-        most = min(MAX_BATCH, (available - first.peak) / slope + batch) if available > memory.average else 0
+        available = USABLE * self.device.memory * GIB - memory.states
+        most = min(MAX_BATCH, (available - first.peak) / slope + batch) if available > memory.update else 0
         largest = 2 ** int(math.log2(most)) if most >= 1 else 0
         flops = first.flops // batch
         pictures, kept = section.steps * section.batch_size, section.keep_checkpoints
-        disk = {f"{kept} checkpoints and one being written": (kept + 1) * 16 * number}  # weights, EMA, two moments
+        checkpoint = 4 * number * (3 + averages)
+        disk = {f"{kept} checkpoints and one being written": (kept + 1) * checkpoint}
         forward_flops = self._run(forward, 1, "fp32").flops
         stage = Stage(name, parameters, number, batch, forward_flops, flops, pictures, pictures * flops,
                       self.precision, memory, self._fits(memory.total), largest,
-                      self._seconds(pictures * flops, self.precision), disk, early_flops=flops)  # fmt: skip
+                      self._seconds(pictures * flops, self.precision), disk,
+                      checkpoint=checkpoint, early_flops=flops)  # fmt: skip
         return replace(stage, advice=self._advice(stage, section, share))
 
     def _advice(self, stage: Stage, section: TrainSection, share: BatchPlan) -> tuple[str, ...]:
@@ -276,8 +281,7 @@ class _Planner:
             if 0 < fitting < stage.batch:
                 advice.append(f"{stage.name}.micro_batch_size={fitting} fits, at the same batch_size")
             if not fitting and self.num_devices > 1 and stage.name == "train_latent":
-                states = stage.memory.total - stage.memory.activations
-                sharded = states // self.num_devices + stage.memory.activations
+                sharded = stage.memory.states // self.num_devices + stage.memory.activations
                 advice.append(f"with FSDP over the {self.num_devices} devices: {gib(sharded)} on each (estimate)")
             elif not fitting and not advice:
                 advice.append("not even one picture per pass fits: choose a smaller model or a device with more memory")

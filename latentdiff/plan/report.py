@@ -15,13 +15,23 @@ class Memory:
     weights: int
     gradients: int = 0
     optimizer: int = 0
-    average: int = 0
+    average: int = 0  # all of them, with `ema_snapshots`
     activations: int = 0  # at their peak, with half-precision copies and temporary tensors
 
     @property
     def total(self) -> int:
-        """Estimated peak, reached in the passes or in the update of the average, which takes one more copy."""
-        return sum((self.weights, self.gradients, self.optimizer, self.average, max(self.activations, self.average)))
+        """Estimated peak."""
+        return self.states + max(self.activations, self.update)
+
+    @property
+    def states(self) -> int:
+        """What stays from step to step."""
+        return self.weights + self.gradients + self.optimizer + self.average
+
+    @property
+    def update(self) -> int:
+        """What the update of an average takes, as large as the gradients: its difference from the weights."""
+        return self.gradients
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class Stage:
     seconds: float  # estimated
     disk: dict[str, int]  # bytes by purpose
     advice: tuple[str, ...] = ()
+    checkpoint: int = 0  # bytes: weights, averages and two moments in float32
     early_flops: int = 0  # like step_flops, as long as the discriminator has not started
     purchase: Purchase | None = None  # with a budget, which also decides on `pictures` and what follows from it
 

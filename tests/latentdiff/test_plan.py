@@ -149,6 +149,20 @@ def test_a_history_costs_half_a_forward_pass_a_step_and_its_keys_and_values():
     assert looking.memory.activations > plain.memory.activations
 
 
+def test_snapshots_take_further_averages():
+    """Two more in memory and in checkpoints, or one if the model's own has the length of one of them."""
+    lengths = {"0.1": 2, "0.05": 2, "0.07": 3}
+    plain, *tracked = (
+        plan(load_config("debug", settings), device="h100").stages[-2]
+        for settings in ((), *((f"train_latent.ema_sigma_rel={length}", "train_latent.ema_snapshots=4")
+                               for length in lengths))
+    )  # fmt: skip
+    for stage, number in zip(tracked, lengths.values(), strict=True):
+        assert stage.memory.average == number * plain.memory.average == 4 * number * stage.trained
+        assert stage.memory.states - plain.memory.states == stage.memory.average - plain.memory.average
+        assert stage.checkpoint == 4 * (3 + number) * stage.trained
+
+
 def test_state_is_that_of_a_real_training():
     """Weights, gradients, optimizer and average agree to the byte."""
     config = load_config("debug")
