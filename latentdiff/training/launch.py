@@ -108,8 +108,8 @@ class Launch:
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
 
-def launch(config: Config, began: float | None = None) -> Launch:
-    """Join the process group, set threads and precision, lock the output folder and write run.json.
+def launch(config: Config, began: float | None = None, *, record: bool = True) -> Launch:
+    """Join the process group, set threads and precision, lock the output folder and, with `record`, write run.json.
 
     A budget counts from `began`, on the monotonic clock; None: from now.
     """
@@ -144,19 +144,23 @@ def launch(config: Config, began: float | None = None) -> Launch:
     if accelerator.is_main_process:
         _lock_folder(run.folder)
         device = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
-        begin_record(run.folder, {"config": config.model_dump(mode="json"), "device": device, "threads": threads,
-                                  "processes": accelerator.num_processes, "precision": precision})  # fmt: skip
+        facts = {"config": config.model_dump(mode="json"), "device": device, "threads": threads,
+                 "processes": accelerator.num_processes, "precision": precision}  # fmt: skip
+        if record:
+            begin_record(run.folder, facts)
     accelerator.wait_for_everyone()
     return run
 
 
 @contextmanager
-def launched(config: Config, run: Launch | None, began: float | None = None) -> Iterator[Launch]:
-    """Give the run, or launch one; at its end, record how it ended and unlock its folder for others."""
+def launched(
+    config: Config, run: Launch | None, began: float | None = None, *, record: bool = True
+) -> Iterator[Launch]:
+    """Give the run, or launch one; at its end, record how it ended (with `record`) and unlock its folder for others."""
     if run is not None:
         yield run
         return
-    run = launch(config, began)
+    run = launch(config, began, record=record)
     error: BaseException | None = None
     try:
         yield run
@@ -164,7 +168,7 @@ def launched(config: Config, run: Launch | None, began: float | None = None) -> 
         error = raised
         raise
     finally:
-        if run.is_main:
+        if run.is_main and record:
             end_record(run.folder, error, run.clock.elapsed(), run.report, report=run.config.report)
         _unlock_folder(run.folder)
 

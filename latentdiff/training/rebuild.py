@@ -104,7 +104,7 @@ def _recorded(checkpoints: Path) -> list[int]:
 
 def validation_losses(config: Config, averages: Iterable[Average]) -> Iterator[dict[str, float]]:
     """Yield the held-out losses of each average, as training computes them: without captions, and with."""
-    with launched(config, None) as run:
+    with launched(config, None, record=False) as run:  # this is no training
         task = new_latent_training(run, open_vae(run))
         parameters = {name: parameter.detach() for name, parameter in task.state.parameters.items()}
         for average in averages:

@@ -165,8 +165,10 @@ def test_a_run_with_snapshots(latent, state, log, said, weights, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, output = latentdiff(run, "--sigma-rel", "0.07", "--overwrite")
         assert (code, "another run is writing there" in output) == (1, True), output
+    launches = (run / "run.json").read_text()
     code, output = latentdiff(run, "--pick", "validation", "--sigma-rel", "0.07", "--sigma-rel", "0.1", "--overwrite")
     assert code == 0, output
+    assert (run / "run.json").read_text() == launches  # no training has begun
     table = [line.split() for line in output.splitlines() if line.startswith("sigma_rel")]
     assert [row[1] for row in table] == ["0.07", "0.1"]
     assert float(table[1][-1]) == pytest.approx(log("run", "validation_loss")[20], rel=1e-4)
