@@ -5,7 +5,7 @@ without replacement have no repetitions, and the variance of a figure over them 
 delete-d jackknife with d = n / 2; Shao & Wu 1989). Pictures of one concept are one observation.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,7 @@ def estimate(
     halves: Halves,
     sizes: tuple[int, int],
     *,
-    shares: Sequence[str] = (),
+    shares: Collection[str] = (),
 ) -> list[Figure]:
     """Compute figures on all pictures, and their intervals from halves.
 
