@@ -1,6 +1,6 @@
 """A run with a budget: the pace that makes a stage end on time.
 
-The time a run lay dead is free: a checkpoint has the seconds spent so far, to which a launch adds its own.
+Time between launches is free: a checkpoint has the seconds spent so far, to which a launch adds its own.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The pictures of a run: opened, with a word on each that is left out or not used as one might expect."""
+"""The pictures of a run: opened, and a line about each that is left out or not used as one might expect."""
 
 from collections.abc import Callable, Sequence
 from unicodedata import normalize
