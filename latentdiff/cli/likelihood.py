@@ -86,14 +86,15 @@ def _rows(
         images = [image for _, image, _ in part]
         prompts = [own if prompt is None else prompt for _, _, own in part]
         bounds = pipe.log_likelihood(images, prompts, **options)
-        plain = pipe.log_likelihood(images, "", **options) if any(prompts) else bounds
+        plain = pipe.log_likelihood(images, "", decoder=False, **options) if any(prompts) else bounds
         for (name, _, _), text, bound, without in zip(part, prompts, bounds, plain, strict=True):
             low, high = bound.interval
             bits = math.log(2) * bound.dimensions
+            same = bound.decoder if without is not bound and math.isfinite(bound.decoder) else 0.0
             yield {"picture": name, "prompt": text, "nats": bound.nats, "standard_error": bound.standard_error,
                    "low": low, "high": high, "bits_per_dimension": bound.bits_per_dimension,
                    "decoder": bound.decoder, "entropy": bound.entropy, "prior": bound.prior, "kl": bound.kl,
-                   "first": bound.first, "nats_without_prompt": without.nats,
+                   "first": bound.first, "nats_without_prompt": without.nats + same,
                    "png_bits_per_dimension": bound.png / bits}  # fmt: skip
 
 

@@ -18,7 +18,7 @@ PILOTS = 16  # pictures that proposals are measured on
 
 
 class LikelihoodOptions(TypedDict, total=False):
-    """Options of `log_likelihood` and `evidence`; see there."""
+    """Options that `log_likelihood` and `evidence` share; see there."""
 
     draws: int
     num_timesteps: int | None
@@ -27,8 +27,14 @@ class LikelihoodOptions(TypedDict, total=False):
     seed: int
 
 
+class BoundOptions(LikelihoodOptions, total=False):
+    """Options of `log_likelihood`."""
+
+    decoder: bool
+
+
 def bounds(
-    pipe: ModelParts, images: Sequence[Picture], prompts: str | Sequence[str], options: LikelihoodOptions
+    pipe: ModelParts, images: Sequence[Picture], prompts: str | Sequence[str], options: BoundOptions
 ) -> list[Bound]:
     """Bound the log-probability of images, given one prompt for all or one for each."""
     levels, texts = levels_of(pipe, images), [prompts] * len(images) if isinstance(prompts, str) else list(prompts)

@@ -154,10 +154,11 @@ def log_likelihood(
     prompts: Sequence[str],
     proposal: Proposal,
     *,
-    draws: int = 8,
+    draws: int = 4,
     num_timesteps: int | None = 8,
     variance: Variance = "beta",
     posterior_floor: float = 0.0,
+    decoder: bool = True,
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[Bound]:
@@ -172,6 +173,8 @@ def log_likelihood(
         num_timesteps: t >= 1 per draw; None takes them all, which is exact for the noise that was drawn.
         variance: of the reverse steps, `beta` or `posterior`.
         posterior_floor: least standard deviation of q(z | x), in units of the latents' own.
+        decoder: whether to add log p(levels | z), which does not depend on the prompt; without it, the decoder is not
+            run, and `Bound.decoder` is nan.
         seed: of all noise, which does not depend on the prompts.
         batch_size: latents in the UNet at once.
 
@@ -189,9 +192,10 @@ def log_likelihood(
     for _ in range(draws):
         times, weights = stratified(proposal, num_timesteps, generator)
         z, prior, first, kl = bound.draw(posterior, context, times, weights, generator)
-        parts.append(torch.stack([decoder_log_prob(pipe, levels, z), entropy, -prior, -kl, -first]))
+        fit = decoder_log_prob(pipe, levels, z) if decoder else torch.full_like(kl, math.nan)
+        parts.append(torch.stack([fit, entropy, -prior, -kl, -first]))
     found = torch.stack(parts)  # (draws, parts, N)
-    totals = found.nan_to_num(0.0).sum(1)  # without the decoder's part where its spread is not known
+    totals = found.nan_to_num(0.0).sum(1)  # without the decoder's part where it was not asked for, or cannot be known
     means = found.mean(0)
     names = ("decoder", "entropy", "prior", "kl", "first")
     return [

@@ -18,7 +18,7 @@ from ..device import as_device, check_attention, computes_in_bf16
 from ..diffusion.samplers import Step
 from ..errors import LatentDiffError
 from ..evaluation import asking
-from ..evaluation.asking import LikelihoodOptions
+from ..evaluation.asking import BoundOptions, LikelihoodOptions
 from ..evaluation.evidence import Evidence
 from ..evaluation.likelihood import Bound
 from ..files.export import save_model
@@ -216,14 +216,14 @@ class LatentPipeline(ModelParts):
         return editing.exaggerate(self, prompt, feature, amount, image, options)
 
     def log_likelihood(
-        self, images: Picture | Sequence[Picture], prompts: Prompt = "", **options: Unpack[LikelihoodOptions]
+        self, images: Picture | Sequence[Picture], prompts: Prompt = "", **options: Unpack[BoundOptions]
     ) -> list[Bound]:
         """Bound from below how probable the model holds images, in nats; see `latentdiff.evaluation.likelihood`.
 
         Args:
             images: one or more images.
             prompts: one for all images or one for each, taken literally; empty: whatever the model draws unasked.
-            options: `draws`, `num_timesteps` (None: all), `variance`, `posterior_floor`, `seed`.
+            options: `draws`, `num_timesteps` (None: all), `variance`, `posterior_floor`, `decoder`, `seed`.
         """
         several = images if isinstance(images, list | tuple) else [cast(Picture, images)]
         return asking.bounds(self, several, prompts, options)

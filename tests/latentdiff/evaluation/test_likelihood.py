@@ -247,6 +247,14 @@ def test_without_the_decoders_spread_its_part_is_left_out(linear):
     assert bound.nats == pytest.approx(bound.entropy + bound.prior + bound.kl + bound.first)
 
 
+def test_the_decoder_can_be_left_to_another_bound(linear):
+    """It does not depend on the prompt, so a second prompt need not run it again."""
+    (whole,) = log_likelihood(linear, LEVELS[:1], ["a"], uniform(200))
+    (latents,) = log_likelihood(linear, LEVELS[:1], ["a"], uniform(200), decoder=False)
+    assert math.isnan(latents.decoder)
+    assert latents.nats + whole.decoder == pytest.approx(whole.nats, rel=1e-12)
+
+
 def test_proposals():
     t = torch.tensor([1, 10, 99])
     proposal = Proposal.measured(t, torch.tensor([[100.0, 100], [10, 10], [1, 1]]), 100)
