@@ -37,7 +37,7 @@ def likelihood(
     prompt: Annotated[str | None, Option(help="For all pictures; default: their own captions, or none.")] = None,
     caption: Annotated[list[str] | None, Option(help="Give several: which fits each picture best?")] = None,
     distractors: Annotated[int, Option(min=0, help="Does each caption fit better than this many of the others?")] = 0,
-    draws: Annotated[int, Option(min=1, help="Independent estimates of each picture; their spread is the error.")] = 8,
+    draws: Annotated[int, Option(min=1, help="Independent estimates of each picture; their spread is the error.")] = 4,
     timesteps: Annotated[int, Option(min=0, help="Timesteps in each estimate; 0: all, which is slow.")] = 8,
     variance: Annotated[Variances, Option(help="Of the model's reverse steps.")] = Variances.beta,
     floor: Annotated[float, Option(min=0, help="Least standard deviation of the encoder's posterior.")] = 0.0,
