@@ -101,7 +101,7 @@ class Experts(nn.Module):
         """
         if not isinstance(t, Tensor):
             return call_expert(self.members, x, t, context)
-        features = context.features if isinstance(context, Prompt) else context
+        features = context.features if isinstance(context, ExpertContext) else context
         if t.numel() > 1 and t.shape != x.shape[:1]:
             raise UNetError(f"t has shape {tuple(t.shape)}; expected () or ({len(x)},)")
         calls = calls or self.calls(t.reshape(-1))
@@ -112,9 +112,9 @@ class Experts(nn.Module):
         order = torch.tensor(calls.order, device=x.device)
         return self._predict(x[order], t[order], features[order], calls)[order.argsort()]
 
-    def project_context(self, context: Tensor) -> Prompt:
-        """Keep text features (B, L, D) for `forward`: see `Prompt`."""
-        return Prompt(self.members, context)
+    def project_context(self, context: Tensor) -> ExpertContext:
+        """Keep text features (B, L, D) for `forward`: see `ExpertContext`."""
+        return ExpertContext(self.members, context)
 
     def project_time(self, t: Tensor) -> list[Tensor]:
         """Compute what each expert's ResBlocks add at its timesteps (S,), as `UNet.project_time`; also whose they are.
@@ -156,7 +156,7 @@ class Experts(nn.Module):
 Denoiser = UNet | Experts
 
 
-class Prompt:
+class ExpertContext:
     """Text features, from which the keys and values of an expert are computed when it is its turn.
 
     A schedule visits the bands one after the other, so they are computed once for each, and only one's are kept.
@@ -174,14 +174,14 @@ class Prompt:
 
 
 def call_expert(
-    members: Sequence[Callable[..., Tensor]], x: Tensor, t: Sequence[Tensor], context: Prompt | Context
+    members: Sequence[Callable[..., Tensor]], x: Tensor, t: Sequence[Tensor], context: ExpertContext | Context
 ) -> Tensor:
     """Call one of several networks with one step of `Experts.project_time`, which says whose turn it is."""
     *shifts, experts = t
     expert = int(experts[0])
     if len(experts) > 1 and bool((experts != expert).any()):
         raise UNetError("t has projections of several experts; expected one step of project_time's result")
-    return members[expert](x, shifts, context.projected(expert) if isinstance(context, Prompt) else context)
+    return members[expert](x, shifts, context.projected(expert) if isinstance(context, ExpertContext) else context)
 
 
 def new_denoiser(config: UNetConfig, edges: Sequence[int] | None) -> Denoiser:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from unet.experts import Prompt
+from unet.experts import ExpertContext
 
 from ..config import Config
 from ..data.batches import check_halves
@@ -219,7 +219,7 @@ class _Planner:
         with Counter() as run, Autocast(DTYPES[self.precision], norms_in_float32=False), torch.no_grad():
             context = models.text_encoder.encode(*models.tokens(2 if guided else 1))
             network = CachedNetwork(models.unet, context, range(settings.num_steps), along_trajectory=True)
-            if isinstance(network.context, Prompt):
+            if isinstance(network.context, ExpertContext):
                 network.context.projected(0)  # which an expert does when it is its turn
             for _ in range(1 + models.unet.config.trajectory_attention):  # a full history takes the most memory
                 before = run.flops

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unet import Denoiser, Experts, UNet
-from unet.experts import Prompt, call_expert
+from unet.experts import ExpertContext, call_expert
 from unet.trajectory import History
 from vae import VAE
 
@@ -163,9 +163,9 @@ class ExpertNetwork:
     def __init__(self, experts: Experts, members: Sequence[Network]) -> None:
         self.experts, self.members = experts, members
 
-    def project_context(self, context: Tensor) -> Prompt:
+    def project_context(self, context: Tensor) -> ExpertContext:
         """See `Experts.project_context`."""
-        return Prompt(self.members, context)
+        return ExpertContext(self.members, context)
 
     def project_time(self, t: Tensor) -> list[Tensor]:
         """See `Experts.project_time`."""
