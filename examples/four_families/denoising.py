@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from pictures import to_levels, to_pixels
+from pictures import SIZE, to_levels, to_pixels
 from torch import Tensor, nn
 
 from latentdiff import Schedule
@@ -20,15 +20,35 @@ NETWORK = UNetConfig(sample_size=8, in_channels=12, out_channels=12, block_out_c
 
 
 class Unconditional(nn.Module):
-    """The UNet of this project without a prompt."""
+    """The UNet of this project without a prompt, for what each value's mean and spread leave to say about x0.
 
-    def __init__(self) -> None:
+    Its inputs and outputs have unit variance at all noise levels (Karras et al. 2022, arXiv 2206.00364, section 5),
+    here with a mean and spread for each value instead of one spread for all.
+    """
+
+    mean: Tensor  # of the training pictures' values, (3, 16, 16)
+    spread: Tensor  # their standard deviations
+
+    def __init__(self, schedule: Schedule) -> None:
         super().__init__()
-        self.unet = UNet(NETWORK)
+        self.unet, self.schedule = UNet(NETWORK), schedule
+        self.register_buffer("mean", torch.zeros(3, SIZE, SIZE))
+        self.register_buffer("spread", torch.ones(3, SIZE, SIZE))
+
+    def look_at(self, pixels: Tensor) -> None:
+        """Measure mean and spread of training pictures (N, 3, 16, 16)."""
+        self.mean.copy_(pixels.mean(0))
+        self.spread.copy_(pixels.std(0).clamp(min=0.05))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict v from x_t (B, 3, 16, 16)."""
-        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, PATCH), t, torch.zeros(len(x), 1, CONTEXT)), PATCH)
+        alpha, sigma = self.schedule.at(t, x)
+        deviation = (alpha**2 * self.spread**2 + sigma**2).sqrt()  # of x_t
+        unit = (x - alpha * self.mean) / deviation
+        patches = self.unet(F.pixel_unshuffle(unit, PATCH), t, torch.zeros(len(x), 1, CONTEXT))
+        found = F.pixel_shuffle(patches, PATCH)
+        x0 = self.mean + self.spread / deviation * (alpha * self.spread * unit + sigma * found)
+        return (alpha * x - x0) / sigma
 
 
 class Diffusion(nn.Module):
@@ -38,9 +58,9 @@ class Diffusion(nn.Module):
         self, network: nn.Module | None = None, schedule: Schedule | None = None, weighting: Weighting = "simple"
     ) -> None:
         super().__init__()
-        self.weighting = weighting
-        self.network = network or Unconditional()
-        self.process = Process(schedule or Schedule.named("cosine", STEPS), "v")
+        self.weighting, schedule = weighting, schedule or Schedule.named("cosine", STEPS)
+        self.network = network or Unconditional(schedule)
+        self.process = Process(schedule, "v")
 
     def loss(self, x: Tensor) -> Tensor:
         """Return the mean weighted squared error of v at random timesteps."""

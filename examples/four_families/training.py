@@ -10,6 +10,7 @@ import torch
 from adversarial import Adversarial
 from autoregressive import Autoregressive
 from denoising import Diffusion
+from pictures import to_pixels
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from variational import Variational
@@ -28,7 +29,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "autoregressive": Recipe(Autoregressive, 160, 16, 2e-3),
-    "diffusion": Recipe(Diffusion, 500, 64, 1e-3),
+    "diffusion": Recipe(Diffusion, 480, 64, 3e-3),
     "VAE": Recipe(Variational, 540, 64, 1e-3),
     "GAN": Recipe(Adversarial, 220, 64, 2e-4),
 }
@@ -70,6 +71,8 @@ def train(name: str, train_levels: Tensor, seed: int, steps: int, folder: Path) 
 
 def _run(model: nn.Module, recipe: Recipe, train_levels: Tensor, steps: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Take all steps; yield the weights at the last checkpoints, then their average over a tenth of the run."""
+    if isinstance(model, Diffusion):
+        model.network.look_at(to_pixels(train_levels))
     update = _updates(model, recipe, steps)
     average = copy.deepcopy(model)
     marks = {round(steps * (1 - number / 20)): str(LAST - 1 - number) for number in range(LAST)}

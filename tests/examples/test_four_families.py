@@ -146,6 +146,23 @@ def test_one_seed_gives_one_table_and_nothing_is_done_twice(names, tmp_path, mon
     assert "nan" not in tables[0]
 
 
+def test_the_diffusion_network_begins_with_mean_and_spread():
+    """With a UNet that returns zero it is the best denoiser of independent normal values."""
+    model, generator = denoising.Diffusion(), torch.Generator().manual_seed(0)
+    nn.init.zeros_(model.network.unet.conv_out.weight)
+    mean, spread = torch.rand(2, 3, 16, 16, generator=generator) * 0.2 + 0.1
+    pixels = torch.randn(2000, 3, 16, 16, generator=generator)
+    pixels = mean + spread * (pixels - pixels.mean(0)) / pixels.std(0)
+    model.network.look_at(pixels)
+    for t in (0, 100, 249):
+        alpha, sigma = (float(each[t]) for each in (model.process.schedule.alpha, model.process.schedule.sigma))
+        x_t = torch.randn(5, 3, 16, 16, generator=generator) * 0.1
+        weight = alpha * spread**2 / (alpha**2 * spread**2 + sigma**2)
+        expected = mean + weight * (x_t - alpha * mean)
+        with torch.no_grad():
+            assert (model.denoise(x_t, t) - expected.clamp(-1, 1)).abs().max() < 1e-4
+
+
 # --- where the truth is known: the mixture of examples/one_dimension.py, shrunk to [-1, 1] and rounded to levels ---
 
 PARTS = [(0.3, -1.3, 0.13), (0.45, 0.05, 0.28), (0.25, 1.4, 0.18)]  # weight, mean, standard deviation
