@@ -1,14 +1,13 @@
 """Are experts for bands of timesteps better than one UNet? In the arena of `ablation.py`: same pictures, small models.
 
-The UNet of their joint size is that arena's; the others have half its channels, a quarter of its weights.
-
     python benchmarks/experts.py
 
 Four arms: one UNet; four experts that see as many pictures in all; four experts that each make as many passes as the
-one UNet, with batches of the same size; one UNet of their joint size. Measured are the loss of the held-out pictures in
-each expert's band, without and with the caption, with the same timesteps and noise for all arms; and how often samples
-of training captions show the right concept. Differences from one UNet are those of the same pictures, or of the same
-concepts, averaged over the seeds; the intervals are 90 % over pictures or concepts. Finished runs are not repeated.
+one UNet, with batches of the same size; one UNet of their joint size, which is that of the arena: the others have half
+its channels, a quarter of its weights. Measured are the loss of the held-out pictures in each expert's band, without
+and with the caption, with the same timesteps and noise for all arms; and how often samples of training captions show
+the right concept. Differences from one UNet are those of the same pictures, or of the same concepts, averaged over the
+seeds; the intervals are 90 % over pictures or concepts. Finished runs are not repeated.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ NETWORK = UNetConfig(sample_size=8, in_channels=12, out_channels=12, block_out_c
 
 
 class Unconditional(nn.Module):
-    """The UNet of this project without a prompt, for what each value's mean and spread leave to say about x0.
+    """Predicts v with the UNet of this project, without a prompt.
 
-    Its inputs and outputs have unit variance at all noise levels (Karras et al. 2022, arXiv 2206.00364, section 5),
-    here with a mean and spread for each value instead of one spread for all.
+    The UNet sees x_t scaled to unit variance, and predicts what remains of x0 after the best guess from each value's
+    mean and spread in training, scaled likewise (Karras et al. 2022, arXiv 2206.00364, section 5, with one spread).
     """
 
     mean: Tensor  # of the training pictures' values, (3, 16, 16)
@@ -35,7 +35,7 @@ class Unconditional(nn.Module):
         self.register_buffer("mean", torch.zeros(3, SIZE, SIZE))
         self.register_buffer("spread", torch.ones(3, SIZE, SIZE))
 
-    def look_at(self, pixels: Tensor) -> None:
+    def measure(self, pixels: Tensor) -> None:
         """Measure mean and spread of training pictures (N, 3, 16, 16)."""
         self.mean.copy_(pixels.mean(0))
         self.spread.copy_(pixels.std(0).clamp(min=0.05))
@@ -46,8 +46,8 @@ class Unconditional(nn.Module):
         deviation = (alpha**2 * self.spread**2 + sigma**2).sqrt()  # of x_t
         unit = (x - alpha * self.mean) / deviation
         patches = self.unet(F.pixel_unshuffle(unit, PATCH), t, torch.zeros(len(x), 1, CONTEXT))
-        found = F.pixel_shuffle(patches, PATCH)
-        x0 = self.mean + self.spread / deviation * (alpha * self.spread * unit + sigma * found)
+        residual = F.pixel_shuffle(patches, PATCH)
+        x0 = self.mean + self.spread / deviation * (alpha * self.spread * unit + sigma * residual)
         return (alpha * x - x0) / sigma
 
 

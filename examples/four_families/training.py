@@ -72,7 +72,7 @@ def train(name: str, train_levels: Tensor, seed: int, steps: int, folder: Path) 
 def _run(model: nn.Module, recipe: Recipe, train_levels: Tensor, steps: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Take all steps; yield the weights at the last checkpoints, then their average over a tenth of the run."""
     if isinstance(model, Diffusion):
-        model.network.look_at(to_pixels(train_levels))
+        model.network.measure(to_pixels(train_levels))
     update = _updates(model, recipe, steps)
     average = copy.deepcopy(model)
     marks = {round(steps * (1 - number / 20)): str(LAST - 1 - number) for number in range(LAST)}

@@ -46,7 +46,7 @@ def likelihood(
     device: Device = None,
     precision: PrecisionOption = None,
 ) -> Iterator[str]:
-    """Bound how probable a model holds pictures, in nats and bits per value, with and without their captions.
+    """Bound how probable pictures are under a model, in nats and bits per value, with and without their captions.
 
     Example: latentdiff likelihood my-pictures --model runs/mine
     """

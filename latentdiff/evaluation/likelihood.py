@@ -11,8 +11,8 @@ the reverse variance that is asked for: it bounds the probability that this very
 bound is lower than the data's own log-density holds on average over the data only, not for each picture.
 
 Each draw takes z and the noise anew, all terms of t = 0, and a few timesteps t >= 1, stratified, in proportion to how
-much they vary (`Proposal`), weighted so that nothing is biased. Draws are independent, so their spread gives the
-standard error, posterior and timesteps counted in.
+much they vary, a quarter of the probability evenly (`Proposal`), weighted so that nothing is biased. Draws are
+independent, so their spread gives the standard error, posterior and timesteps counted in.
 """
 
 import io
@@ -45,7 +45,7 @@ NORMAL_90 = 1.645
 class Bound:
     """A lower bound on log p(picture | prompt), estimated from several draws; the parts add up to `nats`."""
 
-    decoder: float  # E log p(x | z); nan if nothing is known of the decoder's spread, which the sum then leaves out
+    decoder: float  # E log p(x | z); nan where it was not asked for or its spread is unknown, and left out of the sum
     entropy: float  # H[q(z | x)]
     prior: float  # -L_T
     kl: float  # minus the sum of L_t, t >= 1

@@ -62,13 +62,15 @@ class Proposals(NamedTuple):
         """Return what `write` kept for a model with T timesteps; None if there is nothing."""
         if not (folder / FILE).is_file():
             return None
+        least = 0.999 * UNIFORM / (num_timesteps - 1)
         found = read_json(folder / FILE, "")
         try:
             tensors = [torch.tensor(found[name], dtype=torch.float64) for name in cls._fields]
         except (KeyError, TypeError, ValueError):
             tensors = []
-        if not tensors or any(each.shape != (num_timesteps - 1,) or not bool((each > 0).all()) for each in tensors):
-            raise LatentDiffError(f"{folder / FILE}: is not of this model; delete it, and it will be measured again")
+        if not tensors or any(each.shape != (num_timesteps - 1,) or not bool((each > least).all()) for each in tensors):
+            raise LatentDiffError(f"{folder / FILE}: is of another model, or of a version whose intervals were too "
+                                  "short; delete it, and it will be measured again")  # fmt: skip
         return cls(*(Proposal(each / each.sum()) for each in tensors))
 
 

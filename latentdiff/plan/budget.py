@@ -28,6 +28,7 @@ class Part:
     growth: float  # of this part, per second that is added to the budget
     validation: float
     checkpoint: float
+    snapshots: float = 0.0  # all of them
     finishing: float = 0.0
     is_last: bool = False  # the stage before may be a little late
 
@@ -38,9 +39,9 @@ class Part:
 
     @property
     def stretch(self) -> float:
-        """Factor for the validations and checkpoints between the steps."""
-        often = PARTS * (self.validation + self.checkpoint) / max(1.0, self.limit - self.begin)
-        return 1 + min(OVERHEAD, often)
+        """Factor for the validations, checkpoints and snapshots between the steps."""
+        length = max(1.0, self.limit - self.begin)
+        return 1 + min(OVERHEAD, PARTS * (self.validation + self.checkpoint) / length) + self.snapshots / length
 
     @property
     def for_steps(self) -> float:
@@ -88,13 +89,14 @@ def spend(
     held_out, begin = min(settings.num_pictures, math.ceil(config.data.validation_share * set_size)), encoding
     if vae:
         validation = held_out * vae.forward_flops * _pace(vae)
-        part = Part(0.0, share * budget, share, validation, _checkpoint(vae), finishing)
+        part = Part(0.0, share * budget, share, validation, _checkpoint(vae), finishing=finishing)
         vae = _buy(config, vae, config.train_vae, part, set_size)
         begin += vae.purchase.end if vae.purchase else 0.0
     passes = held_out * settings.timestep_bands * (2 + config.train_latent.keep_best)
     prompts = len(settings.prompts) or min(NUM_PROMPTS, held_out)
     validation = passes * latent.forward_flops * _pace(latent) + prompts * sample.seconds
-    part = Part(begin, budget, 1 - share, validation, _checkpoint(latent), is_last=True)
+    snapshots = config.train_latent.ema_snapshots * 8 * latent.trained / DISK_SPEED
+    part = Part(begin, budget, 1 - share, validation, _checkpoint(latent), snapshots, is_last=True)
     return vae, _buy(config, latent, config.train_latent, part, set_size)
 
 

@@ -218,12 +218,13 @@ class LatentPipeline(ModelParts):
     def log_likelihood(
         self, images: Picture | Sequence[Picture], prompts: Prompt = "", **options: Unpack[BoundOptions]
     ) -> list[Bound]:
-        """Bound from below how probable the model holds images, in nats; see `latentdiff.evaluation.likelihood`.
+        """Bound from below how probable images are under the model, in nats; see `latentdiff.evaluation.likelihood`.
 
         Args:
             images: one or more images.
             prompts: one for all images or one for each, taken literally; empty: whatever the model draws unasked.
-            options: `draws`, `num_timesteps` (None: all), `variance`, `posterior_floor`, `decoder`, `seed`.
+            options: `draws`, `num_timesteps` (None: all), `variance`, `posterior_floor`, `decoder` (False: leave out
+                log p(image | latents), so that the bound is on the latents), `seed`.
         """
         several = images if isinstance(images, list | tuple) else [cast(Picture, images)]
         return asking.bounds(self, several, prompts, options)

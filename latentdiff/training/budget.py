@@ -86,9 +86,9 @@ class Pacer:
 
     def __init__(
         self, run: Launch, timetable: Timetable, decisions: Decisions, limit: float | None, num_bytes: int,
-        num_snapshots: int = 0,
+        num_snapshots: int = 0, snapshot_bytes: int = 0,
     ) -> None:  # fmt: skip
-        """Begin a stage that must have ended `limit` seconds after the launch; its checkpoints have `num_bytes`."""
+        """Begin a stage that must have ended `limit` seconds after the launch; a checkpoint has `num_bytes`."""
         self.run, self.timetable, self.decisions, self.limit = run, timetable, decisions, limit
         self.budget = run.budget or 0.0
         self.is_last = limit == run.budget  # the stage before may be a little late
@@ -96,7 +96,7 @@ class Pacer:
         self.decided = -math.inf  # when the newest decision was made in this launch
         self.length = math.inf if limit is None else max(1.0, limit - self.begin)
         self.validation, self.checkpoint = Cost(self.begin), Cost(self.begin, num_bytes / DISK_SPEED)
-        self.num_snapshots, self.snapshot = num_snapshots, Cost(self.begin, num_bytes / 2 / DISK_SPEED)
+        self.num_snapshots, self.snapshot = num_snapshots, Cost(self.begin, snapshot_bytes / DISK_SPEED)
         self.finishing = Cost()  # from the last checkpoint to the end of the stage
         self.overhead = 0.0  # seconds spent on validations and checkpoints
         self.speed, self.num_steps = Speed(MEMORY * self.length), 0  # of this launch

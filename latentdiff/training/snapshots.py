@@ -29,6 +29,11 @@ class Snapshots:
         self.timetable, self.state = timetable, state
         self.steps: list[int] = []  # that have one, ascending
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of one snapshot."""
+        return 4 * len(TRACKED) * sum(parameter.numel() for parameter in self.state.parameters.values())
+
     def is_due(self, step: int) -> bool:
         """Whether a step has one: a function of the config and the decisions before the step, and true for the last."""
         last = self.timetable.steps_before(step)

@@ -153,7 +153,7 @@ def test_the_diffusion_network_begins_with_mean_and_spread():
     mean, spread = torch.rand(2, 3, 16, 16, generator=generator) * 0.2 + 0.1
     pixels = torch.randn(2000, 3, 16, 16, generator=generator)
     pixels = mean + spread * (pixels - pixels.mean(0)) / pixels.std(0)
-    model.network.look_at(pixels)
+    model.network.measure(pixels)
     for t in (0, 100, 249):
         alpha, sigma = (float(each[t]) for each in (model.process.schedule.alpha, model.process.schedule.sigma))
         x_t = torch.randn(5, 3, 16, 16, generator=generator) * 0.1

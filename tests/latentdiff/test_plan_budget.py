@@ -80,10 +80,13 @@ def test_a_budget_buys_what_a_count_by_hand_says():
     assert found.seconds == latent.purchase.end < 3600
 
 
-def test_a_budget_buys_what_the_run_would_decide_at_that_speed():
+@pytest.mark.parametrize("snapshots", [0, 24])
+def test_a_budget_buys_what_the_run_would_decide_at_that_speed(snapshots, monkeypatch):
     """The pacer of training, with a clock that shows the estimated times, decides on the same number of steps."""
-    config = load_config("debug", ["budget=1h", "vae.pretrained=builtin:emoji-64",
-                                   "train_latent.validate_first=true"])  # fmt: skip
+    for module in ("plan", "training"):  # snapshots take 5 % of the time
+        monkeypatch.setattr(f"latentdiff.{module}.budget.DISK_SPEED", 2e5)
+    config = load_config("debug", ["budget=1h", "vae.pretrained=builtin:emoji-64", "train_latent.validate_first=true",
+                                   f"train_latent.ema_snapshots={snapshots}"])  # fmt: skip
     _, latent, sample = (found := plan(config, **SLOW, dataset_size=900)).stages
     assert found.stages[0].name.startswith("encode 900")
     clock = SimpleNamespace(now=found.stages[0].seconds)
@@ -91,7 +94,8 @@ def test_a_budget_buys_what_the_run_would_decide_at_that_speed():
                           accelerator=SimpleNamespace(num_processes=1), report=print, config=config,
                           budget=3600.0)  # fmt: skip
     timetable = Timetable(config.train_latent, "train_latent", has_budget=True)
-    pacer = Pacer(run, timetable, SimpleNamespace(append=lambda decision: None), 3600.0, 16 * latent.trained)
+    pacer = Pacer(run, timetable, SimpleNamespace(append=lambda decision: None), 3600.0, latent.checkpoint,
+                  snapshots, 8 * latent.trained)  # fmt: skip
     validation = 16 * 4 * 3 * latent.forward_flops / HALF + 2 * sample.seconds
     with pacer.timing(pacer.validation):
         clock.now += validation

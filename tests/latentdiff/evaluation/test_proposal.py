@@ -31,14 +31,15 @@ def test_proposals():
         Proposal.measured(torch.tensor([0, 5]), torch.ones(2, 1), 100)
 
 
-def test_intervals_hold_for_pictures_unlike_those_measured():
+@pytest.mark.parametrize("draws", [4, 8])
+def test_intervals_hold_for_pictures_unlike_those_measured(draws):
     """As the shipped model's: held-out pictures still have terms where those of training pictures have ended."""
     t, T = grid(1000, 24), torch.arange(1, 1000)
     proposal = Proposal.measured(t, 800 / t[:, None] ** 1.1 * torch.where(t < 128, 1, 0.05)[:, None], 1000)
     values, generator = 800 / T**1.1 + 0.8 * ((T > 128) & (T < 512)), torch.Generator().manual_seed(0)
     covered = []
     for _ in range(500):
-        drawn = [stratified(proposal, 8, generator) for _ in range(8)]
+        drawn = [stratified(proposal, 8, generator) for _ in range(draws)]
         sums = tuple(float((weights * values[times - 1]).sum()) for times, weights in drawn)
         low, high = Bound(0, 0, 0, 0, 0, sums, 1, 0).interval
         covered.append(low <= values.sum() <= high)
