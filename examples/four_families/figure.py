@@ -7,8 +7,8 @@ from pictures import SIZE, Pictures
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-ZOOM, GAP, LABEL, WALK, COUNT = 3, 4, 236, 8, 16
-NEW = {"autoregressive": "one value after another", "VAE": "decoder's means", "GAN": "generator",
+ZOOM, GAP, LABEL, WALK, COUNT = 3, 4, 224, 8, 16
+NEW = {"autoregressive": "value by value", "VAE": "decoder's means", "GAN": "generator",
        "diffusion": "250 steps"}  # fmt: skip
 
 
