@@ -86,9 +86,12 @@ class Pacer:
 
     def __init__(
         self, run: Launch, timetable: Timetable, decisions: Decisions, limit: float | None, num_bytes: int,
-        num_snapshots: int = 0, snapshot_bytes: int = 0,
+        snapshots: tuple[int, int] = (0, 0),
     ) -> None:  # fmt: skip
-        """Begin a stage that must have ended `limit` seconds after the launch; a checkpoint has `num_bytes`."""
+        """Begin a stage that must have ended `limit` seconds after the launch.
+
+        A checkpoint has `num_bytes`; `snapshots` says how many there will be, and the bytes of one.
+        """
         self.run, self.timetable, self.decisions, self.limit = run, timetable, decisions, limit
         self.budget = run.budget or 0.0
         self.is_last = limit == run.budget  # the stage before may be a little late
@@ -96,7 +99,7 @@ class Pacer:
         self.decided = -math.inf  # when the newest decision was made in this launch
         self.length = math.inf if limit is None else max(1.0, limit - self.begin)
         self.validation, self.checkpoint = Cost(self.begin), Cost(self.begin, num_bytes / DISK_SPEED)
-        self.num_snapshots, self.snapshot = num_snapshots, Cost(self.begin, snapshot_bytes / DISK_SPEED)
+        self.num_snapshots, self.snapshot = snapshots[0], Cost(self.begin, snapshots[1] / DISK_SPEED)
         self.finishing = Cost()  # from the last checkpoint to the end of the stage
         self.overhead = 0.0  # seconds spent on validations and checkpoints
         self.speed, self.num_steps = Speed(MEMORY * self.length), 0  # of this launch

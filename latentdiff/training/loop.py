@@ -111,8 +111,7 @@ def run_training(
     skipped, decisions = SkippedSteps(run.device), Decisions(folder / "checkpoints", training.fingerprint)
     step = restore(training, run, folder, skipped, decisions)
     begin()
-    pacer = Pacer(run, timetable, decisions, limit, checkpoint_bytes(training), training.snapshots.number,
-                  training.snapshots.num_bytes)  # fmt: skip
+    pacer = Pacer(run, timetable, decisions, limit, checkpoint_bytes(training), training.snapshots.planned)
     broken = read_broken(folder, run)
     log = MetricLogger(run, folder, training.name, step, timetable.steps, section.batch_size).begin()
     if step == 0 and section.validate_first:

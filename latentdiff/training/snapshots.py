@@ -30,9 +30,9 @@ class Snapshots:
         self.steps: list[int] = []  # that have one, ascending
 
     @property
-    def num_bytes(self) -> int:
-        """Size of one snapshot."""
-        return 4 * len(TRACKED) * sum(parameter.numel() for parameter in self.state.parameters.values())
+    def planned(self) -> tuple[int, int]:
+        """How many there will be, and the size of one in bytes."""
+        return self.number, 4 * len(TRACKED) * sum(parameter.numel() for parameter in self.state.parameters.values())
 
     def is_due(self, step: int) -> bool:
         """Whether a step has one: a function of the config and the decisions before the step, and true for the last."""

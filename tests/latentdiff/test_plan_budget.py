@@ -95,7 +95,7 @@ def test_a_budget_buys_what_the_run_would_decide_at_that_speed(snapshots, monkey
                           budget=3600.0)  # fmt: skip
     timetable = Timetable(config.train_latent, "train_latent", has_budget=True)
     pacer = Pacer(run, timetable, SimpleNamespace(append=lambda decision: None), 3600.0, latent.checkpoint,
-                  snapshots, 8 * latent.trained)  # fmt: skip
+                  (snapshots, 8 * latent.trained))  # fmt: skip
     validation = 16 * 4 * 3 * latent.forward_flops / HALF + 2 * sample.seconds
     with pacer.timing(pacer.validation):
         clock.now += validation
