@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ def main() -> int:
     options = parser.parse_args()
     pipe, other = (LatentPipeline.from_pretrained(name, dtype=torch.float32) for name in (options.model, options.other))
     data = DataConfig(source=options.source.removeprefix("data.source="), image_size=pipe.image_size, flip=False)
-    (train, held_out), settings = open_source(data), SamplingSettings(guidance_scale=3, num_steps=options.steps)
+    train, held_out = open_source(data)
     gallery = embed(pipe.vae, read_pictures(train, data, options.pictures, []), pipe.image_size)
     some = embed(pipe.vae, read_pictures(held_out, data, 32, []), pipe.image_size, reconstruct=True)
     concepts = concepts_of(train, EMOJI_STYLE)
@@ -52,9 +51,9 @@ def main() -> int:
     chosen = [gallery.indices[number] for number in choose([concepts[i] for i in gallery.indices], options.concepts, 0)]
 
     def figures(model: LatentPipeline, time: int) -> list[Figure]:
-        settled = replace(settings, seed=10_000 * time, progress=False)
-        asked = Asked.of(train, concepts, chosen, settled)
-        studio = Studio(pipe, settled, None, options.output, Clock(lambda _: None))
+        settings = SamplingSettings(guidance_scale=3, num_steps=options.steps, seed=10_000 * time, progress=False)
+        asked = Asked.of(train, concepts, chosen, settings)
+        studio = Studio(pipe, settings, None, options.output, Clock(lambda _: None))
         images, queries = studio.draw(model, asked)
         return reference.measure(queries, compare(gallery, train, data, concepts, asked, images, queries))[0]
 
