@@ -1,6 +1,6 @@
 """Do 90 % intervals of evaluation figures cover the truth in 90 % of all draws?
 
-    python benchmarks/coverage.py                # 500 draws of each case: about 20 minutes on one core
+    python benchmarks/coverage.py                # 500 draws of each case: about six minutes on one core
 
 Two normal distributions in four dimensions, whose figures are known: the Fréchet distance in closed form, KID and the
 figures of neighbors by the mean over many independent draws of the same size. "Independent": every picture shows a

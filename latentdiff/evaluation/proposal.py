@@ -59,7 +59,10 @@ class Proposals(NamedTuple):
 
     @classmethod
     def read(cls, folder: Path, num_timesteps: int) -> "Proposals | None":
-        """Return what `write` kept for a model with T timesteps; None if there is nothing."""
+        """Return what `write` kept for a model with T timesteps; None if there is nothing.
+
+        Raises LatentDiffError if it is of another model, or of a version without the uniform share.
+        """
         if not (folder / FILE).is_file():
             return None
         least = 0.999 * UNIFORM / (num_timesteps - 1)
