@@ -21,7 +21,7 @@ from latentdiff.assets import EMOJI_STYLE
 from latentdiff.data.sources import open_source
 from latentdiff.evaluation.comparison import Reference
 from latentdiff.evaluation.concepts import Asked, choose, compare, concepts_of
-from latentdiff.evaluation.evaluate import Clock, Studio
+from latentdiff.evaluation.evaluate import ENCODED, Clock, Studio
 from latentdiff.evaluation.figures import Figure, difference
 from latentdiff.evaluation.gallery import embed, read_pictures
 from latentdiff.sampling.settings import SamplingSettings
@@ -44,8 +44,9 @@ def main() -> int:
     pipe, other = (LatentPipeline.from_pretrained(name, dtype=torch.float32) for name in (options.model, options.other))
     data = DataConfig(source=options.source.removeprefix("data.source="), image_size=pipe.image_size, flip=False)
     train, held_out = open_source(data)
-    gallery = embed(pipe.vae, read_pictures(train, data, options.pictures, []), pipe.image_size)
-    some = embed(pipe.vae, read_pictures(held_out, data, 32, []), pipe.image_size, reconstruct=True)
+    encoded = options.output / ENCODED
+    gallery = embed(pipe.vae, read_pictures(train, data, options.pictures, []), pipe.image_size, folder=encoded)
+    some = embed(pipe.vae, read_pictures(held_out, data, 32, []), pipe.image_size, reconstruct=True, folder=encoded)
     concepts = concepts_of(train, EMOJI_STYLE)
     reference = Reference(train, data, concepts, gallery, float(some.quality[2].median()), None, seed=0)
     chosen = [gallery.indices[number] for number in choose([concepts[i] for i in gallery.indices], options.concepts, 0)]

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from .gallery import Gallery, embed, read_pictures
 from .networks import FeatureNetwork
 
 MAX_TRAINING, MAX_HELD_OUT = 20_000, 2_000  # pictures to evaluate; a Fréchet distance needs 2,000
-RECORD = "evaluation.json"
+RECORD, DRAWN, ENCODED = "evaluation.json", "drawn", "encoded"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Evaluation:
                 record[name].pop("grid").save(folder / f"{name}.png")
         text = json.dumps(record, indent=2, allow_nan=False)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+        shutil.rmtree(folder / ENCODED, ignore_errors=True)
 
 
 class Clock:
@@ -130,18 +132,19 @@ class Studio:
     pipe: ModelParts  # whose VAE encodes all pictures
     settings: SamplingSettings
     network: FeatureNetwork | None
-    folder: Path | None  # of the drawn pictures
+    folder: Path | None  # where what is drawn and computed is kept
     clock: Clock
 
     def draw(self, model: ModelParts, asked: Asked) -> tuple[list[Image.Image], Gallery]:
         """Draw pictures and encode them; pictures of another size are resized to that of `pipe`."""
         size = (self.pipe.image_size,) * 2
         with self.clock("drawing", f"{len(asked.prompts)} pictures"):
-            images = draw(model, asked.prompts, asked.seeds, self.settings, self.folder)
+            images = draw(model, asked.prompts, asked.seeds, self.settings, self.folder and self.folder / DRAWN)
             images = [image if image.size == size else image.resize(size, Image.Resampling.BICUBIC) for image in images]
         with self.clock("encoding", "them"):
             pictures = enumerate(map(np.asarray, images))
-            return images, embed(self.pipe.vae, pictures, self.pipe.image_size, self.network)
+            return images, embed(self.pipe.vae, pictures, self.pipe.image_size, self.network,
+                                 folder=self.folder and self.folder / ENCODED)  # fmt: skip
 
     def compare(
         self, reference: Reference, chosen: Sequence[int], held_out: Gallery, against: tuple[str, ModelParts] | None
@@ -198,7 +201,8 @@ def evaluate(
             of them if there are fewer.
         network: compare pictures by its features, too.
         against: name of another model, and the model, to draw the same prompts from the same seeds.
-        output: folder of an evaluation. Pictures are kept in `drawn` there, and those of a killed one are used.
+        output: folder of an evaluation, which goes on after a kill: drawn pictures are kept in `drawn` there, and what
+            is computed of pictures in `encoded`, which `Evaluation.write` removes.
         say: called with progress messages.
 
     Raises:
@@ -211,16 +215,16 @@ def evaluate(
     check_output(output, facts)
     train, held_out = open_source(data)
     concepts, broken, clock = concepts_of(train, style), list[str](), Clock(say)
-    folder = None if output is None else output / "drawn"
+    encoded = None if output is None else output / ENCODED
     counts = f"{min(len(train), MAX_TRAINING)} training and {min(len(held_out), MAX_HELD_OUT)} held-out pictures"
     with clock("encoding", counts):
         gallery = embed(pipe.vae, read_pictures(train, data, MAX_TRAINING, broken, flip=data.flip), pipe.image_size,
-                        network)  # fmt: skip
+                        network, folder=encoded)  # fmt: skip
         others = embed(pipe.vae, read_pictures(held_out, data, MAX_HELD_OUT, broken), pipe.image_size, network,
-                       reconstruct=True)  # fmt: skip
+                       reconstruct=True, folder=encoded)  # fmt: skip
     report = quality = combined = None
     shown = [concepts[index] for index in gallery.indices]
-    studio = Studio(pipe, settings, network, folder, clock)
+    studio = Studio(pipe, settings, network, output, clock)
     if len(set(shown) - {""}) > 1:
         chosen = [gallery.indices[number] for number in choose(shown, num_concepts, settings.seed)]
         same = float(others.quality[2].median())

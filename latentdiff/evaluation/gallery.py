@@ -2,23 +2,27 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from vae import VAE
 from vae.normalize import LatentStatistics
 
-from ..data.cache import encode_batch_size, read_pixels
+from ..data.cache import encode_batch_size, read_pixels, weights_digest
 from ..data.pictures import PictureError, to_images, to_pixels
 from ..data.sources import Source
 from ..device import without_tf32
 from ..errors import LatentDiffError
 from ..sections import DataConfig
+from .kept import Compute, kept
 from .metrics import psnr, ssim
 from .networks import FeatureNetwork
 
@@ -72,7 +76,7 @@ def read_pictures(source: Source, data: DataConfig, limit: int, broken: list[str
     The names of pictures that cannot be read are appended to `broken`.
     """
     indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(int))
-    for index in indices.tolist():
+    for index in tqdm(indices.tolist(), desc="reading", unit=" pictures", leave=False, disable=None):
         try:
             picture = read_pixels(source, index, data)
         except PictureError:
@@ -86,40 +90,56 @@ def read_pictures(source: Source, data: DataConfig, limit: int, broken: list[str
 @torch.no_grad()
 @without_tf32()
 def embed(
-    vae: VAE, pictures: Pictures, image_size: int, network: FeatureNetwork | None = None, *, reconstruct: bool = False
-) -> Gallery:
-    """Encode pictures, and with `reconstruct` decode them again to measure the quality of the reconstructions."""
-    weights = next(vae.parameters())
+    vae: VAE, pictures: Pictures, image_size: int, network: FeatureNetwork | None = None, *, reconstruct: bool = False,
+    folder: Path | None = None,
+) -> Gallery:  # fmt: skip
+    """Encode pictures, and with `reconstruct` decode them again to measure the quality of the reconstructions.
+
+    With a `folder`, what is computed of each batch is kept there. Raises LatentDiffError if no picture can be read.
+    """
+    compute: Compute = partial(_see, vae, network, reconstruct)
+    if folder is not None:
+        weights = next(vae.parameters())
+        digests = [weights_digest(part) for part in ([vae, network.model] if network else [vae])]
+        compute = kept(compute, folder, [*digests, str(weights.dtype), weights.device.type, str(reconstruct)])
+    indices, thumbnails, parts = list[int](), list[Tensor](), list[dict[str, Tensor]]()
     statistics = LatentStatistics(vae.config.latent_channels)
-    indices: list[int] = []
-    latents, thumbnails, quality = [], [], [torch.zeros(3, 0, dtype=torch.float64)]
-    seen: list[Tensor] = []
-    again: dict[str, list[Tensor]] = {}
     while batch := list(islice(pictures, encode_batch_size(image_size))):
         indices += [index for index, _ in batch]
-        pixels = to_pixels(torch.from_numpy(np.stack([picture for _, picture in batch])))
-        posterior = vae.latent_posterior(pixels.to(weights))
-        statistics.add(posterior)
-        latents.append(posterior.mode().float().cpu())
-        thumbnails.append(F.interpolate(pixels, size=(THUMBNAIL, THUMBNAIL), mode="area"))
-        if network is not None:
-            seen.append(network.images([picture for _, picture in batch]))
-        if reconstruct:
-            decoded = vae.decode(posterior.mode().to(weights.dtype)).float().cpu()
-            images = [np.asarray(image) for image in to_images(decoded)]
-            shown = to_pixels(torch.from_numpy(np.stack(images))).to(weights)
-            encoded = vae.latent_posterior(shown).mode().float().cpu()
-            again.setdefault(LATENTS, []).append(pool(encoded))
-            quality.append(
-                torch.stack([psnr(pixels, decoded), ssim(pixels, decoded), root_mean_square(encoded - latents[-1])])
-            )
-            if network is not None:
-                again.setdefault(network.name, []).append(network.images(images))
+        levels = np.stack([picture for _, picture in batch])
+        thumbnails.append(F.interpolate(to_pixels(torch.from_numpy(levels)), size=(THUMBNAIL, THUMBNAIL), mode="area"))
+        parts.append(compute(levels))
+        statistics.merge(parts[-1].pop("statistics"))
     if not indices:
         raise LatentDiffError("none of the pictures can be read")
-    gallery = Gallery(indices, torch.cat(latents), torch.cat(thumbnails), statistics, torch.cat(quality, 1),
-                      {} if network is None else {network.name: torch.cat(seen)},
-                      {name: torch.cat(parts) for name, parts in again.items()})  # fmt: skip
-    if not bool(gallery.latents.isfinite().all()):
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if not bool(found["latents"].isfinite().all()):
         raise LatentDiffError("the VAE's latents are not finite; float32 (--precision fp32) may help")
-    return gallery
+    names = {"pooled": LATENTS} | ({"network": network.name} if network else {})
+    return Gallery(
+        indices, found["latents"], torch.cat(thumbnails), statistics,
+        found["quality"].T if reconstruct else torch.zeros(3, 0, dtype=torch.float64),
+        {network.name: found["network"]} if network else {},
+        {name: found[f"reconstructed {kind}"] for kind, name in names.items()} if reconstruct else {},
+    )  # fmt: skip
+
+
+def _see(vae: VAE, network: FeatureNetwork | None, reconstruct: bool, levels: NDArray[np.uint8]) -> dict[str, Tensor]:
+    """Return what a batch (B, H, W, 3) looks like: one row a picture each, but the `statistics`, which are sums."""
+    weights, pixels = next(vae.parameters()), to_pixels(torch.from_numpy(levels))
+    posterior, statistics = vae.latent_posterior(pixels.to(weights)), LatentStatistics(vae.config.latent_channels)
+    statistics.add(posterior)
+    latents = posterior.mode().float().cpu()
+    found = {"latents": latents, "statistics": statistics.state()}
+    if network is not None:
+        found["network"] = network.images(list(levels))
+    if reconstruct:
+        decoded = vae.decode(posterior.mode().to(weights.dtype)).float().cpu()
+        images = np.stack([np.asarray(image) for image in to_images(decoded)])
+        encoded = vae.latent_posterior(to_pixels(torch.from_numpy(images)).to(weights)).mode().float().cpu()
+        distance = root_mean_square(encoded - latents)
+        found["quality"] = torch.stack([psnr(pixels, decoded), ssim(pixels, decoded), distance], 1)
+        found["reconstructed pooled"] = pool(encoded)
+        if network is not None:
+            found["reconstructed network"] = network.images(list(images))
+    return {name: values.contiguous() for name, values in found.items()}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from latentdiff import LatentDiffError
-from latentdiff.evaluation import drawing
+from latentdiff.evaluation import drawing, gallery
 from latentdiff.evaluation import evaluate as report
 from latentdiff.sampling.settings import SamplingSettings
 from latentdiff.sections import DataConfig
@@ -35,6 +35,38 @@ def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("*"))) == 1 + 4
     drawing.draw(pipe, prompts[:1], seeds[:1], SETTINGS.model_copy(update={"guidance_scale": 2.0}), tmp_path)
     assert calls == [4, 2, 1]
+
+
+def test_what_is_computed_of_pictures_is_kept(pipe, tmp_path, monkeypatch):
+    """Killed after the first of two batches; only the second is encoded afterwards, and all bits are the same."""
+    random = np.random.default_rng(0)
+    pictures, calls = [(index, random.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for index in range(40)], []
+    whole = gallery.embed(pipe.vae, iter(pictures), 64, reconstruct=True)
+
+    def dies(self, pixels):
+        calls.append(len(pixels))
+        if len(calls) == 3:  # pictures and their reconstructions make two
+            raise KeyboardInterrupt
+        return original(self, pixels)
+
+    original = type(pipe.vae).latent_posterior
+    monkeypatch.setattr(type(pipe.vae), "latent_posterior", dies)
+    with pytest.raises(KeyboardInterrupt):
+        gallery.embed(pipe.vae, iter(pictures), 64, reconstruct=True, folder=tmp_path)
+    found = gallery.embed(pipe.vae, iter(pictures), 64, reconstruct=True, folder=tmp_path)
+    assert calls == [32, 32, 8, 8, 8]
+    for name in ("latents", "thumbnails", "quality"):
+        assert getattr(found, name).equal(getattr(whole, name))
+    assert found.pooled()[gallery.LATENTS].equal(whole.pooled()[gallery.LATENTS])
+    assert found.reconstructed[gallery.LATENTS].equal(whole.reconstructed[gallery.LATENTS])
+    assert found.statistics.state().equal(whole.statistics.state())
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    gallery.embed(pipe.vae, iter(pictures), 64, reconstruct=True, folder=tmp_path)
+    assert len(calls) == 7  # a broken file is written again
+    gallery.embed(pipe.vae, iter(pictures), 64, folder=tmp_path)
+    assert len(calls) == 9  # without reconstructions there is nothing to find
 
 
 def test_other_weights_are_another_model(pipe):
