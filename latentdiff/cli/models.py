@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -212,7 +213,11 @@ def data_config(model: str | None, overrides: Sequence[str]) -> DataConfig:
             raise LatentDiffError(f"{override!r}: images are evaluated at the model's own size")
     folder = find_model(model).resolve()
     if folder.parent == ASSETS:
-        return load_config(folder.name, overrides).data
+        data = load_config(folder.name, overrides).data
+        if not glob(data.source) and not any(override.startswith("data.source=") for override in overrides):
+            raise LatentDiffError(f"{folder.name}: its training pictures do not ship; give data.source=FOLDER, or get "
+                                  f"them to {data.source} as docs/recipes.md says")  # fmt: skip
+        return data
     record = folder.parent / "run.json"
     try:
         recorded = dict(read_json(record, "")["launches"][-1]["config"]["data"])

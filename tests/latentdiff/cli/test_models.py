@@ -224,6 +224,7 @@ def test_export_and_open_again(invoke, place, form):
         ("export runs/mine runs/mine", ["overlaps the model to be exported"]),
         ("export runs/mine my-pictures", ["is not empty"]),
         ("evaluate data.source=nothing -m runs/mine", ["data.source='nothing': no such file or folder"]),
+        ("evaluate", ["emoji-256: its training pictures do not ship; give data.source=FOLDER"]),
         ("evaluate data.source=my-pictures -m runs/mine --style (", ["style '(': not a valid regular expression"]),
         ("evaluate data.image_size=32 -m runs/mine", ["'data.image_size=32': images are evaluated at the model's"]),
         ("evaluate data.sauce=my-pictures -m runs/mine", ["unknown key 'data.sauce'; did you mean 'source'"]),
