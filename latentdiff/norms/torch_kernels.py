@@ -41,7 +41,7 @@ def gradients(
         if silu:
             dz = torch.ops.aten.silu_backward(dz, _affine(values, middle, scale, bias))
         dbias[part] = dz.sum(1)
-        dweight[part] = (values - middle[:, None]).mul_(dz).sum(1) * spread[part]
+        dweight[part] = ((values * dz).sum(1) - middle * dbias[part]) * spread[part]
         p, q = (_group_mean(weight * each[part], groups) * spread[part] / -x.shape[1] for each in (dweight, dbias))
         out[part].copy_(_affine(values, middle, p * spread[part], q).addcmul_(dz, scale[:, None]))
     return dweight.sum(0), dbias.sum(0)
@@ -62,4 +62,5 @@ def _group_mean(values: Tensor, groups: int) -> Tensor:
 
 
 def _affine(x: Tensor, center: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return (x - center[:, None]).mul_(scale[:, None]).add_(bias.unsqueeze(-2))
+    """Return scale (x - center) + bias in one pass: half precision cancels less than float32 can carry."""
+    return torch.addcmul(torch.addcmul(bias, center, scale, value=-1)[:, None], x, scale[:, None])
