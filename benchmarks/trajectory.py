@@ -135,9 +135,9 @@ def run(arguments: argparse.Namespace, data: Path, steps: int, history: int, see
 def compare(ours: Tensor, base: Tensor) -> str:
     """Return the mean of (seeds, pictures), and its paired difference from the base with its interval."""
     difference = (ours - base).mean(0)
-    half = 1.645 * float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
+    interval = f" ± {1.645 * float(difference.std()) / len(difference) ** 0.5:.4f}" if len(difference) > 1 else ""
     by_seed = ", ".join(f"{value:+.4f}" for value in (ours - base).mean(1).tolist())
-    return f"{ours.mean():.4f} | {difference.mean():+.4f} ± {half:.4f} | {by_seed}"
+    return f"{ours.mean():.4f} | {difference.mean():+.4f}{interval} | {by_seed}"
 
 
 def main() -> None:
