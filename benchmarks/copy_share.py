@@ -74,14 +74,14 @@ def main() -> int:
         theirs = open_source(data.model_copy(update={"source": options.strangers}))[1]
         found = embed(pipe.vae, read_pictures(theirs, data, MAX_HELD_OUT, []), size, folder=encoded)
         queries["strangers"] = drawn(found.latents)
-    twice = [gallery.indices[row] for row in rows[:: len(rows) // NEAR_DUPLICATES][:NEAR_DUPLICATES]]
+    twice = [gallery.indices[row] for row in rows[:: max(1, len(rows) // NEAR_DUPLICATES)][:NEAR_DUPLICATES]]
     pictures = (
         (index, as_jpeg(picture))
         for index, picture in read_pictures(train, data, MAX_TRAINING, [])
         if index in set(twice)
     )
     again = embed(pipe.vae, pictures, size, folder=encoded).latents
-    sets = {"as it is": gallery.latents, f"with {NEAR_DUPLICATES} near-duplicates": torch.cat([gallery.latents, again])}
+    sets = {"as it is": gallery.latents, f"with {len(twice)} near-duplicates": torch.cat([gallery.latents, again])}
     print(f"near-duplicates differ by at most {same:.3f} (root mean square of the latents)\n")
     print("| training set | merged | " + " | ".join(queries) + " |\n|---|---|" + "---|" * len(queries))
     for name, latents in sets.items():

@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace, data: Path, steps: int, history: int, see
                                           for prompt in sorted(by_prompt)] for name in SPACES}  # fmt: skip
     drawing = json.loads((folder / "evaluation.json").read_text())["seconds"]["drawing"]
     return json.loads((folder / "losses.json").read_text()) | right | {
-        "seconds a step of training": [json.loads((folder / "second.json").read_text())],
+        "seconds a step beside the other job": [json.loads((folder / "second.json").read_text())],
         "seconds of drawing": [drawing],
     }  # fmt: skip
 
@@ -159,11 +159,17 @@ def main() -> None:
         return
     arguments.output /= f"{arguments.concepts}-{arguments.steps}"
     data = make_data(arguments.output / "data", arguments.concepts)
+    asked = json.dumps([arguments.vae, arguments.pictures, arguments.change])
+    if (kept := arguments.output / "asked.json").is_file() and kept.read_text() != asked:
+        parser.error(f"{arguments.output} has results of {kept.read_text()}, now {asked}: choose another --output")
+    kept.write_text(asked)
     steps = calibrate(data, arguments)
     tasks = [(history, seed) for seed in range(arguments.seeds) for history in ARMS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         found = dict(zip(tasks, pool.map(lambda task: run(arguments, data, steps[str(task[0])], *task), tasks),
                          strict=True))  # fmt: skip
+    alone = json.loads((arguments.output / "steps.json").read_text())["seconds_a_step"]
+    print("seconds a step, alone: " + ", ".join(f"K = {k}: {each:.2f}" for k, each in zip(ARMS, alone, strict=True)))
     print("| measured | K | steps | mean | difference from K = 0, 90 % | by seed |\n|---|---|---|---|---|---|")
     for name in found[ARMS[0], 0]:
         values = {k: torch.tensor([found[k, seed][name] for seed in range(arguments.seeds)]).double() for k in ARMS}

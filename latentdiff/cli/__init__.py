@@ -13,7 +13,6 @@ from .. import __version__
 from ..installation import check_installation
 from . import ema, likelihood, models, report, training
 from .errors import plain_errors, visible
-from .memory import keep_freed_memory
 
 COMMANDS: dict[str, Callable[..., Iterable[object]]] = {
     "train": training.stage("train", "Run all three stages, or resume a run that was stopped."),
@@ -55,7 +54,6 @@ def _printing(command: Callable[..., Iterable[object]]) -> Callable[..., None]:
     def run(**options: object) -> None:
         with plain_errors():
             check_installation()
-            keep_freed_memory()
             for line in command(**options):
                 typer.echo(visible(str(line)))
 

@@ -16,6 +16,7 @@ from typer import Argument, Option, echo
 from ..assets import ASSETS, EMOJI_STYLE
 from ..errors import LatentDiffError
 from ..sampling.settings import SamplingSettings
+from .memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from ..sampling.pipeline import LatentPipeline
@@ -50,7 +51,9 @@ def open_pipeline(model: str | None, device: str | None, precision: Precision | 
     from ..sampling.pipeline import LatentPipeline
 
     dtype = getattr(torch, precision.name) if precision else None
-    return LatentPipeline.from_pretrained(model, device=device, dtype=dtype)
+    pipe = LatentPipeline.from_pretrained(model, device=device, dtype=dtype)
+    keep_freed_memory(pipe.device)
+    return pipe
 
 
 def sample(

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from .memory import keep_freed_memory
+
 ConfigFile = Annotated[str, Option("--config", "-c", help="YAML file or recipe name, such as emoji-64.")]
 Overrides = Annotated[list[str] | None, Argument(help="Settings to override, as section.key=value.")]
 Budget = Annotated[str | None, Option(help="Wall-clock time until the model is finished: 90s, 10m or 1h30m.")]
@@ -25,6 +27,7 @@ def stage(function: str, summary: str, recipe: str = DEFAULT) -> Callable[..., I
 
         loaded = load_config(config, _settings(overrides, budget))
         with stops_between_steps(loaded.output), launched(loaded, None, process_start()) as run:
+            keep_freed_memory(run.device)
             result = getattr(stages, function)(loaded, run)
         if isinstance(result, Path) and os.environ.get("RANK", "0") == "0":  # rank 0 prints for all processes
             yield result

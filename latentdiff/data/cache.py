@@ -60,6 +60,14 @@ def weights_digest(module: nn.Module) -> str:
     return hasher.hexdigest()
 
 
+def text_encoder_digest(encoder: TextEncoder) -> str:
+    """Return a digest of all that the features of a text depend on."""
+    config: Any = encoder.model.config
+    return digest({"weights": weights_digest(encoder.model), "config": config.to_json_string(),
+                   "length": encoder.max_length, "mask": encoder.use_attention_mask,
+                   "tokenizer": encoder.tokenizer.backend_tokenizer.to_str()})  # fmt: skip
+
+
 def pictures_digest(source: Source, memo: Path) -> str:
     """Return the SHA-256 of all pictures' bytes, memoized in file `memo` until a size or modification time changes."""
     stat = source.stat_fingerprint()
@@ -209,15 +217,12 @@ class TextCache:
             hasher.update(json.dumps(captions).encode())
             self._captions += captions
         self.first: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64)  # row of each picture's first caption
-        config: Any = encoder.model.config
         inputs = {
             "kind": "text",
             "version": 1,
-            "text_encoder": digest({"weights": weights_digest(encoder.model), "config": config.to_json_string(),
-                                    "length": encoder.max_length, "mask": encoder.use_attention_mask,
-                                    "tokenizer": encoder.tokenizer.backend_tokenizer.to_str()}),
+            "text_encoder": text_encoder_digest(encoder),
             "captions": hasher.hexdigest(),
-        }  # fmt: skip
+        }
         self.shards = Shards(folder, inputs, len(self._captions) + 1)
 
     def build(self, processes: Processes = SingleProcess(), label: str | None = None) -> None:  # noqa: B008

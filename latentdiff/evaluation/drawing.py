@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..data.cache import weights_digest
+from ..data.cache import text_encoder_digest, weights_digest
+from ..data.shards import digest
 from ..sampling.loop import Features
 from ..sampling.parts import ModelParts
 from ..sampling.settings import SamplingSettings
@@ -17,10 +18,13 @@ from ..sampling.settings import SamplingSettings
 
 def model_digest(pipe: ModelParts) -> str:
     """Return a digest of what a model's pictures depend on besides prompt and settings."""
-    weights = [weights_digest(part) for part in (pipe.vae, pipe.unet, pipe.text_encoder)]
     schedule, *rest = pipe.process
-    found = json.dumps([*weights, schedule.betas.tolist(), *rest, pipe.image_size])
-    return hashlib.sha256(found.encode()).hexdigest()[:12]
+    return digest({
+        "vae": [weights_digest(pipe.vae), pipe.vae.config.to_diffusers()],
+        "unet": [weights_digest(pipe.unet), repr(pipe.unet.config)],
+        "text_encoder": text_encoder_digest(pipe.text_encoder),
+        "process": [schedule.betas.tolist(), *rest],
+    })[:12]  # fmt: skip
 
 
 @torch.no_grad()
@@ -42,7 +46,7 @@ def draw(
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     images = _sample(pipe, [prompts[number] for number in missing], [seeds[number] for number in missing], settings)
     for number, image in zip(missing, images, strict=True):
-        unfinished = paths[number].with_suffix(".part")
+        unfinished = paths[number].with_suffix(f".{os.getpid()}")
         image.save(unfinished, "PNG")
         os.replace(unfinished, paths[number])
     return [Image.open(path).convert("RGB") for path in paths]

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from PIL import Image
 
 import latentdiff
 
+from ..data.shards import digest
 from ..data.sources import Source, open_source
 from ..errors import LatentDiffError
 from ..files.tensors import read_json
@@ -29,6 +29,7 @@ from .denoising import DenoisingError, denoising_errors
 from .drawing import draw, model_digest
 from .figures import Figure
 from .gallery import Gallery, embed, read_pictures
+from .kept import forget
 from .networks import FeatureNetwork
 
 MAX_TRAINING, MAX_HELD_OUT = 20_000, 2_000  # pictures to evaluate; a Fréchet distance needs 2,000
@@ -107,7 +108,7 @@ class Evaluation:
                 record[name].pop("grid").save(folder / f"{name}.png")
         text = json.dumps(record, indent=2, allow_nan=False)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
-        shutil.rmtree(folder / ENCODED, ignore_errors=True)
+        forget(folder / ENCODED)
 
 
 class Clock:
@@ -251,8 +252,9 @@ def check_output(folder: Path | None, facts: dict[str, Any]) -> None:
         return
     found = read_json(folder / RECORD, "").get("settings", {})
     if changed := [name for name, value in facts.items() if found.get(name) != value]:
-        raise LatentDiffError(f"{folder / RECORD} has another evaluation ({changed[0]}: {found.get(changed[0])!r}, now "
-                              f"{facts[changed[0]]!r}): choose another --output, or remove it")  # fmt: skip
+        which = "; ".join(f"{name}: {found.get(name)!r}, now {facts[name]!r}" for name in changed)
+        raise LatentDiffError(f"{folder / RECORD} has another evaluation ({which}): choose another --output, or remove "
+                              "it")  # fmt: skip
 
 
 def _settings(
@@ -265,9 +267,10 @@ def _settings(
         "source": next((part for part in reversed(Path(data.source).parts) if "*" not in part), data.source),
         "model": model_digest(pipe),
         "against": None if against is None else model_digest(against[1]),
-        "features": None if network is None else network.name,
+        "features": None if network is None else f"{network.name} ({network.digest[:12]})",
         "num_concepts": num_concepts,
         "flip": data.flip,
+        "data": digest(data.model_dump(mode="json"))[:12],  # all its settings, which may be paths
         "style": style,
         "seed": settings.seed,
         "num_images": settings.num_images,

@@ -16,8 +16,10 @@ from tqdm import tqdm
 from vae import VAE
 from vae.normalize import LatentStatistics
 
+from .. import __version__
 from ..data.cache import encode_batch_size, read_pixels, weights_digest
 from ..data.pictures import PictureError, to_images, to_pixels
+from ..data.shards import digest
 from ..data.sources import Source
 from ..device import without_tf32
 from ..errors import LatentDiffError
@@ -95,13 +97,19 @@ def embed(
 ) -> Gallery:  # fmt: skip
     """Encode pictures, and with `reconstruct` decode them again to measure the quality of the reconstructions.
 
-    With a `folder`, what is computed of each batch is kept there. Raises LatentDiffError if no picture can be read.
+    With a `folder`, what is computed of each batch is kept there. Raises LatentDiffError if no picture can be read, or
+    latents are not finite.
     """
     compute: Compute = partial(_see, vae, network, reconstruct)
     if folder is not None:
         weights = next(vae.parameters())
-        digests = [weights_digest(part) for part in ([vae, network.model] if network else [vae])]
-        compute = kept(compute, folder, [*digests, str(weights.dtype), weights.device.type, str(reconstruct)])
+        facts = {
+            "vae": [weights_digest(vae), vae.config.to_diffusers(), str(weights.dtype), weights.device.type],
+            "network": network and network.digest,
+            "reconstruct": reconstruct,
+            "versions": [__version__, torch.__version__],
+        }
+        compute = kept(compute, folder, digest(facts))
     indices, thumbnails, parts = list[int](), list[Tensor](), list[dict[str, Tensor]]()
     statistics = LatentStatistics(vae.config.latent_channels)
     while batch := list(islice(pictures, encode_batch_size(image_size))):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers import (
 
 from text_encoder.files import BLOCKED, TOKENIZER_FILES, quiet
 
+from ..data.cache import weights_digest
+from ..data.shards import digest
 from ..errors import LatentDiffError, check_choice, raise_for_tensors, reraise_as
 from ..files.tensors import CONFIG, read_json
 
@@ -38,6 +41,13 @@ class FeatureNetwork:
     processor: Any
     tokenizer: Any | None  # None: has no text tower
     clip: bool  # its features are in CLIP's common space of pictures and texts
+
+    @cached_property
+    def digest(self) -> str:
+        """What the features depend on besides the pictures."""
+        return digest({"weights": weights_digest(self.model), "dtype": str(self.model.dtype),
+                       "config": self.model.config.to_json_string(), "processor": self.processor.to_json_string(),
+                       "tokenizer": self.tokenizer and self.tokenizer.backend_tokenizer.to_str()})  # fmt: skip
 
     @torch.no_grad()
     def images(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -16,15 +16,17 @@ def normalize(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, *, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write act(z); return the mean and the reciprocal standard deviation of each channel's group, (B, C)."""
-    center, spread = (torch.empty(len(x), x.shape[2], device=x.device) for _ in range(2))
+    center, spread = (torch.zeros(len(x), x.shape[2], device=x.device) for _ in range(2))
     for part in _parts(x):
         values = x[part].float()
         means = values.mean(1)
-        variances = (values - means[:, None]).square_().mean(1)
+        values.sub_(means[:, None])  # first, so that nothing cancels afterwards
+        variances = values.square().mean(1)
         mean = _group_mean(means, groups)
         center[part] = mean
         spread[part] = torch.rsqrt(_group_mean(variances + (means - mean).square(), groups) + eps)
-        z = _affine(values, mean, spread[part] * weight, bias)
+        scale = spread[part] * weight
+        z = _affine(values, scale, bias + (means - mean) * scale)
         out[part].copy_(F.silu(z, inplace=True) if silu else z)
     return center, spread
 
@@ -34,16 +36,15 @@ def gradients(
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write dx; return the gradients of weight and bias, (C)."""
-    dweight, dbias = (torch.empty_like(center) for _ in range(2))
+    dweight, dbias = (torch.zeros_like(center) for _ in range(2))
     for part in _parts(x):
-        values, dz, middle = x[part].float(), dy[part].float(), center[part]
-        scale = spread[part] * weight
+        values, dz, scale = x[part].float().sub_(center[part][:, None]), dy[part].float(), spread[part] * weight
         if silu:
-            dz = torch.ops.aten.silu_backward(dz, _affine(values, middle, scale, bias))
+            dz = torch.ops.aten.silu_backward(dz, _affine(values, scale, bias.expand_as(scale)))
         dbias[part] = dz.sum(1)
-        dweight[part] = ((values * dz).sum(1) - middle * dbias[part]) * spread[part]
+        dweight[part] = (values * dz).sum(1) * spread[part]
         p, q = (_group_mean(weight * each[part], groups) * spread[part] / -x.shape[1] for each in (dweight, dbias))
-        out[part].copy_(_affine(values, middle, p * spread[part], q).addcmul_(dz, scale[:, None]))
+        out[part].copy_(_affine(values, p * spread[part], q).addcmul_(dz, scale[:, None]))
     return dweight.sum(0), dbias.sum(0)
 
 
@@ -61,6 +62,5 @@ def _group_mean(values: Tensor, groups: int) -> Tensor:
     return values.view(-1, groups, share).mean(2).repeat_interleave(share, 1)
 
 
-def _affine(x: Tensor, center: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Return scale (x - center) + bias in one pass: half precision cancels less than float32 can carry."""
-    return torch.addcmul(torch.addcmul(bias, center, scale, value=-1)[:, None], x, scale[:, None])
+def _affine(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return torch.addcmul(bias[:, None], x, scale[:, None])

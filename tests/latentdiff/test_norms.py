@@ -77,6 +77,31 @@ def test_as_exact_as_pytorch(kernels, shape, silu, offset, dtype):
         assert error <= cut * max(1.2 * allowed, floor), name
 
 
+@pytest.mark.parametrize("constant", [1.0, 10.0, 1000.0])
+def test_nothing_cancels_in_nearly_constant_pictures(constant):
+    """One pixel differs by a thousandth. In float32, PyTorch's own gradients are off by their whole size here."""
+    x = torch.full((1, 8, 64, 64), constant)
+    x[..., 0, 0] *= 1.001
+    x = x.half().to(memory_format=torch.channels_last)
+    weight, bias, upstream = torch.randn(8), torch.randn(8), torch.randn(x.shape).half()
+    exact = with_gradients(lambda x, w, b: pytorch(x, 4, w, b, 1e-6, True), x.double(), weight.double(), bias.double(),
+                           upstream)  # fmt: skip
+    ours = with_gradients(lambda x, w, b: norms.half_group_norm(x, w, b, 4, 1e-6, True, torch_kernels), x, weight, bias,
+                          upstream)  # fmt: skip
+    for name, mine, truth in zip(("y", "dx", "dweight", "dbias"), ours, exact, strict=True):
+        error = (mine.double() - truth).abs().max() / truth.abs().max()
+        assert error < 1e-3, name
+
+
+@pytest.mark.parametrize("shape", [(0, 32, 4, 4), (2, 32, 0, 4)])
+def test_of_nothing_gradients_are_zero(shape):
+    x, weight, bias = torch.zeros(shape).half(), torch.ones(32), torch.zeros(32)
+    upstream = torch.zeros(shape)
+    _, _, *gradients = with_gradients(lambda x, w, b: norms.half_group_norm(x, w, b, 8, 1e-6, True, torch_kernels), x,
+                                      weight, bias, upstream)  # fmt: skip
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.skipif(len(KERNELS) == 1, reason="PyTorch's own LayerNorm serves without Triton")
 @pytest.mark.parametrize("shape", [(2, 300, 192), (1, 5, 1280), (77, 96), (9, 1000, 64)])
 @pytest.mark.parametrize("offset", [0.0, 30.0])

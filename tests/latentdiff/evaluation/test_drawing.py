@@ -1,11 +1,15 @@
 """Drawn pictures are kept: a killed evaluation draws only what is missing, and never takes another's pictures."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 
-from latentdiff import LatentDiffError
+from latentdiff import LatentDiffError, LatentPipeline
 from latentdiff.evaluation import drawing, gallery
 from latentdiff.evaluation import evaluate as report
+from latentdiff.evaluation.kept import forget
 from latentdiff.sampling.settings import SamplingSettings
 from latentdiff.sections import DataConfig
 
@@ -63,32 +67,80 @@ def test_what_is_computed_of_pictures_is_kept(pipe, tmp_path, monkeypatch):
     files = sorted(tmp_path.iterdir())
     assert len(files) == 2
     files[0].write_bytes(files[0].read_bytes()[:-1])
+    (tmp_path / "mine.txt").write_text("not of an evaluation")
     gallery.embed(pipe.vae, iter(pictures), 64, reconstruct=True, folder=tmp_path)
     assert len(calls) == 7  # a broken file is written again
     gallery.embed(pipe.vae, iter(pictures), 64, folder=tmp_path)
     assert len(calls) == 9  # without reconstructions there is nothing to find
+    forget(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_other_weights_are_another_model(pipe):
-    before, bias = drawing.model_digest(pipe), pipe.unet.conv_in.bias
-    bias.data += 1e-3
-    after = drawing.model_digest(pipe)
-    bias.data -= 1e-3
-    assert before != after
+@pytest.mark.parametrize("other", ["weights", "scale factor", "precision"])
+def test_nothing_of_another_vae_is_found(pipe, tmp_path, other):
+    picture = [(0, np.zeros((64, 64, 3), dtype=np.uint8))]
+    before = gallery.embed(pipe.vae, iter(picture), 64, folder=tmp_path).latents
+    vae = copy.deepcopy(pipe.vae)
+    if other == "weights":
+        vae.quant_conv.bias.data += 1
+    elif other == "scale factor":
+        vae.config = dataclasses.replace(vae.config, scale_factor=2 * vae.config.scale_factor)
+    else:
+        vae = vae.bfloat16()
+    found = gallery.embed(vae, iter(picture), 64, folder=tmp_path).latents
+    assert found.equal(gallery.embed(vae, iter(picture), 64).latents)
+    assert not found.equal(before)
 
 
-def test_another_evaluation_is_not_overwritten(pipe, pictures, tmp_path):
+def test_where_nothing_can_be_kept_the_evaluation_goes_on(pipe, tmp_path):
+    """A file is in the way, as a full disk would be."""
+    (tmp_path / "encoded").write_text("")
+    picture = [(0, np.zeros((64, 64, 3), dtype=np.uint8))]
+    with pytest.warns(UserWarning, match="encoded: not all is kept"):
+        found = gallery.embed(pipe.vae, iter(picture), 64, folder=tmp_path / "encoded")
+    assert found.latents.equal(gallery.embed(pipe.vae, iter(picture), 64).latents)
+
+
+def changed(pipe, what):
+    """Return a model that draws something else with the same weights, or with one other weight."""
+    parts = {"vae": pipe.vae, "unet": pipe.unet, "text_encoder": pipe.text_encoder, "schedule": pipe.process.schedule}
+    if what == "weights":
+        parts["unet"] = copy.deepcopy(pipe.unet)
+        parts["unet"].conv_in.bias.data += 1e-3
+    elif what == "scale factor":
+        parts["vae"] = copy.deepcopy(pipe.vae)
+        parts["vae"].config = dataclasses.replace(pipe.vae.config, scale_factor=2.0)
+    elif what == "length":
+        parts["text_encoder"] = copy.deepcopy(pipe.text_encoder)
+        parts["text_encoder"].max_length -= 1
+    return LatentPipeline(**parts)
+
+
+def test_what_draws_something_else_is_another_model(pipe):
+    kinds = ["nothing", "weights", "scale factor", "length"]
+    digests = [drawing.model_digest(changed(pipe, what)) for what in kinds]
+    assert digests[0] == drawing.model_digest(pipe)
+    assert len(set(digests)) == len(kinds)
+
+
+def test_another_evaluation_is_not_overwritten(pipe, pictures, tmp_path, monkeypatch):
     """The same command again uses the pictures that are there; other settings are refused before anything is drawn."""
     data, style = DataConfig(source=str(pictures), image_size=64), "^a (photo|drawing) of "
     options = {"style": style, "num_concepts": 2, "output": tmp_path}
     found = report.evaluate(pipe, data, SETTINGS, **options)
+    monkeypatch.setattr(gallery, "_see", pytest.fail)
+    report.evaluate(pipe, data, SETTINGS, **options)  # after a kill before the end; nothing is encoded
+    monkeypatch.undo()
     found.write(tmp_path)
+    assert not (tmp_path / "encoded").exists()
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*.png")}
     again = report.evaluate(pipe, data, SETTINGS, **options)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*.png")} == drawn
     assert again.concepts.rows == found.concepts.rows
     with pytest.raises(LatentDiffError, match=r"another evaluation \(guidance_scale: 5.0, now 3.0\): choose another"):
         report.evaluate(pipe, data, SETTINGS.model_copy(update={"guidance_scale": 3.0}), **options)
+    with pytest.raises(LatentDiffError, match=r"another evaluation \(data: "):
+        report.evaluate(pipe, data.model_copy(update={"max_pixels": 10**6}), SETTINGS, **options)
 
 
 @pytest.mark.slow

@@ -51,6 +51,15 @@ def test_features_are_those_of_transformers(folder, kind):
     assert (network.name, network.clip, network.tokenizer) == (kind, kind == "clip", None)
 
 
+@pytest.mark.parametrize("change", [{"image_mean": [0.4] * 3}, {"do_resize": True}])
+def test_another_processor_has_another_digest(folder, change):
+    path = folder("vit")
+    before, processor = open_network(path, torch.device("cpu")).digest, path / "preprocessor_config.json"
+    assert open_network(path, torch.device("cpu")).digest == before
+    processor.write_text(json.dumps(json.loads(processor.read_text()) | change))
+    assert open_network(path, torch.device("cpu")).digest != before
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [("config.json", {"model_type": "bert"}, "unknown model_type 'bert': choose one of clip"),
