@@ -68,10 +68,14 @@ def test_as_exact_as_pytorch(kernels, shape, silu, offset, dtype):
     theirs = with_gradients(lambda x, w, b: pytorch(x, groups, w.to(dtype), b.to(dtype), 1e-5, silu), x,
                             weight, bias, upstream)  # fmt: skip
     rounded = with_gradients(ours, x, weight, bias, upstream)
+    with torch.no_grad():  # another kernel on CPUs
+        alone = ours(x, weight, bias)
+    assert (alone.dtype, alone.is_contiguous(memory_format=torch.channels_last)) == (dtype, True)
     assert rounded[0].dtype == rounded[1].dtype == dtype
     assert rounded[0].is_contiguous(memory_format=torch.channels_last)
     assert rounded[2].dtype == rounded[3].dtype == torch.float32
-    for name, mine, other, truth in zip(("y", "dx", "dweight", "dbias"), rounded, theirs, exact, strict=True):
+    names, rows = ("y", "dx", "dweight", "dbias"), list(zip(rounded, theirs, exact, strict=True))
+    for name, (mine, other, truth) in zip((*names, "y alone"), (*rows, (alone, *rows[0][1:])), strict=True):
         error, allowed = ((each.double() - truth).abs().max().item() for each in (mine, other))
         floor = torch.finfo(dtype).eps * truth.abs().max().item() / 2  # of rounding the result itself
         assert error <= cut * max(1.2 * allowed, floor), name
