@@ -52,8 +52,8 @@ def likelihood(
     """
     if output is not None and output.suffix not in (".csv", ".json"):
         raise LatentDiffError(f"--output {output}: expected a name ending in .csv or .json")
-    if output is not None and not output.parent.is_dir():
-        raise LatentDiffError(f"--output {output}: there is no folder {output.parent}")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)  # fail now rather than after the measurement
     from ..evaluation.proposal import FILE
 
     pipe = open_pipeline(model, device, precision)

@@ -128,7 +128,8 @@ def _outcome(run: Run) -> str:
 def _launch(launch: dict[str, Any]) -> dict[str, str]:
     """Return the facts of a launch by name, without local paths."""
     command = [str(word) for word in launch.get("command") or []]
-    words = [Path(command[0]).name, *map(_word, command[1:])] if command else []
+    program = Path(command[0]).name if command else ""
+    words = ["latentdiff" if program == "__main__.py" else program, *map(_word, command[1:])] if command else []
     versions = ", ".join(f"{name} {value}" for name, value in mapping(launch.get("versions")).items())
     end = mapping(launch.get("end"))
     facts = {"started": launch.get("time"), "ended": f"{end.get('time')}, {end.get('outcome')}" if end else None,
