@@ -2,9 +2,9 @@
 
     python benchmarks/experts.py
 
-Four arms: one UNet; four experts that see as many pictures in all; four experts that each make as many passes as the
-one UNet, with batches of the same size; one UNet of their joint size, which is that of the arena: the others have half
-its channels, a quarter of its weights. Measured are the loss of the held-out pictures in each expert's band, without
+Five arms: one UNet; four experts that see as many pictures in all; four experts that each make as many passes as the
+one UNet, with batches of the same size; one UNet that makes as many passes as these four; one UNet of their joint size,
+which is that of the arena: the others have half its channels, a quarter of its weights. Measured are the loss of the held-out pictures in each expert's band, without
 and with the caption, with the same timesteps and noise for all arms; and how often samples of training captions show
 the right concept. Differences from one UNet are those of the same pictures, or of the same concepts, averaged over the
 seeds; the intervals are 90 % over pictures or concepts. Finished runs are not repeated.
@@ -49,6 +49,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     f"{EXPERTS} experts, same pictures in all": (*SMALL, f"unet.experts={EXPERTS}"),
     f"{EXPERTS} experts, same passes each": (
         *SMALL, f"unet.experts={EXPERTS}", f"train_latent.batch_size={EXPERTS * BATCH}"),
+    f"one UNet, {EXPERTS} times the pictures": (*SMALL, f"train_latent.batch_size={EXPERTS * BATCH}"),
     "one UNet of their joint size": (),
 }  # fmt: skip
 
