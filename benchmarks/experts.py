@@ -4,10 +4,11 @@
 
 Five arms: one UNet; four experts that see as many pictures in all; four experts that each make as many passes as the
 one UNet, with batches of the same size; one UNet that makes as many passes as these four; one UNet of their joint size,
-which is that of the arena: the others have half its channels, a quarter of its weights. Measured are the loss of the held-out pictures in each expert's band, without
-and with the caption, with the same timesteps and noise for all arms; and how often samples of training captions show
-the right concept. Differences from one UNet are those of the same pictures, or of the same concepts, averaged over the
-seeds; the intervals are 90 % over pictures or concepts. Finished runs are not repeated.
+which is that of the arena: the others have half its channels, a quarter of its weights. Measured are the loss of the
+held-out pictures in each expert's band, without and with the caption, with the same timesteps and noise for all arms;
+and how often samples of training captions show the right concept. Differences from one UNet are those of the same
+pictures, or of the same concepts, averaged over the seeds; the intervals are 90 % over pictures or concepts. Finished
+runs are not repeated.
 """
 
 from __future__ import annotations
