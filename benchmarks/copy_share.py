@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff import LatentPipeline
+from latentdiff.cli.memory import keep_freed_memory
 from latentdiff.data.pictures import to_images
 from latentdiff.data.sources import open_source
 from latentdiff.evaluation.comparison import COPIED, mean_figures
@@ -50,8 +51,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("outputs/copy-share"))
     parser.add_argument("--pictures", type=int, default=500, help="training pictures to copy")
     options = parser.parse_args()
-    pipe, encoded = LatentPipeline.from_pretrained(options.model, dtype=torch.float32), options.output / ENCODED
-    size = pipe.image_size
+    pipe, encoded = LatentPipeline.from_pretrained(options.model), options.output / ENCODED
+    keep_freed_memory(pipe.device)
+    size, weights = pipe.image_size, next(pipe.vae.parameters())
     data = DataConfig(source=options.source.removeprefix("data.source="), image_size=size, flip=False)
 
     @torch.no_grad()
@@ -60,7 +62,7 @@ def main() -> int:
 
         def images() -> Iterator[tuple[int, NDArray[np.uint8]]]:
             for part in torch.split(latents, 32):
-                yield from enumerate(map(np.asarray, to_images(pipe.vae.decode(part))))
+                yield from enumerate(map(np.asarray, to_images(pipe.vae.decode(part.to(weights)).float().cpu())))
 
         return embed(pipe.vae, images(), size, folder=encoded).latents
 
@@ -82,7 +84,7 @@ def main() -> int:
     )
     again = embed(pipe.vae, pictures, size, folder=encoded).latents
     sets = {"as it is": gallery.latents, f"with {len(twice)} near-duplicates": torch.cat([gallery.latents, again])}
-    print(f"near-duplicates differ by at most {same:.3f} (root mean square of the latents)\n")
+    print(f"{weights.dtype}; near-duplicates differ by at most {same:.3f} (root mean square of the latents)\n")
     print("| training set | merged | " + " | ".join(queries) + " |\n|---|---|" + "---|" * len(queries))
     for name, latents in sets.items():
         groups = merge_duplicates(latents, range(len(latents)), same)

@@ -14,10 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from latentdiff import LatentPipeline
 from latentdiff.assets import EMOJI_STYLE
+from latentdiff.cli.memory import keep_freed_memory
 from latentdiff.data.sources import open_source
 from latentdiff.evaluation.comparison import Reference
 from latentdiff.evaluation.concepts import Asked, choose, compare, concepts_of
@@ -41,7 +40,8 @@ def main() -> int:
     parser.add_argument("--concepts", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
-    pipe, other = (LatentPipeline.from_pretrained(name, dtype=torch.float32) for name in (options.model, options.other))
+    pipe, other = map(LatentPipeline.from_pretrained, (options.model, options.other))
+    keep_freed_memory(pipe.device)
     data = DataConfig(source=options.source.removeprefix("data.source="), image_size=pipe.image_size, flip=False)
     train, held_out = open_source(data)
     encoded = options.output / ENCODED
