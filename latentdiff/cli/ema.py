@@ -81,11 +81,12 @@ def _measure(
 def _config(run: Path, overrides: list[str]) -> Config:
     """Return the config of a run's last launch."""
     from ..config import parse_config, with_overrides
+    from ..files.launches import last_launch
     from ..files.open import read_json
 
     data_config(str(run), overrides)  # raises unless only data is overridden
     try:
-        recorded = dict(read_json(run / "run.json", "every run has one")["launches"][-1]["config"])
+        recorded = dict(last_launch(read_json(run / "run.json", "every run has one")["launches"])["config"])
     except (LookupError, TypeError):
         raise LatentDiffError(f"{run / 'run.json'}: has no record of a training") from None
     settings = ["train_latent.ema_snapshots=0", "trackers=[]", "report=false", f"output={run}"]

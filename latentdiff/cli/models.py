@@ -207,6 +207,7 @@ def _prompts(given: list[str] | None, file: str | None) -> list[str]:
 def data_config(model: str | None, overrides: Sequence[str]) -> DataConfig:
     """Return the data settings of a model's training: from the recipe if the model ships, else from its run.json."""
     from ..config import load_config, parse_config, with_overrides
+    from ..files.launches import last_launch
     from ..files.open import find_model, read_json
 
     for override in overrides:
@@ -223,7 +224,7 @@ def data_config(model: str | None, overrides: Sequence[str]) -> DataConfig:
         return data
     record = folder.parent / "run.json"
     try:
-        recorded = dict(read_json(record, "")["launches"][-1]["config"]["data"])
+        recorded = dict(last_launch(read_json(record, "")["launches"])["config"]["data"])
     except (LatentDiffError, LookupError, TypeError):
         if not any(override.startswith("data.source=") for override in overrides):
             raise LatentDiffError(f"{model}: no record of its training data; give data.source=FOLDER") from None

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..diffusion.process import Process
+from .launches import last_launch
 
 HEADER = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
 
@@ -96,9 +97,8 @@ def _metrics(run: Path | None) -> str:
 def _last_launch(run: Path | None) -> dict[str, Any]:
     try:
         values = json.loads((run / "run.json").read_text(encoding="utf-8")) if run else {}
-        launches = values.get("launches") or [{}]
-        return launches[-1] if isinstance(launches[-1], dict) else {}
-    except (OSError, ValueError, AttributeError):
+        return last_launch(values.get("launches") or [])
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files.launches import last_launch
+
 STAGES = {"train_vae": "VAE", "train_latent": "latent"}
 PREVIEWS = {"train_vae": "reconstructions", "train_latent": "samples"}
 RESULTS = (".", "evaluation", "model")  # where the results of `latentdiff evaluate` and `likelihood` are looked for
@@ -48,13 +50,13 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config of the last launch."""
-        return mapping(self.launches[-1].get("config")) if self.launches else {}
+        """The config of the last launch that counts."""
+        return mapping(last_launch(self.launches).get("config"))
 
     @property
     def end(self) -> dict[str, Any]:
-        """How the last launch ended; empty if it goes on, or died without a word."""
-        return mapping(self.launches[-1].get("end")) if self.launches else {}
+        """How the last launch that counts ended; empty if it goes on, or died without a word."""
+        return mapping(last_launch(self.launches).get("end"))
 
     def result(self, name: str) -> Path | None:
         """Return the file of a result, or None if there is none."""

@@ -73,6 +73,7 @@ class Launch:
     cpu_group: torch.distributed.ProcessGroup | None = None  # for stop flags; None with a single process
     clock: Clock = field(default_factory=Clock)
     said: set[str] = field(default_factory=set)  # by `say_once`
+    trained: set[str] = field(default_factory=set)  # names of the stages that it began or went on with
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +170,9 @@ def launched(
         raise
     finally:
         if run.is_main and record:
-            end_record(run.folder, error, run.clock.elapsed(), run.report, report=run.config.report)
+            end_record(
+                run.folder, error, run.clock.elapsed(), run.report, report=run.config.report, trained=run.trained
+            )
         _unlock_folder(run.folder)
 
 

@@ -36,6 +36,7 @@ class MetricLogger:
 
     def begin(self) -> Self:
         """Note that a training begins or goes on."""
+        self.run.trained.add(self.name)
         self.note(self.done, {"resumed" if self.done else "began": now()})
         return self
 

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -33,10 +33,15 @@ def begin_record(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def end_record(
-    folder: Path, error: BaseException | None, seconds: float, say: Callable[[str], None], *, report: bool
-) -> None:
-    """Add to the last launch in run.json how it ended, and write the run's report; if that fails, only warn."""
-    end = {"outcome": _outcome(error), "message": str(error or ""), "time": now(), "seconds": seconds}
+    folder: Path, error: BaseException | None, seconds: float, say: Callable[[str], None], *, report: bool,
+    trained: Iterable[str] = (),
+) -> None:  # fmt: skip
+    """Add to the last launch in run.json how it ended, and write the run's report; if that fails, only warn.
+
+    `trained` are the stages that it began or went on with.
+    """
+    end = {"outcome": _outcome(error), "message": str(error or ""), "time": now(), "seconds": seconds,
+           "trained": sorted(trained)}  # fmt: skip
     try:
         if launches := _launches(folder):
             write_json(folder / RECORD, {"launches": [*launches[:-1], launches[-1] | {"end": end}]})

@@ -13,6 +13,8 @@ from PIL import Image
 from latentdiff import LatentPipeline
 from latentdiff.data.order import random_stream
 from latentdiff.evaluation.grid import labeled_grid
+from latentdiff.files.launches import last_launch
+from latentdiff.report.run import read_run
 
 STAGES = ("train_vae", "train_latent")
 EVERY_STEP = ("train_vae.log_every=1", "train_latent.log_every=1", "train_vae.micro_batch_size=null",
@@ -270,6 +272,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(train, state, said, tmp_path, 
     assert state("run")[0] == 3
     assert "No space left on device" in said("run")
     assert "Traceback" not in said("run")
+    launches = json.loads((tmp_path / "run/run.json").read_text())["launches"]
+    assert (launches[-1]["end"]["trained"], last_launch(launches)) == (["train_latent"], launches[-1])
     assert train("run", stage="train_latent") == 0
     assert same(state("run")[1], expected(uninterrupted, "fp32", "train_latent"))
 
@@ -280,6 +284,10 @@ def test_what_is_done_is_skipped_and_what_changed_is_refused(train, said, uninte
     assert said("run").count("already done") == 2
     assert train("run", "train_vae.learning_rate=1e-3") == 1
     assert "vae: was made with train_vae.learning_rate=0.002, but it is now 0.001" in said("run")
+    launches = json.loads((tmp_path / "run/run.json").read_text())["launches"]
+    assert [launch["end"]["outcome"] for launch in launches[-2:]] == ["finished", "failed"]
+    assert last_launch(launches) == launches[-2]  # what is there was not made with the refused settings
+    assert read_run(tmp_path / "run", "run").end["outcome"] == "finished"
 
 
 def test_another_config_does_not_continue_a_run(train, said, uninterrupted, tmp_path):
