@@ -79,10 +79,11 @@ def sample(
     Example: latentdiff sample "a red apple" "a blue car" --model runs/mine --seed 0
     """
     requested = _prompts(prompts, file)
-    output.mkdir(parents=True, exist_ok=True)
     from ..evaluation.grid import labeled_grid
 
-    pictures = open_pipeline(model, device, precision).draw(
+    pipe = open_pipeline(model, device, precision)
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = pipe.draw(
         requested, negative_prompt=negative_prompt, num_steps=num_steps, guidance_scale=guidance_scale, sampler=sampler,
         seed=seed, num_images=num_images, height=height, width=width,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from .signals import StopReason
 from .timetable import DECAY, Decision, Timetable
 
 AIM, LEAST_USED = 0.95, 0.85  # of the budget: what a decision aims at, and the forecast below which a new one is made
+AGAIN = 1.1  # factor on the least budget that a refusal names, as another launch may be slower
 MEASURED = 4  # steps of a launch before its first decision; the first of them warms up and is not counted
 MIN_STEPS = 20  # of a stage; fewer make no warm-up, constant part and decay
 OVERHEAD = 0.10  # most of the time for validations and checkpoints
@@ -235,8 +236,9 @@ class Pacer:
         return 3 * self.checkpoint.seconds + self.finishing.at(self.speed.per_step())
 
     def _too_short(self, needed: float) -> LatentDiffError:
-        share = 1.0 if self.is_last else self.run.config.budget_share
-        least = format_duration(self.begin + (needed - self.begin) / share)
+        limit, budget = self.limit or 0.0, self.run.budget or 0.0
+        share = 1.0 if self.is_last else self.run.config.budget_share  # of each further second
+        least = format_duration(AGAIN * (max(limit, budget) + (needed - limit) / share))
         return LatentDiffError(f"budget={self.run.config.budget}: too short for {MIN_STEPS} steps of "
                                f"{self.timetable.stage} on this machine; it takes at least {least}")  # fmt: skip
 

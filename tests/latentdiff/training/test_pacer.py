@@ -153,18 +153,23 @@ def test_the_list_alone_decides_once_it_is_complete(tmp_path):
     assert len(list((tmp_path / "decisions").iterdir())) == len(stage.decisions.read())
 
 
-@pytest.mark.parametrize(("limit", "budget"), [(12.0, "12s"), (35.0, "100s")])
-def test_a_budget_that_is_too_short_is_refused_with_the_least(tmp_path, limit, budget):
-    """What is said to be enough is; a stage with 35 % of what is left says what the whole must be."""
-    start = 10.0 if limit == duration(budget) else 33.0
+@pytest.mark.parametrize(("budget", "share", "begin", "start"), [("12s", 1.0, 10.0, 10.0), ("39s", 0.35, 33.0, 33.0),
+                                                                 ("100s", 0.35, 20.0, 46.0)])  # fmt: skip
+def test_a_budget_that_is_too_short_is_refused_with_the_least(tmp_path, budget, share, begin, start):
+    """What is said to be enough is; a stage with 35 % of what is left says what the whole must be.
+
+    In the last case the stage has begun at 20 s and goes on at 46 s.
+    """
+    limit = begin + share * (duration(budget) - begin)
     stage = Stage(tmp_path / "one", limit, start=start, budget=budget)
     with pytest.raises(LatentDiffError, match=f"budget={budget}: too short for 20 steps of train_latent") as failure:
         stage.run(lambda now: 0.1)
     assert list(tmp_path.rglob("*.json")) == []
     least = duration(str(failure.value).split()[-1])
-    enough = least if limit == duration(budget) else start + 0.35 * (least - start)
+    assert least > duration(budget)
+    enough = begin + share * (least - begin)
     stage = Stage(tmp_path / "two", enough, start=start, budget=format_duration(least))
-    assert stage.run(lambda now: 0.1) <= enough * (1.0 if limit == duration(budget) else 1.05)
+    assert stage.run(lambda now: 0.1) <= enough * (1.0 if share == 1 else 1.05)
     assert 10 <= stage.timetable.steps <= 80
 
 
