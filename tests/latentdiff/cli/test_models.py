@@ -279,7 +279,7 @@ def test_the_examples_of_the_trainings(invoke, place):
         line = examples()[command].replace("emoji-64", "debug").replace("runs/mine", "runs/trained")
         result = invoke(line + " trackers=[]")
         assert result.exit_code == 0, result.output
-    assert invoke("sample a --model runs/trained --steps 2").exit_code == 0
+    assert invoke("sample picture --model runs/trained --steps 2").exit_code == 0
 
 
 def test_the_help_names_every_sampler():
