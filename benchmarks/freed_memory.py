@@ -1,4 +1,4 @@
-"""What does it save on a CPU to keep freed memory, as all commands do?
+"""What does it save on a CPU to keep freed memory, as commands do there?
 
     python benchmarks/freed_memory.py --config emoji-256 --batch 4
 
