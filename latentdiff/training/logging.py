@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..sections.values import duration
+from .contention import Contention
 from .launch import Launch
 from .record import now
 
@@ -29,7 +30,7 @@ class MetricLogger:
         self.steps, self.batch_size, self.done = steps, batch_size, first_step
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # sum and number of finite steps, on the device
         self._spent = dict.fromkeys(PHASES, 0.0)
-        self._since = time.perf_counter()
+        self._since, self._contention = time.perf_counter(), Contention(run)
         run.accelerator.init_trackers(name, config={"config": run.config.model_dump_json()})
         if run.is_main:
             _drop_lines_after(folder / "log.jsonl", first_step or -1)  # -1: a new run starts an empty log
@@ -70,6 +71,7 @@ class MetricLogger:
                         f"{self._left(step, elapsed / count)}")  # fmt: skip
         timing = {"pictures_per_second": rate} | {f"time_{name}": share for name, share in shares.items()}
         self.write(step, means | timing)
+        self._contention.report()
         self._sums, self._spent, self.done = {}, dict.fromkeys(PHASES, 0.0), step
         self._since = time.perf_counter()
         return means

@@ -115,8 +115,7 @@ def run_training(
     broken = read_broken(folder, run)
     log = MetricLogger(run, folder, training.name, step, timetable.steps, section.batch_size).begin()
     if step == 0 and section.validate_first:
-        with log.untimed(), pacer.timing(pacer.validation):
-            log.write(0, training.validate(0, no_limit))
+        validate_first(training, log, pacer)
     batches = training.batches(step, ENDLESS if limit is not None else section.steps)
     heartbeat = Heartbeat(run, folder)
     with StopFlag(run.parent) as flag:
@@ -186,6 +185,13 @@ def report_spikes(training: Training, run: Launch, log: MetricLogger) -> None:
         skipped = "" if training.section.max_spike is None else ", so this step was skipped"
         run.report(f"{training.name} {step}: the loss was {ratio:,.0f} times its running mean{skipped}; pictures: "
                    f"{several(names)} (all in {log.folder / 'log.jsonl'})")  # fmt: skip
+
+
+def validate_first(training: Training, log: MetricLogger, pacer: Pacer) -> None:
+    """Validate and log before the first step."""
+    log.run.report(f"{training.name} 0: validating before the first step")
+    with log.untimed(), pacer.timing(pacer.validation):
+        log.write(0, training.validate(0, no_limit))
 
 
 def validate(training: Training, log: MetricLogger, pacer: Pacer, step: int) -> None:

@@ -1,7 +1,10 @@
 """A single step in detail: no waiting for the device, learning rates, the update itself, trackers, launch."""
 
+import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from latentdiff import LatentDiffError
 from latentdiff.config import load_config
 from latentdiff.data.sources import open_source
 from latentdiff.diffusion import process, schedule
+from latentdiff.training import contention
 from latentdiff.training import launch as launching
+from latentdiff.training.contention import waiting_seconds
 from latentdiff.training.latent import LatentTraining
 from latentdiff.training.logging import MetricLogger
 from latentdiff.training.loop import SkippedSteps
@@ -192,6 +197,55 @@ def test_metrics_are_means_and_the_time_is_accounted_for(run, tmp_path):
     assert log.log(3, {})["loss"] == 3.0
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert math.isclose(sum(line[f"time_{name}"] for name in ("data", "model", "optimizer", "other")), 1.0)
+
+
+BESIDE_ANOTHER = """
+import multiprocessing, os, time
+from latentdiff.training.contention import waiting_seconds
+
+def spin(seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+other = multiprocessing.get_context("fork").Process(target=spin, args=(60,), daemon=True)
+other.start()
+before = waiting_seconds()
+spin(1.0)
+print(waiting_seconds() - before)
+other.terminate()
+"""
+
+
+@pytest.mark.skipif(waiting_seconds() is None, reason="needs Linux's /proc/self/schedstat")
+def test_waiting_for_a_cpu_that_another_process_uses_is_measured():
+    done = subprocess.run([sys.executable, "-c", BESIDE_ANOTHER], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 0.3  # of one second; half, or more beside other tests
+
+
+@pytest.mark.parametrize("waited", [0.6, 0.1, None])
+def test_a_shared_cpu_is_said_once(run, tmp_path, monkeypatch, waited):
+    lines, file, now = [], tmp_path / "schedstat", [100.0]
+    monkeypatch.setattr(contention, "SCHEDULED", file)
+    monkeypatch.setattr(contention.time, "monotonic", lambda: now[0])
+    watched = contention.Contention(dataclasses.replace(run, report=lines.append))
+    if waited is not None:
+        file.write_text("0 0 5")
+        watched = contention.Contention(dataclasses.replace(run, report=lines.append))
+    for _ in range(2):
+        now[0] += 10
+        if waited is not None:
+            file.write_text(f"0 {int((now[0] - 100) * waited * 1e9)} 9")
+        watched.report()
+    assert [line for line in lines if "60% of the time" in line] == lines
+    assert len(lines) == (waited == 0.6)
+
+
+def test_what_to_do_about_a_shared_cpu():
+    assert contention.advice(0.6, 4, 0).endswith("with threads=2")
+    assert contention.advice(0.6, 1, 0).endswith("end them")
+    assert "workers=3" in contention.advice(0.6, 1, 3)
 
 
 def test_resuming_forgets_the_lines_that_come_again(run, tmp_path):
