@@ -145,12 +145,22 @@ def agreement(
     result = Agreement(
         features=name,
         top1=float(right.mean()),
-        standard_error=float(shares.std() / len(shares) ** 0.5),
+        standard_error=standard_error(shares),
         median_rank=float(rank.double().quantile(0.5)),
         chance=float((query_ids[:, None] == gallery_ids[None, :]).double().mean()),
         shuffled=float((shuffled == 0).double().mean()),
     )
     return result, rank, nearest
+
+
+def standard_error(shares: Tensor) -> float:
+    """Return that of the mean of independent shares (N,); if all are equal, as if one more were half right.
+
+    Of four samples, none of which is right, the share is 0 with an error of 10 %, not of 0.
+    """
+    if bool((shares == shares[0]).all()):
+        shares = torch.cat([shares, shares.new_tensor([0.5])])
+    return float(shares.std() / len(shares) ** 0.5)
 
 
 def compare(

@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, LoggerType
+from accelerate.utils import LoggerType
 
 from ..config import Config
 from ..data.order import BatchPlan
@@ -25,14 +24,13 @@ from ..errors import LatentDiffError, check_choice
 from ..sections import TrainSection
 from ..sections.values import duration
 from .record import begin_record, end_record
+from .rendezvous import TIMEOUT, process_group_settings
 from .signals import LAUNCHER_VARIABLES
 
 if sys.platform != "win32":
     import fcntl
 
 LOCKS: dict[Path, int] = {}  # lock files that this process holds open
-
-PROCESS_GROUP_TIMEOUT = timedelta(hours=12)  # one may be encoding or writing a checkpoint while the rest wait
 
 
 @dataclass
@@ -121,7 +119,7 @@ def launch(config: Config, began: float | None = None, *, record: bool = True) -
         mixed_precision="no",  # casting is left to `Launch.autocast`, in one visible place
         log_with=choose_trackers(config.trackers) or None,
         project_dir=config.output,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
+        kwargs_handlers=[process_group_settings()],
     )
     check_device(config, accelerator)
     threads = config.threads or max(1, _num_cores() // _num_local_processes(accelerator))
@@ -140,7 +138,7 @@ def launch(config: Config, began: float | None = None, *, record: bool = True) -
         report(f"warning: {requested} processes were requested but {accelerator.num_processes} started; on a CPU use "
                f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {requested} ...")  # fmt: skip
     several = accelerator.num_processes > 1
-    group = torch.distributed.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT) if several else None
+    group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if several else None
     run = Launch(config, accelerator, Path(config.output), precision, report, parent, group, clock)
     if accelerator.is_main_process:
         _lock_folder(run.folder)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latentdiff import LatentDiffError
-from latentdiff.evaluation.concepts import agreement, choose, concepts_of, ranks
+from latentdiff.evaluation.concepts import agreement, choose, concepts_of, ranks, standard_error
 
 
 def test_ranks_against_a_loop():
@@ -53,6 +53,13 @@ def test_the_standard_error_counts_concepts():
     found, _, _ = agreement("x", queries, gallery, requested, names)
     assert found.top1 == 0.75
     assert found.standard_error == pytest.approx((0.75 * 0.25 / 39) ** 0.5)
+
+
+def test_the_standard_error_does_not_vanish():
+    for right in (0.0, 1.0):
+        few, many = (standard_error(torch.full((count,), right)) for count in (4, 400))
+        assert few == pytest.approx(0.1)
+        assert 0.001 < many < 0.002
 
 
 class Captions:
