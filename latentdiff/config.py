@@ -192,7 +192,7 @@ def _read(name: str) -> tuple[str, bool]:
             if (size := file.stat().st_size) > MAX_BYTES:
                 raise LatentDiffError(f"{file}: {size:,} bytes is too large; expected at most {MAX_BYTES:,}")
             return file.read_text(encoding="utf-8"), False
-        if name and file.is_dir():
+        if name and name not in names and file.is_dir():
             raise LatentDiffError(f"{file}: is a folder; expected a YAML file or the name of a recipe")
     except (OSError, UnicodeDecodeError) as error:
         raise LatentDiffError(f"{file}: cannot be read ({error})") from None

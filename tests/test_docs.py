@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -31,10 +33,11 @@ def commands(page: Path) -> list[str]:
 
 
 def small(line: str, name: str) -> str:
-    """Shrink a command: the recipe `debug`, an output of its own, two processes instead of eight."""
-    line = line.replace("latentdiff evaluate", "latentdiff evaluate --concepts 4")
+    """Shrink a command: the recipe `debug`, an output of its own, two processes instead of eight, few concepts."""
+    line = re.sub(r"(latentdiff evaluate\b.*?)( --concepts \d+|$)", r"\1 --concepts 4", line)
+    line = line.replace("python examples/four_families", "python examples/four_families --scale 0.002")
     if not re.search(TRAININGS, line):
-        return line.replace("runs/emoji-64", "runs/mine")
+        return re.sub(r"runs/emoji-\d+", "runs/mine", line)
     line = re.sub(r"--config [\w.-]+", "--config debug", line.replace("--num_processes 8", "--num_processes 2"))
     line = re.sub(r" (output|data\.source|train_latent\.\w+)=\S+", "", line)
     line += f" data.source=my-pictures output=runs/line-{name} {shlex.join(SMALL)}"
@@ -108,6 +111,13 @@ def checkout(tmp_path_factory):
     for number in range(40):
         Image.effect_noise((72, 72), 50).convert("RGB").save(place / f"my-pictures/{number}.png")
         (place / f"my-pictures/{number}.txt").write_text(f"a red picture, number {number}")
+    (place / "emoji").mkdir()
+    Image.effect_noise((256, 256), 50).convert("RGB").save(place / "emoji/any.png")
+    names, styles = [f"thing {number // 4}" for number in range(40)], ["3d", "color", "flat", "noto"] * 10
+    texts = [f"a {style} emoji of a {name}" for name, style in zip(names, styles, strict=True)]
+    images = [{"bytes": (place / "emoji/any.png").read_bytes(), "path": None}] * 40
+    pq.write_table(pa.table({"image": images, "text": texts, "name": names, "style": styles}),
+                   place / "emoji/train.parquet")  # fmt: skip
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "1",
@@ -121,6 +131,7 @@ def checkout(tmp_path_factory):
         return done.stdout + done.stderr
 
     run(small("latentdiff train", "0").replace("runs/line-0", "runs/mine") + " --config debug")  # which the pages use
+    run("cp -r runs/mine runs/other; cp -r runs/mine runs/old")
     return run
 
 

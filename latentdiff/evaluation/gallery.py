@@ -75,18 +75,23 @@ def pool(latents: Tensor) -> Tensor:
 def read_pictures(source: Source, data: DataConfig, limit: int, broken: list[str], *, flip: bool = False) -> Pictures:
     """Yield up to `limit` pictures spread evenly over the source, with `flip` each of them also mirrored.
 
-    The names of pictures that cannot be read are appended to `broken`.
+    The names of pictures that cannot be read are appended to `broken`. Raises LatentDiffError if none can be.
     """
+    problem, usable = None, 0
     indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(int))
     for index in tqdm(indices.tolist(), desc="reading", unit=" pictures", leave=False, disable=None):
         try:
             picture = read_pixels(source, index, data)
-        except PictureError:
+        except PictureError as error:
             broken.append(source.name(index))
+            problem = error
             continue
+        usable += 1
         yield index, picture
         if flip:
             yield index, picture[:, ::-1]
+    if problem and not usable:
+        raise LatentDiffError(f"none of the {len(indices)} pictures can be used, such as {broken[-1]}: {problem}")
 
 
 @torch.no_grad()

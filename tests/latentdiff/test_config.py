@@ -138,6 +138,16 @@ def test_sizes_of_a_pretrained_model_are_not_recorded():
     assert load_config("emoji-64").model_dump()["unet"]["block_out_channels"] == (96, 192, 256)
 
 
+def test_a_folder_does_not_hide_a_recipe_of_its_name(tmp_path, monkeypatch):
+    """As after `latentdiff export runs/emoji-256 emoji-256`."""
+    for name in ("emoji-256", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config("emoji-256").output == "runs/emoji-256"
+    with pytest.raises(LatentDiffError, match="elsewhere: is a folder"):
+        load_config("elsewhere")
+
+
 def test_prompts_of_a_recipe_are_for_its_own_pictures(tmp_path):
     """With other data they are dropped in favor of its captions; explicit prompts and those of a file are kept."""
     assert len(load_config("emoji-64").validation.prompts) == 16
