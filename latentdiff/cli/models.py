@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option, echo
 
 from ..assets import ASSETS, EMOJI_STYLE
-from ..errors import LatentDiffError
+from ..errors import LatentDiffError, nearest
 from ..sampling.settings import SamplingSettings
 from .memory import keep_freed_memory
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..sections import DataConfig
 
 FIELDS = SamplingSettings.model_fields
+SETTING = re.compile(r"([a-z_]+\.)*([a-z_]+)=\S*")
 Precision = StrEnum("Precision", {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"})  # torch's names: ours
 Format = StrEnum("Format", ["folder", "single"])
 
@@ -192,6 +193,9 @@ def export(
 
 def _prompts(given: list[str] | None, file: str | None) -> list[str]:
     prompts = list(given or ())
+    for prompt in prompts:
+        if (found := SETTING.fullmatch(prompt)) and (found[1] or nearest(found[2], FIELDS)):
+            raise LatentDiffError(f"{prompt!r}: looks like a setting; here, settings are options, such as --steps 50")
     if file is not None:
         from ..data.texts import decode, lines_of
 

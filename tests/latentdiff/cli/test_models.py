@@ -90,6 +90,14 @@ def test_sample(invoke, place):
     assert again.tobytes() == drawn.tobytes()
 
 
+@pytest.mark.parametrize("text", ["num_step=3", "guidance_scale=2", "data.source=pictures"])
+def test_a_setting_is_not_a_prompt(invoke, place, text):
+    result = invoke(f"sample 'a red apple' {text} --output settings")
+    assert result.exit_code == 1
+    assert f"'{text}': looks like a setting" in result.stderr
+    assert not (place / "settings").exists()
+
+
 def test_prompts_from_standard_input_and_file(invoke, place):
     result = invoke("sample --file - -m runs/mine --steps 1 --output stdin", input="a red apple\n\na blüe car\n")
     assert result.exit_code == 0, result.output

@@ -201,6 +201,15 @@ def test_a_report_that_fails_is_one_line_of_warning(run, monkeypatch):
     assert said == ["warning: the report could not be written (MemoryError: too much)"]
 
 
+def test_a_launch_that_was_refused_writes_none(run):
+    said = []
+    end_record(run, LatentDiffError("data.source='nowhere': no such file or folder"), 1.0, said.append, report=True)
+    assert said == []
+    assert not (run / "report.html").exists()
+    end_record(run, LatentDiffError("in the middle"), 1.0, said.append, report=True, trained={"train_vae"})
+    assert said == [f"report: {run / 'report.html'}"]
+
+
 def test_the_command(run, tmp_path, monkeypatch):
     monkeypatch.setattr("latentdiff.report.panels.draw", lambda *_: "")
     output = tmp_path / "elsewhere.html"
