@@ -12,8 +12,9 @@ shows what was asked for. Encodings are kept in `--output`, where the first pict
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from itertools import permutations
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +29,7 @@ from latentdiff.cli.memory import keep_freed_memory
 from latentdiff.data.cache import read_pixels
 from latentdiff.data.sources import open_source
 from latentdiff.evaluation.combinations import attributes_of, concepts_of, new_combinations
-from latentdiff.evaluation.concepts import ranks, standard_error
+from latentdiff.evaluation.concepts import ranks
 from latentdiff.evaluation.evaluate import ENCODED, MAX_HELD_OUT, MAX_TRAINING
 from latentdiff.evaluation.gallery import embed, read_pictures
 from latentdiff.evaluation.grid import picture_grid
@@ -43,16 +44,14 @@ Distances = dict[tuple[str, str], float]  # between the pictures of a thing in t
 
 def sibling_distances(shown: Shown, latents: Tensor) -> Distances:
     """Return the median root mean square difference of latents (N, c, h, w) of the same thing, for pairs of styles."""
-    rows = {pair: row for row, pair in enumerate(shown)}
+    rows, apart = {pair: row for row, pair in enumerate(shown)}, {}
     vectors = latents.flatten(1).float()
-    return {
-        (one, other): median(
-            float((vectors[row] - vectors[rows[thing, other]]).square().mean().sqrt())
-            for (thing, style), row in rows.items()
-            if style == one and (thing, other) in rows
-        )
-        for one, other in permutations(sorted({style for _, style in shown}), 2)
-    }
+    for one, other in combinations(sorted({style for _, style in shown}), 2):
+        pairs = [(row, rows[thing, other]) for (thing, style), row in rows.items()
+                 if style == one and (thing, other) in rows]  # fmt: skip
+        each = [float((vectors[a] - vectors[b]).square().mean().sqrt()) for a, b in pairs]
+        apart[one, other] = apart[other, one] = median(each) if each else math.inf
+    return apart
 
 
 def print_distances(apart: Distances) -> None:
@@ -65,7 +64,8 @@ def print_distances(apart: Distances) -> None:
 
 def share(right: Tensor) -> str:
     """Return a share of samples (N,) with its standard error."""
-    return f"{float(right.double().mean()):.1%} ± {standard_error(right.double()):.1%}"
+    values = right.double()
+    return f"{float(values.mean()):.1%} ± {float(values.std()) / len(values) ** 0.5:.1%}"
 
 
 def is_right(queries: Tensor, pictures: Tensor, wanted: list[str], shown: list[str]) -> Tensor:
@@ -99,7 +99,9 @@ def main() -> int:
           f"{float(others.quality[2].median()):.3f} apart, the same thing in two styles:")  # fmt: skip
     print_distances(apart)
 
-    chosen, known = new_combinations(train, held_out, options.style), set(trained)
+    known, readable = set(trained), set(others.indices)
+    chosen = [index for index in new_combinations(train, held_out, options.style)
+              if index in readable and any(thing == shows[1][index][0] for thing, _ in known)]  # fmt: skip
     captions, negatives = [held_out.captions(index)[0] for index in chosen], []
     for index, caption in zip(chosen, captions, strict=True):
         thing, wanted = shows[1][index]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..sections import DataConfig
 
 FIELDS = SamplingSettings.model_fields
-SETTING = re.compile(r"([a-z_]+\.)*([a-z_]+)=\S*")
+OPTIONS = ("n", "steps", "guidance", "negative", "model", "output", "file", "device", "precision", "budget", "config")
 Precision = StrEnum("Precision", {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"})  # torch's names: ours
 Format = StrEnum("Format", ["folder", "single"])
 
@@ -194,8 +194,9 @@ def export(
 def _prompts(given: list[str] | None, file: str | None) -> list[str]:
     prompts = list(given or ())
     for prompt in prompts:
-        if (found := SETTING.fullmatch(prompt)) and (found[1] or nearest(found[2], FIELDS)):
-            raise LatentDiffError(f"{prompt!r}: looks like a setting; here, settings are options, such as --steps 50")
+        if _is_setting(prompt):
+            raise LatentDiffError(f"{prompt!r}: a setting, not a prompt; settings are options here, like --steps 50, "
+                                  "and a prompt that reads so goes into a --file")  # fmt: skip
     if file is not None:
         from ..data.texts import decode, lines_of
 
@@ -207,6 +208,18 @@ def _prompts(given: list[str] | None, file: str | None) -> list[str]:
     if not prompts:
         raise LatentDiffError('no prompts: give some, as in latentdiff sample "a red apple", or use --file')
     return prompts
+
+
+def _is_setting(text: str) -> bool:
+    """Whether a prompt is the name of a setting, perhaps misspelt, with a value, as the commands that train take it."""
+    from ..config import Config
+
+    path, equals, _ = text.lower().partition("=")
+    section, dot, name = path.rpartition(".")
+    if dot:
+        return bool(equals) and section in Config.model_fields
+    known = [*FIELDS, *OPTIONS]
+    return bool(equals) and (name in known or ("_" in name and bool(nearest(name, known))))
 
 
 def data_config(model: str | None, overrides: Sequence[str]) -> DataConfig:

@@ -40,8 +40,7 @@ class CombinationReport:
         )
         for concept, attribute in zip(self.concepts, self.attributes, strict=True):
             yield f"  by {concept.features}: " + ", ".join(
-                f"the {what} {each.top1:.1%} ± {each.standard_error:.1%} (chance {each.chance:.2%}, shuffled prompts "
-                f"{each.shuffled:.1%})"
+                f"the {what} {each} (chance {each.chance:.2%}, shuffled prompts {each.shuffled:.1%})"
                 for what, each in (("thing", concept), ("attribute", attribute))
             )
 

@@ -19,6 +19,7 @@ from ..data.sources import Source
 from ..errors import LatentDiffError
 from ..sampling.settings import SamplingSettings
 from ..sections import DataConfig
+from .figures import wilson
 from .gallery import LATENTS, Gallery
 from .grid import picture_grid
 
@@ -49,9 +50,14 @@ class Agreement:
     features: str
     top1: float  # share of the samples
     standard_error: float  # of top1 over concepts (or prompts): the samples of one are one observation
+    low: float  # of the 90 % interval of top1
+    high: float
     median_rank: float  # pictures of other concepts at least as near as the nearest of the right one; 0 is best
     chance: float  # top1 of picking training pictures at random
     shuffled: float  # top1 when each sample is compared with the prompt of another
+
+    def __str__(self) -> str:
+        return f"{self.top1:.1%}, with 90 % confidence {self.low:.1%} to {self.high:.1%}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class ConceptReport:
         )
         for result in self.agreements:
             yield (
-                f"  by {result.features}: {result.top1:.1%} ± {result.standard_error:.1%} (chance {result.chance:.2%}, "
+                f"  by {result.features}: {result} (chance {result.chance:.2%}, "
                 f"shuffled prompts {result.shuffled:.1%}; median rank {result.median_rank:g})"
             )
 
@@ -142,25 +148,19 @@ def agreement(
     for index, prompt in enumerate(prompts or requested):
         by_prompt.setdefault(prompt, []).append(index)
     shares = torch.stack([right[indices].mean() for indices in by_prompt.values()])
+    share, error = float(right.mean()), float(shares.std() / len(shares) ** 0.5)
+    low, high = wilson(share, error, len(shares))
     result = Agreement(
         features=name,
-        top1=float(right.mean()),
-        standard_error=standard_error(shares),
+        top1=share,
+        standard_error=error,
+        low=low,
+        high=high,
         median_rank=float(rank.double().quantile(0.5)),
         chance=float((query_ids[:, None] == gallery_ids[None, :]).double().mean()),
         shuffled=float((shuffled == 0).double().mean()),
     )
     return result, rank, nearest
-
-
-def standard_error(shares: Tensor) -> float:
-    """Return that of the mean of independent shares (N,); if all are equal, as if one more were half right.
-
-    Of four samples, none of which is right, the share is 0 with an error of 10 %, not of 0.
-    """
-    if bool((shares == shares[0]).all()):
-        shares = torch.cat([shares, shares.new_tensor([0.5])])
-    return float(shares.std() / len(shares) ** 0.5)
 
 
 def compare(

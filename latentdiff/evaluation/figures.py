@@ -99,12 +99,18 @@ def difference(figure: Figure, other: Figure) -> Figure:
     return _figure(figure.name, figure.value - other.value, figure.by_half - other.by_half, sizes, 0)
 
 
+def wilson(share: float, error: float, most: int) -> tuple[float, float]:
+    """Return Wilson's interval of a share: within 0 and 1, and not empty at either end.
+
+    It has as many independent observations as the standard error shows, and not more than `most`.
+    """
+    count = min(most, share * (1.0 - share) / error**2) if error and 0.0 < share < 1.0 else most
+    center, spread = share + Z**2 / (2 * count), Z * (share * (1 - share) / count + Z**2 / (4 * count**2)) ** 0.5
+    low, high = ((center + sign * spread) / (1.0 + Z**2 / count) for sign in (-1, 1))
+    return min(low, share), max(high, share)  # which rounding could leave out
+
+
 def _figure(name: str, value: float, by_half: Tensor, sizes: tuple[int, int], most: int) -> Figure:
     error = float(by_half.std())
-    low, high = value - Z * error, value + Z * error
-    if most:  # Wilson's interval, with as many independent observations as the error shows
-        count = min(most, value * (1.0 - value) / error**2) if error and 0.0 < value < 1.0 else most
-        center, spread = value + Z**2 / (2 * count), Z * (value * (1 - value) / count + Z**2 / (4 * count**2)) ** 0.5
-        low, high = ((center + sign * spread) / (1.0 + Z**2 / count) for sign in (-1, 1))
-        low, high = min(low, value), max(high, value)  # which rounding could leave out
+    low, high = wilson(value, error, most) if most else (value - Z * error, value + Z * error)
     return Figure(name, value, low, high, float(by_half.mean()), *sizes, by_half)

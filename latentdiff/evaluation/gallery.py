@@ -77,7 +77,7 @@ def read_pictures(source: Source, data: DataConfig, limit: int, broken: list[str
 
     The names of pictures that cannot be read are appended to `broken`. Raises LatentDiffError if none can be.
     """
-    problem, usable = None, 0
+    problem, found = None, False
     indices = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(int))
     for index in tqdm(indices.tolist(), desc="reading", unit=" pictures", leave=False, disable=None):
         try:
@@ -86,12 +86,12 @@ def read_pictures(source: Source, data: DataConfig, limit: int, broken: list[str
             broken.append(source.name(index))
             problem = error
             continue
-        usable += 1
+        found = True
         yield index, picture
         if flip:
             yield index, picture[:, ::-1]
-    if problem and not usable:
-        raise LatentDiffError(f"none of the {len(indices)} pictures can be used, such as {broken[-1]}: {problem}")
+    if problem and not found:
+        raise LatentDiffError(f"none of {len(indices)} pictures is usable; for example, {broken[-1]}: {problem}")
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def embed(
         parts.append(compute(levels))
         statistics.merge(parts[-1].pop("statistics"))
     if not indices:
-        raise LatentDiffError("none of the pictures can be read")
+        raise LatentDiffError("there are no pictures to encode")
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if not bool(found["latents"].isfinite().all()):
         raise LatentDiffError("the VAE's latents are not finite; float32 (--precision fp32) may help")

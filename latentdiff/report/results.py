@@ -106,10 +106,9 @@ def _figure(row: dict[str, Any]) -> list[str]:
 
 
 def _agreement(row: dict[str, Any]) -> list[str]:
-    share, error = number(row.get("top1")), number(row.get("standard_error"))
-    text = "?" if share is None else f"{share:.1%}"
-    if share is not None and error is not None:
-        text += f" ({max(0.0, share - INTERVAL * error):.1%} to {min(1.0, share + INTERVAL * error):.1%})"
+    text, low, high = (_text(row.get(key), ".1%") for key in ("top1", "low", "high"))
+    if low != "?":  # evaluations of older versions have none
+        text += f" ({low} to {high})"
     return [str(row.get("features", "?")), text, _text(row.get("chance"), ".2%"), _text(row.get("shuffled"), ".1%")]
 
 

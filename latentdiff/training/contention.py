@@ -1,6 +1,6 @@
-"""How long a training waits for a CPU that other processes use, too.
+"""How much of its time a training spends waiting for a CPU that others use as well.
 
-Threads that wait for each other do so busily, so on a shared CPU a training loses far more than the others take: with
+Threads that wait for each other do so busily, so on shared cores a training loses far more than the others take: with
 two threads on two cores, beside another job of two, 77 pictures/s were seen to become 11.
 """
 
@@ -11,37 +11,44 @@ import torch
 
 from .launch import Launch
 
-SCHEDULED = Path("/proc/self/schedstat")  # Linux; of the main thread: nanoseconds on a CPU, and waiting for one
+SCHEDULED = Path("/proc/thread-self/schedstat")  # Linux: nanoseconds that a thread was on a CPU, and waiting for one
 NOTED = 0.25  # share of the time
+SHORTEST = 10.0  # seconds over which it is measured, at least
+SAID = "shared CPU"
 
 
 class Contention:
-    """The share of the time since the last call that the main thread was ready to compute and had no CPU."""
+    """The share of the time that the thread which trains was ready to run and no CPU was free, in the main process."""
 
     def __init__(self, run: Launch) -> None:
         self.run, self.waited, self.since = run, waiting_seconds(), time.monotonic()
 
     def report(self) -> None:
-        """Say once in a launch if it is large, on a CPU."""
+        """Say so, once in a launch, if the share has been large since it was last measured."""
         waited, since = waiting_seconds(), time.monotonic()
-        if waited is not None and self.waited is not None and self.run.device.type == "cpu":
-            share = (waited - self.waited) / max(since - self.since, 1e-9)
+        if since - self.since < SHORTEST or self.run.device.type != "cpu" or SAID in self.run.said:
+            return
+        if waited is not None and self.waited is not None:
+            share = (waited - self.waited) / (since - self.since)
             if share > NOTED:
-                self.run.say_once(advice(share, torch.get_num_threads(), self.run.config.workers))
+                self.run.said.add(SAID)
+                self.run.report(warning(share, self.run))
         self.waited, self.since = waited, since
 
 
-def advice(share: float, threads: int, workers: int) -> str:
-    """Say that the CPU is shared, and what to do."""
-    others = f"other programs, or this run's workers={workers}," if workers else "other programs"
-    fewer = f", or stop it and give its command again with threads={threads // 2}" if threads > 1 else ""
-    return (f"warning: {others} use the same CPU: {share:.0%} of the time, this process has waited for its turn; "
-            f"end them{fewer}")  # fmt: skip
+def warning(share: float, run: Launch) -> str:
+    """Return what to say of a share of the time."""
+    own = (f"processes={run.accelerator.num_processes}, each with threads={torch.get_num_threads()} and "
+           f"workers={run.config.workers}")  # fmt: skip
+    return (f"warning: {share:.0%} of the time, this process was ready to run and no CPU was free: other programs use "
+            f"them, or this run has too many threads for them ({own}). It would be faster with nothing beside it, or "
+            "stopped and given again with fewer threads or workers")  # fmt: skip
 
 
 def waiting_seconds() -> float | None:
-    """Return for how long the main thread has waited for a CPU; None where the system does not say."""
+    """Return for how long this thread has waited for a CPU; None where the system does not say."""
     try:
-        return int(SCHEDULED.read_text().split()[1]) / 1e9
-    except (OSError, ValueError, IndexError):
+        running, waiting = map(int, SCHEDULED.read_text().split()[:2])
+    except (OSError, ValueError):
         return None
+    return waiting / 1e9 if running else None  # kernels that do not count say 0

@@ -38,15 +38,15 @@ def end_record(
 ) -> None:  # fmt: skip
     """Add to the last launch in run.json how it ended, and write the run's report; if that fails, only warn.
 
-    `trained` are the stages that it began or went on with. A launch that failed before any, such as one whose pictures
-    do not exist, writes no report.
+    `trained` are the stages that it began or went on with. A run that failed before it ever trained, such as one whose
+    pictures do not exist, has no report.
     """
     end = {"outcome": _outcome(error), "message": str(error or ""), "time": now(), "seconds": seconds,
            "trained": sorted(trained)}  # fmt: skip
     try:
         if launches := _launches(folder):
             write_json(folder / RECORD, {"launches": [*launches[:-1], launches[-1] | {"end": end}]})
-        if report and (end["trained"] or end["outcome"] != "failed"):
+        if report and (error is None or any(folder.glob("*/log.jsonl"))):
             from ..report.page import write_report
 
             say(f"report: {write_report([folder])}")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from latentdiff import LatentDiffError, LatentPipeline
 from latentdiff.cli import COMMANDS, app
-from latentdiff.cli.models import SAMPLER, data_config
+from latentdiff.cli.models import SAMPLER, _prompts, data_config
 from latentdiff.config import load_config
 from latentdiff.data.cache import read_pixels
 from latentdiff.data.pictures import to_pixels
@@ -90,12 +90,17 @@ def test_sample(invoke, place):
     assert again.tobytes() == drawn.tobytes()
 
 
-@pytest.mark.parametrize("text", ["num_step=3", "guidance_scale=2", "data.source=pictures"])
+@pytest.mark.parametrize("text", ["num_step=3", "negative_prompt=low quality", "data.source=pictures", "Seed=3", "n=4"])
 def test_a_setting_is_not_a_prompt(invoke, place, text):
-    result = invoke(f"sample 'a red apple' {text} --output settings")
+    result = invoke(f"sample 'a red apple' '{text}' --output settings")
     assert result.exit_code == 1
-    assert f"'{text}': looks like a setting" in result.stderr
+    assert f"'{text}': a setting, not a prompt" in result.stderr
     assert not (place / "settings").exists()
+
+
+def test_most_prompts_with_an_equals_sign_are_prompts():
+    prompts = ["e=mc2", "style=noir", "weight=heavy", "with=love", "x.y=z", "größe=1", "a = b", "a_b=c", "="]
+    assert _prompts(prompts, None) == prompts
 
 
 def test_prompts_from_standard_input_and_file(invoke, place):

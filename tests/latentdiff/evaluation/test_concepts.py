@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from latentdiff import LatentDiffError
-from latentdiff.evaluation.concepts import agreement, choose, concepts_of, ranks, standard_error
+from latentdiff.evaluation.concepts import agreement, choose, concepts_of, ranks
 
 
 def test_ranks_against_a_loop():
@@ -55,11 +56,17 @@ def test_the_standard_error_counts_concepts():
     assert found.standard_error == pytest.approx((0.75 * 0.25 / 39) ** 0.5)
 
 
-def test_the_standard_error_does_not_vanish():
-    for right in (0.0, 1.0):
-        few, many = (standard_error(torch.full((count,), right)) for count in (4, 400))
-        assert few == pytest.approx(0.1)
-        assert 0.001 < many < 0.002
+@pytest.mark.parametrize("right", [[True, False], [True, True], [False, False]])
+def test_no_interval_vanishes(right):
+    """Also if every concept has the same share, of two samples each."""
+    gallery, names = torch.eye(40), [f"c{number}" for number in range(40)]
+    rows = torch.tensor([row if hit else (row + 1) % 40 for row in range(40) for hit in right])
+    found, _, _ = agreement("x", gallery[rows], gallery, [name for name in names for _ in right], names)
+    assert found.top1 == sum(right) / 2
+    assert found.standard_error == 0
+    assert found.low <= found.top1 <= found.high
+    independent = binomtest(round(40 * found.top1), 40).proportion_ci(0.9, "wilson")
+    assert (found.low, found.high) == pytest.approx((independent.low, independent.high), abs=1e-4)
 
 
 class Captions:

@@ -57,7 +57,7 @@ def test_a_perfect_copier_is_always_right(pipe, pictures, copier, monkeypatch, t
 
 def test_pictures_none_of_which_can_be_used(pipe, pictures):
     data = DataConfig(source=str(pictures), image_size=64, min_size=65)
-    with pytest.raises(LatentDiffError, match=r"none of the 40 pictures.*such as train.39.png: .*64 x 64.*needs 65"):
+    with pytest.raises(LatentDiffError, match=r"none of 40 pictures.*example, train.39.png: .*64 x 64.*needs 65"):
         report.evaluate(pipe, data, SamplingSettings(), style="^a (photo|drawing) of ")
 
 

@@ -201,12 +201,14 @@ def test_a_report_that_fails_is_one_line_of_warning(run, monkeypatch):
     assert said == ["warning: the report could not be written (MemoryError: too much)"]
 
 
-def test_a_launch_that_was_refused_writes_none(run):
-    said = []
-    end_record(run, LatentDiffError("data.source='nowhere': no such file or folder"), 1.0, said.append, report=True)
+def test_what_failed_before_it_ever_trained_has_no_report(run, tmp_path):
+    said, error = [], LatentDiffError("data.source='nowhere': no such file or folder")
+    (tmp_path / "new").mkdir()
+    begin_record(tmp_path / "new", {"config": {}})
+    end_record(tmp_path / "new", error, 1.0, said.append, report=True)
     assert said == []
-    assert not (run / "report.html").exists()
-    end_record(run, LatentDiffError("in the middle"), 1.0, said.append, report=True, trained={"train_vae"})
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
+    end_record(run, error, 1.0, said.append, report=True)
     assert said == [f"report: {run / 'report.html'}"]
 
 

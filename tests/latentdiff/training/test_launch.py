@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import HashStore
+from torch.distributed.rendezvous import rendezvous
 
 from latentdiff.training.checkpoint import newest_checkpoint
+from latentdiff.training.rendezvous import process_group_settings
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -78,6 +82,33 @@ def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, pro
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("attempt", "machines", "agent", "warns"),
+                         [("0", "1", "True", False), ("1", "1", "False", False), ("1", "2", "True", True)])  # fmt: skip
+def test_processes_find_each_other_as_usual(monkeypatch, capsys, attempt, machines, agent, warns):
+    elastic = {"TORCHELASTIC_RESTART_COUNT": attempt, "GROUP_WORLD_SIZE": machines,
+               "TORCHELASTIC_USE_AGENT_STORE": agent, "LOCAL_RANK": "0"}  # fmt: skip
+    for name, value in elastic.items():
+        monkeypatch.setenv(name, value)
+    assert process_group_settings().init_method is None
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err) == warns
+
+
+def test_processes_that_are_started_again_do_not_read_what_the_dead_ones_wrote(monkeypatch):
+    store = HashStore()
+    store.set("address", "of a dead process")
+    monkeypatch.setattr("latentdiff.training.rendezvous.rendezvous", lambda url, timeout: iter([(store, 1, 2)]))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for attempt in ("1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        url = process_group_settings().init_method
+        ((found, rank, size),) = rendezvous(url, timeout=timedelta(seconds=1))
+        assert (rank, size) == (1, 2)
+        assert not found.check(["address"])
+        found.set("address", attempt)
+    assert store.get("address") == b"of a dead process"
+
+
 def test_fewer_processes_than_requested_are_noticed(pictures, tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one."""
     words = command(1, pictures, tmp_path / "run", "train_vae.steps=1", "train_vae.warmup_steps=0")

@@ -18,6 +18,7 @@ def test_training_goes_on_from_a_finished_model(train, weights, log, said, tmp_p
                      for name in ("first", "second"))  # fmt: skip
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
+    assert said("second").count("train_latent 0: validating before the first step") == 1
     first, second = log("first", "validation_loss"), log("second", "validation_loss")
     assert sorted(first) == sorted(second) == [0, 6]
     assert first[0] > first[6]
