@@ -4,6 +4,7 @@ import os
 import pydoc
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,7 @@ def checkout(tmp_path_factory):
     for number in range(40):
         Image.effect_noise((72, 72), 50).convert("RGB").save(place / f"my-pictures/{number}.png")
         (place / f"my-pictures/{number}.txt").write_text(f"a red picture, number {number}")
+    shutil.copy(place / "my-pictures/0.png", place / "picture.png")
     (place / "emoji").mkdir()
     Image.effect_noise((256, 256), 50).convert("RGB").save(place / "emoji/any.png")
     names, styles = [f"thing {number // 4}" for number in range(40)], ["3d", "color", "flat", "noto"] * 10
@@ -130,7 +132,8 @@ def checkout(tmp_path_factory):
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done.stdout + done.stderr
 
-    run(small("latentdiff train", "0").replace("runs/line-0", "runs/mine") + " --config debug")  # which the pages use
+    mine = small("latentdiff train", "0").replace("runs/line-0", "runs/mine")  # which the pages use
+    run(f"{mine} --config debug train_latent.steps=24 train_latent.ema_snapshots=24")
     run("cp -r runs/mine runs/other; cp -r runs/mine runs/old")
     return run
 

@@ -298,7 +298,7 @@ FOLDERS = {
     pax_header_of_a_gigabyte: "no pictures in a.tar",
     long_name_of_a_gigabyte: "no pictures in a.tar",
     zipped: "no pictures in a.tar",
-    mojibake: "metadata.csv: cannot be read",
+    mojibake: "metadata.csv: neither UTF-8",
     long_line: "metadata.jsonl line 1: not valid JSON",
     nested_parquet: "nested",
     structured_parquet: "caption",
