@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -72,6 +73,7 @@ class Launch:
     clock: Clock = field(default_factory=Clock)
     said: set[str] = field(default_factory=set)  # by `say_once`
     trained: set[str] = field(default_factory=set)  # names of the stages that it began or went on with
+    pictures: dict[str, Any] = field(default_factory=dict)  # for data.json: how many there are, and what is left out
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..sections.values import duration
 from .contention import Contention
 from .launch import Launch
-from .record import now
+from .record import now, write_json
 
 PHASES = ("data", "model", "optimizer")
 
@@ -36,8 +36,10 @@ class MetricLogger:
             _drop_lines_after(folder / "log.jsonl", first_step or -1)  # -1: a new run starts an empty log
 
     def begin(self) -> Self:
-        """Note that a training begins or goes on."""
+        """Note that a training begins or goes on, and with which pictures."""
         self.run.trained.add(self.name)
+        if self.run.is_main and self.run.pictures:
+            write_json(self.run.folder / "data.json", self.run.pictures)
         self.note(self.done, {"resumed" if self.done else "began": now()})
         return self
 

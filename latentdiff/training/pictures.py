@@ -9,7 +9,6 @@ from ..data.left_out import LeftOut
 from ..data.sources import Source, open_source
 from ..errors import several
 from .launch import Launch
-from .record import write_json
 
 FEW_HELD_OUT = 8
 
@@ -17,7 +16,10 @@ Sources = tuple[Source, Source]  # the training pictures and those held out
 
 
 def open_pictures(run: Launch) -> Sources:
-    """Open the training pictures and the held-out ones, and say what is left out and which lack captions."""
+    """Open the training pictures and the held-out ones, and say what is left out and which lack captions.
+
+    What `data.json` is to say of them is kept in `run.pictures` until a training begins, as the run may be refused.
+    """
     left_out, where = LeftOut(), run.config.data.source
     sources = open_source(run.config.data, left_out)
     for line in left_out.lines():
@@ -28,11 +30,10 @@ def open_pictures(run: Launch) -> Sources:
     if (held_out := len(sources[1])) < FEW_HELD_OUT:
         run.say_once(f"{where}: only {held_out} of {sum(map(len, sources))} pictures held out, so that the validation "
                      "loss says little; data.validation_share sets how many")  # fmt: skip
-    if run.is_main:
-        counts = [{"pictures": len(source), "without_caption": number}
-                  for source, number in zip(sources, without, strict=True)]  # fmt: skip
-        write_json(run.folder / "data.json", {"source": where, "training": counts[0], "held-out": counts[1],
-                                              "left_out": list(left_out.lines())})  # fmt: skip
+    counts = [{"pictures": len(source), "without_caption": number}
+              for source, number in zip(sources, without, strict=True)]  # fmt: skip
+    run.pictures.update({"source": where, "training": counts[0], "held-out": counts[1],
+                         "left_out": list(left_out.lines())})  # fmt: skip
     return sources
 
 

@@ -290,6 +290,17 @@ def test_what_is_done_is_skipped_and_what_changed_is_refused(train, said, uninte
     assert read_run(tmp_path / "run", "run").end["outcome"] == "finished"
 
 
+def test_a_refused_run_with_other_pictures_leaves_what_is_said_of_those_that_were_used(
+    train, said, uninterrupted, sixty, tmp_path
+):
+    shutil.copytree(uninterrupted("fp32"), tmp_path / "run")
+    before = (tmp_path / "run/data.json").read_text()
+    assert train("run", f"data.source={sixty}") == 1
+    assert "was made with data.source=" in said("run")
+    assert (tmp_path / "run/data.json").read_text() == before
+    assert json.loads(before)["training"]["pictures"] == 24
+
+
 def test_another_config_does_not_continue_a_run(train, said, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted("fp32"), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
