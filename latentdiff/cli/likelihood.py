@@ -176,7 +176,8 @@ def _line(row: dict[str, Any]) -> str:
         return f"{row['picture']}: " + "; ".join(f"{text!r} {value:+.0f} nats" for value, text in values)
     prompt = f" given {row['prompt']!r}; {row['nats_without_prompt']:.0f} without it" if row["prompt"] else ""
     return (f"{row['picture']}: log p >= {row['nats']:.0f} ± {row['standard_error']:.0f} nats{prompt}; "
-            f"{row['bits_per_dimension']:.3f} bits per value (as PNG {row['png_bits_per_dimension']:.3f})")  # fmt: skip
+            f"{row['bits_per_dimension']:.3f} bits per value "
+            f"(uncompressed 8, as PNG {row['png_bits_per_dimension']:.3f})")  # fmt: skip
 
 
 def _write(rows: list[dict[str, Any]], path: Path) -> None:

@@ -61,7 +61,7 @@ class SplitReport:
         yield f"{name}: {self.pictures} pictures, of them broken: {broken or 'none'}"
         if self.shorter_side is not None:
             yield f"  shorter side {self.shorter_side} pixels; aspect ratio (width / height) {self.aspect_ratio}"
-        yield f"  {self.captions} captions; {self.without_caption} pictures without one"
+        yield f"  {self.captions} captions; pictures without one: {self.without_caption}"
         if self.caption_characters is not None:
             yield f"  characters per caption: {self.caption_characters}"
         if max_tokens is None:

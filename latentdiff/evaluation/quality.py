@@ -44,10 +44,11 @@ def set_figures(
     `clip` names features in the common space of a CLIP; without `manifold`, the figures of neighbors are not computed.
     """
     if min(len(real), len(drawn)) < FEWEST:
-        return [], [f"distances: {len(drawn)} drawn and {len(real)} real pictures; at least {FEWEST} of each needed"]
+        have = f"{len(drawn)} drawn and {len(real)} real pictures"
+        return [], [f"distances are left out: at least {FEWEST} of each are needed, and there are {have}"]
     figures: list[Figure] = []
     crowd = min(len(real), len(drawn)) >= CROWD
-    left_out = [f"precision, recall, density, coverage: at least {CROWD} drawn and real pictures needed"]
+    left_out = [f"precision, recall, density and coverage are left out: they need {CROWD} drawn and real pictures"]
     left_out *= manifold and not crowd
     drawn_some = drawn.some(MOST, seed)
     for name in drawn.features:

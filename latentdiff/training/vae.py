@@ -36,6 +36,8 @@ from .spikes import Spikes
 from .timetable import Timetable
 from .vae_losses import adaptive_weight, load_perceptual, reconstruction_nll
 
+POOR = 18.0  # dB: reconstructions without shapes and colors that one could name
+
 
 class Autoencoder(nn.Module):
     """The VAE and the decoder's learned variance as one module."""
@@ -208,6 +210,9 @@ class VAETraining:
             comparison_grid(*(torch.stack(pictures) for pictures in zip(*shown, strict=True))).save(path)
         line = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.run.report(f"{self.name} {step}: {line}; reconstructions in {self.folder / 'reconstructions'}")
+        if step == self.timetable.steps and averaged.get("psnr", POOR) < POOR:
+            self.run.report(f"warning: this VAE reconstructs held-out pictures at only {averaged['psnr']:.1f} dB, and "
+                            "no UNet draws better than that; look at them, and train the VAE longer")  # fmt: skip
         return values
 
     def rehearse(self) -> float:

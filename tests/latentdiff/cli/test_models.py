@@ -309,7 +309,7 @@ def test_likelihood(invoke, place):
     result = invoke("likelihood few alone.png -m model-only --draws 3 --timesteps 2 --output table.csv")
     assert result.exit_code == 0, result.output
     assert "given 'picture number 1'; " in result.stdout
-    assert "bits per value (as PNG" in result.stdout
+    assert "bits per value (uncompressed 8, as PNG" in result.stdout
     rows = list(csv.DictReader(Path("table.csv").read_text().splitlines()))
     assert {row["prompt"] for row in rows[:2]} == {"picture number 1", "picture number 2"}
     assert rows[2]["prompt"] == ""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -309,6 +310,11 @@ def test_another_config_does_not_continue_a_run(train, said, uninterrupted, tmp_
 
 
 @pytest.mark.slow
+def test_a_vae_that_shows_nothing_is_said(train, said):
+    assert train("run", "train_vae.steps=1", "train_vae.warmup_steps=0", stage="train_vae") == 0
+    assert re.search(r"warning: this VAE reconstructs held-out pictures at only \d+\.\d dB", said("run"))
+
+
 def test_a_longer_run_continues_a_shorter_one(train, state, uninterrupted, tmp_path):
     """`steps` may grow: with a constant learning rate the first steps are the same."""
     shutil.copytree(uninterrupted("fp32") / "vae", tmp_path / "run" / "vae")
