@@ -389,7 +389,9 @@ def check_any_folder(tmp_path_factory, config, picture, files, folder):
             f"{folder}{name}.png" for name, kind in files.items() if kind in ("broken", "empty")
         }
         said = []  # by a training, before its first step
-        open_pictures(SimpleNamespace(config=SimpleNamespace(data=config(root)), say_once=said.append, is_main=False))
+        run = SimpleNamespace(config=SimpleNamespace(data=config(root)), say_once=said.append, pictures={})
+        open_pictures(run)
+        assert run.pictures["left_out"] == list(left_out.lines())
         assert said[: len(list(left_out.lines()))] == [f"{root}: {line}" for line in left_out.lines()]
         assert set(left_out.lines()) <= set(report.lines())
     finally:
