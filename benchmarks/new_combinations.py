@@ -29,14 +29,14 @@ from latentdiff.cli.memory import keep_freed_memory
 from latentdiff.data.cache import read_pixels
 from latentdiff.data.sources import open_source
 from latentdiff.evaluation.combinations import attributes_of, concepts_of, new_combinations
-from latentdiff.evaluation.concepts import ranks
+from latentdiff.evaluation.concepts import agreement
 from latentdiff.evaluation.evaluate import ENCODED, MAX_HELD_OUT, MAX_TRAINING
-from latentdiff.evaluation.gallery import embed, read_pictures
+from latentdiff.evaluation.gallery import LATENTS, embed, read_pictures
 from latentdiff.evaluation.grid import picture_grid
 from latentdiff.sections import DataConfig
 
 ARMS = (("none", 3.0), ("the confusable style", 2.0), ("the confusable style", 3.0))  # negative prompt, guidance
-SHOWN = 12  # pictures in the grid: held-out ones, and below them what each arm draws
+SHOWN = 8  # pictures in the grid: held-out ones, and below them what each arm draws
 
 Shown = list[tuple[str, str]]  # thing and style of each picture
 Distances = dict[tuple[str, str], float]  # between the pictures of a thing in two styles
@@ -68,13 +68,6 @@ def share(right: Tensor) -> str:
     return f"{float(values.mean()):.1%} ± {float(values.std()) / len(values) ** 0.5:.1%}"
 
 
-def is_right(queries: Tensor, pictures: Tensor, wanted: list[str], shown: list[str]) -> Tensor:
-    """Return for each query (Q, D) whether the nearest of the pictures (N, D) shows what it should, (Q,) bool."""
-    ids = {name: number for number, name in enumerate(dict.fromkeys(shown))}
-    asked, there = (torch.tensor([ids[name] for name in names]) for names in (wanted, shown))
-    return ranks(queries, pictures, asked, there)[0] == 0
-
-
 def main() -> int:
     """Run the command; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,14 +92,17 @@ def main() -> int:
           f"{float(others.quality[2].median()):.3f} apart, the same thing in two styles:")  # fmt: skip
     print_distances(apart)
 
-    known, readable = set(trained), set(others.indices)
+    styles_of: dict[str, list[str]] = {}  # in which training shows a thing
+    for thing, style in trained:
+        styles_of.setdefault(thing, []).append(style)
+    readable = set(others.indices)
     chosen = [index for index in new_combinations(train, held_out, options.style)
-              if index in readable and any(thing == shows[1][index][0] for thing, _ in known)]  # fmt: skip
+              if index in readable and shows[1][index][0] in styles_of]  # fmt: skip
     captions, negatives = [held_out.captions(index)[0] for index in chosen], []
     for index, caption in zip(chosen, captions, strict=True):
         thing, wanted = shows[1][index]
-        styles = sorted({style for _, style in trained if (thing, style) in known})
-        negatives.append(caption.replace(wanted, min(styles, key=lambda style: apart[wanted, style]), 1))
+        nearest = min(sorted(styles_of[thing]), key=lambda style: apart[wanted, style])
+        negatives.append(caption.replace(wanted, nearest, 1))
     print(f"\n{len(chosen)} new combinations, such as {captions[0]!r} with the negative prompt {negatives[0]!r}\n")
     by_style = {style: [row for row, index in enumerate(chosen) if shows[1][index][1] == style]
                 for style in sorted({style for _, style in trained})}  # fmt: skip
@@ -121,8 +117,8 @@ def main() -> int:
                                 num_steps=options.steps, seed=list(range(len(chosen)))))  # fmt: skip
         sheet.append(images[:SHOWN])
         queries = embed(pipe.vae, enumerate(map(np.asarray, images)), size).latents.flatten(1)
-        thing, style = (is_right(queries, pictures, [shows[1][index][part] for index in chosen],
-                                 [pair[part] for pair in shown]) for part in (0, 1))  # fmt: skip
+        thing, style = (agreement(LATENTS, queries, pictures, [shows[1][index][part] for index in chosen],
+                                  [pair[part] for pair in shown], captions)[1] == 0 for part in (0, 1))  # fmt: skip
         each = ", ".join(f"{asked!r} {int(style[rows].sum())} of {len(rows)}" for asked, rows in by_style.items())
         cells = [name, f"{guidance:g}", share(thing), share(style), share(thing & style), each]
         print("| " + " | ".join(cells) + " |", flush=True)

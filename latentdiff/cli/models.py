@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..sections import DataConfig
 
 FIELDS = SamplingSettings.model_fields
+# Names that are typed like settings: of options here, and of a training's.
 OPTIONS = ("n", "steps", "guidance", "negative", "model", "output", "file", "device", "precision", "budget", "config")
 Precision = StrEnum("Precision", {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"})  # torch's names: ours
 Format = StrEnum("Format", ["folder", "single"])

@@ -14,7 +14,6 @@ from .launch import Launch
 SCHEDULED = Path("/proc/thread-self/schedstat")  # Linux: nanoseconds that a thread was on a CPU, and waiting for one
 NOTED = 0.25  # share of the time
 SHORTEST = 10.0  # seconds over which it is measured, at least
-SAID = "shared CPU"
 
 
 class Contention:
@@ -26,13 +25,12 @@ class Contention:
     def report(self) -> None:
         """Say so, once in a launch, if the share has been large since it was last measured."""
         waited, since = waiting_seconds(), time.monotonic()
-        if since - self.since < SHORTEST or self.run.device.type != "cpu" or SAID in self.run.said:
+        if since - self.since < SHORTEST or self.run.device.type != "cpu":
             return
         if waited is not None and self.waited is not None:
             share = (waited - self.waited) / (since - self.since)
             if share > NOTED:
-                self.run.said.add(SAID)
-                self.run.report(warning(share, self.run))
+                self.run.say_once(warning(share, self.run), about="shared CPU")
         self.waited, self.since = waited, since
 
 

@@ -90,10 +90,10 @@ class Launch:
         """Whether this process writes the files."""
         return bool(self.accelerator.is_main_process)
 
-    def say_once(self, line: str) -> None:
-        """Report a line unless an earlier stage has."""
-        if line not in self.said:
-            self.said.add(line)
+    def say_once(self, line: str, about: str | None = None) -> None:
+        """Report a line unless it, or another one `about` the same, was reported before in this launch."""
+        if (key := about or line) not in self.said:
+            self.said.add(key)
             self.report(line)
 
     def batch_plan(self, section: TrainSection) -> BatchPlan:

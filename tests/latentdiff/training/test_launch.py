@@ -81,7 +81,6 @@ def test_sigterm_to_the_launcher_saves_and_leaves_nobody(pictures, tmp_path, pro
     assert f"stopped at step {checkpoint.step} of 1000000" in said.read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("attempt", "machines", "agent", "warns"),
                          [("0", "1", "True", False), ("1", "1", "False", False), ("1", "2", "True", True)])  # fmt: skip
 def test_processes_find_each_other_as_usual(monkeypatch, capsys, attempt, machines, agent, warns):
@@ -109,6 +108,7 @@ def test_processes_that_are_started_again_do_not_read_what_the_dead_ones_wrote(m
     assert store.get("address") == b"of a dead process"
 
 
+@pytest.mark.slow
 def test_fewer_processes_than_requested_are_noticed(pictures, tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one."""
     words = command(1, pictures, tmp_path / "run", "train_vae.steps=1", "train_vae.warmup_steps=0")

@@ -15,7 +15,6 @@ from latentdiff import LatentPipeline
 from latentdiff.data.order import random_stream
 from latentdiff.evaluation.grid import labeled_grid
 from latentdiff.files.launches import last_launch
-from latentdiff.report.run import read_run
 
 STAGES = ("train_vae", "train_latent")
 EVERY_STEP = ("train_vae.log_every=1", "train_latent.log_every=1", "train_vae.micro_batch_size=null",
@@ -279,42 +278,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(train, state, said, tmp_path, 
     assert same(state("run")[1], expected(uninterrupted, "fp32", "train_latent"))
 
 
-def test_what_is_done_is_skipped_and_what_changed_is_refused(train, said, uninterrupted, tmp_path):
-    shutil.copytree(uninterrupted("fp32"), tmp_path / "run")
-    assert train("run") == 0
-    assert said("run").count("already done") == 2
-    assert train("run", "train_vae.learning_rate=1e-3") == 1
-    assert "vae: was made with train_vae.learning_rate=0.002, but it is now 0.001" in said("run")
-    launches = json.loads((tmp_path / "run/run.json").read_text())["launches"]
-    assert [launch["end"]["outcome"] for launch in launches[-2:]] == ["finished", "failed"]
-    assert last_launch(launches) == launches[-2]  # what is there was not made with the refused settings
-    assert read_run(tmp_path / "run", "run").end["outcome"] == "finished"
-
-
-def test_a_refused_run_with_other_pictures_leaves_what_is_said_of_those_that_were_used(
-    train, said, uninterrupted, sixty, tmp_path
-):
-    shutil.copytree(uninterrupted("fp32"), tmp_path / "run")
-    before = (tmp_path / "run/data.json").read_text()
-    assert train("run", f"data.source={sixty}") == 1
-    assert "was made with data.source=" in said("run")
-    assert (tmp_path / "run/data.json").read_text() == before
-    assert json.loads(before)["training"]["pictures"] == 24
-
-
-def test_another_config_does_not_continue_a_run(train, said, uninterrupted, tmp_path):
-    shutil.copytree(uninterrupted("fp32"), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "model")
-    assert train("run", "train_latent.learning_rate=1e-4") == 1
-    assert "this run started with train_latent.learning_rate=0.001, but it is now 0.0001" in said("run")
-
-
-@pytest.mark.slow
 def test_a_vae_that_shows_nothing_is_said(train, said):
     assert train("run", "train_vae.steps=1", "train_vae.warmup_steps=0", stage="train_vae") == 0
     assert re.search(r"warning: this VAE reconstructs held-out pictures at only \d+\.\d dB", said("run"))
 
 
+@pytest.mark.slow
 def test_a_longer_run_continues_a_shorter_one(train, state, uninterrupted, tmp_path):
     """`steps` may grow: with a constant learning rate the first steps are the same."""
     shutil.copytree(uninterrupted("fp32") / "vae", tmp_path / "run" / "vae")
